@@ -1,0 +1,11 @@
+"""Attention and matching operations of video point trackers: eager reference, C++ for the CPU, Triton for GPUs.
+
+Importing this package loads neither Triton nor a device; a backend is loaded at its first call.
+"""
+
+from tritonkern.functional import temporal_window_attention
+from tritonkern.nn import TemporalWindowAttention
+
+__version__ = "0.1.0"
+
+__all__ = ["TemporalWindowAttention", "__version__", "temporal_window_attention"]

@@ -1,0 +1,110 @@
+"""One public function an operation: what it computes, argument checks, one call."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritonkern.ops import _backends
+from tritonkern.ops.temporal_window_attention import op as _window_op
+
+
+def temporal_window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | tuple[int, int] = 13,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention over time in which every frame sees only the frames near it.
+
+    Each position n and head h is a sequence of its own along time. Query frame i sees the key frames j with
+    ``i - left <= j <= i + right`` that exist in the clip, and the softmax runs over those alone. With T = 6 and
+    ``window=3`` (or ``(1, 1)``), and with ``window=(2, 0)`` (causal), query frame i sees the key frames marked 1::
+
+        window=3    j 0 1 2 3 4 5        window=(2, 0)    j 0 1 2 3 4 5
+        i = 0         1 1 . . . .        i = 0              1 . . . . .
+        i = 1         1 1 1 . . .        i = 1              1 1 . . . .
+        i = 2         . 1 1 1 . .        i = 2              1 1 1 . . .
+        i = 3         . . 1 1 1 .        i = 3              . 1 1 1 . .
+        i = 4         . . . 1 1 1        i = 4              . . 1 1 1 .
+        i = 5         . . . . 1 1        i = 5              . . . 1 1 1
+
+    Time and memory grow with T times the window, never with T squared. The first derivative is supported; a second one
+    raises RuntimeError.
+
+    Args:
+        query, key, value: ``[B, T, H, D]`` or ``[B, T, N, H, D]`` (batch, frames, spatial positions, heads, head
+            dimension), all three of one shape, dtype and device; any strides, so no ``permute().contiguous()`` is ever
+            needed. float64, float32, bfloat16 or float16; D a multiple of 8 from 8 to 256. Any other size may be 0.
+            Sums are kept in float32 (float64 for float64). Under autocast they are cast to the autocast dtype, as
+            `torch.nn.functional.scaled_dot_product_attention` does.
+        window: odd number of frames in all (13 sees six on each side), or the inclusive counts ``(left, right)`` of
+            frames before and after. Windows are cut off, not shifted, at the ends of the clip; longer than it is legal.
+        scale: factor on the scores, ``D ** -0.5`` if None.
+        backend: ``"cpp"``, ``"triton"`` or ``"reference"``; None chooses by device.
+
+    Returns:
+        Contiguous tensor of query's shape, in the inputs' dtype (the autocast dtype under autocast). A NaN or infinity
+        in a frame reaches exactly the output frames whose window holds it.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: shapes or devices that do not fit together, a window that is even or negative, or a backend that
+            cannot run this call (the message lists every backend with its reason and the way out).
+
+    The operation is the temporal attention of Chrono (Kim et al., "Exploring Temporally-Aware Features for Point
+    Tracking", CVPR 2025), which is sliding-window attention (Beltagy et al., "Longformer", 2020) along time.
+    """
+    left, right = window_extent(window)
+    _backends.check_name(backend)
+    query, key, value = _autocast(query, key, value)
+    _window_op.check_tensors(query, key, value)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}; use .item() on a tensor")
+
+    attend = _window_op.temporal_window_attention_fwd
+    if query.dim() == 5:
+        return attend(query, key, value, left, right, scale, backend)[0]
+    query, key, value = query.unsqueeze(2), key.unsqueeze(2), value.unsqueeze(2)
+    return attend(query, key, value, left, right, scale, backend)[0].squeeze(2)
+
+
+def window_extent(window: int | tuple[int, int]) -> tuple[int, int]:
+    """Frames seen before and after a query, both inclusive: 13 -> (6, 6), (6, 0) -> (6, 0).
+
+    Raises:
+        TypeError: neither an int nor a pair of ints.
+        ValueError: an even or non-positive total, or a negative count.
+    """
+    if isinstance(window, int) and not isinstance(window, bool):
+        if window < 1 or window % 2 == 0:
+            raise ValueError(
+                f"window must be an odd number of frames, such as 13 for six on each side, got {window}; "
+                "use window=(left, right) for sides that differ"
+            )
+        left = right = window // 2
+    elif isinstance(window, (tuple, list)) and [type(count) for count in window] == [int, int]:
+        left, right = window
+    else:
+        raise TypeError(f"window must be an odd int or a pair of ints (left, right), got {window!r}")
+    _window_op.check_window(left, right)
+    return left, right
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The rule PyTorch's own attention follows: everything but float64 goes to the dtype of an active autocast."""
+    if not isinstance(tensors[0], Tensor):
+        return tensors
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in _AUTOCAST_FROM else x for x in tensors)
+
+
+_AUTOCAST_FROM = (torch.float32, torch.bfloat16, torch.float16)

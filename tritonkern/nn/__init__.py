@@ -1,0 +1,5 @@
+"""Layers. Their parameters have the names and shapes of the public models that use them."""
+
+from tritonkern.nn.temporal import TemporalWindowAttention
+
+__all__ = ["TemporalWindowAttention"]

@@ -1,0 +1,76 @@
+"""Layers that attend along time."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from tritonkern.functional import temporal_window_attention, window_extent
+
+
+class TemporalWindowAttention(nn.Module):
+    """Multi-head self-attention over a sliding window of frames.
+
+    Parameters are those of Chrono's `LocalAttentionLayer` (`qkv`, `proj`, and with ``qk_norm=True`` also `q_norm` and
+    `k_norm`), so that its state dict loads. Unlike that layer it runs on every device and in every floating dtype.
+
+    Args:
+        dim: channels C of the input, a multiple of num_heads; dim / num_heads must be a multiple of 8 up to 256.
+        num_heads: attention heads H.
+        window_size: odd number of frames seen in all, or ``(left, right)``; cut off at the ends of the clip.
+        qkv_bias: whether the projection to query, key and value has a bias.
+        qk_norm: whether query and key pass through a LayerNorm over the head dimension.
+        attn_drop: dropout on the attention weights; only 0 is implemented.
+        proj_drop: dropout on the output, in training mode.
+
+    Raises:
+        ValueError: sizes that do not fit, a bad window, or a non-zero attn_drop.
+
+    Paper: Kim et al., "Exploring Temporally-Aware Features for Point Tracking", CVPR 2025.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        window_size: int | tuple[int, int] = 13,
+        qkv_bias: bool = False,
+        qk_norm: bool = False,
+        attn_drop: float = 0.0,
+        proj_drop: float = 0.0,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads != 0:
+            raise ValueError(f"dim must be a multiple of num_heads, got dim={dim} and num_heads={num_heads}")
+        self.head_dim = dim // num_heads
+        if self.head_dim % 8 != 0 or not 8 <= self.head_dim <= 256:
+            raise ValueError(
+                f"dim / num_heads must be a multiple of 8 from 8 to 256, got {dim} / {num_heads} = {self.head_dim}; "
+                "choose another num_heads"
+            )
+        if attn_drop != 0:
+            raise ValueError(
+                f"attn_drop must be 0, got {attn_drop}: the weights are never stored, so they cannot be dropped; "
+                "use proj_drop for regularisation"
+            )
+        self.num_heads = num_heads
+        self.window = window_extent(window_size)
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.q_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.k_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``[B, T, C]`` or ``[B, T, N, C]`` -> the same shape; every position n attends along T on its own."""
+        if x.dim() not in (3, 4) or x.shape[-1] != self.qkv.in_features:
+            raise ValueError(
+                f"x must have shape [B, T, {self.qkv.in_features}] or [B, T, N, {self.qkv.in_features}], "
+                f"got {tuple(x.shape)}"
+            )
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
+        out = temporal_window_attention(self.q_norm(query), self.k_norm(key), value, self.window)
+        return self.proj_drop(self.proj(out.flatten(-2)))
+
+    def extra_repr(self) -> str:
+        left, right = self.window
+        return f"num_heads={self.num_heads}, window=({left}, {right})"

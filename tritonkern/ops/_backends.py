@@ -1,0 +1,157 @@
+"""Which backend can run a call, and the reason where one cannot.
+
+One predicate a backend answers for the choice, for the error and for `tritonkern doctor`, so that these never disagree.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import os
+import pkgutil
+import warnings
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+
+MODULES = {"cpp": "cpp", "triton": "triton_kernels", "reference": "reference"}
+PREFERRED = {"cpu": "cpp", "cuda": "triton"}
+
+
+class Obstacle(NamedTuple):
+    """Why a backend cannot run, and what to do about it."""
+
+    reason: str
+    remedy: str
+
+
+def check_name(backend: str | None) -> None:
+    """Raise unless `backend` is None or names a backend."""
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be a string or None, got {type(backend).__name__}")
+    if backend is not None and backend not in MODULES:
+        raise ValueError(f"backend must be one of {', '.join(MODULES)} or None, got {backend!r}")
+
+
+@functools.cache
+def load(operation: str, device: torch.device, backend: str | None = None) -> ModuleType:
+    """The module that runs `operation` on `device`; None chooses the fastest, and warns where that is a slow one.
+
+    Cached, so a fallback warns once an operation and device, and a call pays for one dictionary look-up.
+    """
+    chosen = _choose(operation, device) if backend is None else backend
+    check_name(chosen)
+    if unavailable(operation, chosen, device) is not None:
+        raise ValueError(
+            f"backend={chosen!r} cannot run {operation} on {device}. Backends:\n{_listing(operation, device)}"
+        )
+    return _room(operation, chosen)
+
+
+def unavailable(operation: str, backend: str, device: torch.device) -> Obstacle | None:
+    """None if `backend` can run `operation` on `device`."""
+    if importlib.util.find_spec(_room_name(operation, backend)) is None:
+        return Obstacle(f"{operation} is not written for it", "use another backend")
+    return _PREDICATES[backend](device)
+
+
+def report() -> str:
+    """The page that `tritonkern doctor` prints: each operation, its backends, what is missing and what to do."""
+    lines = [f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads"]
+    if torch.cuda.is_available():
+        lines.append(f"GPU: {torch.cuda.get_device_name()}")
+    strict = "raise (TRITONKERN_STRICT=1)" if _strict() else "warn once"
+    lines.append(f"calls that fall back to the slow reference {strict}")
+    rooms = importlib.import_module("tritonkern.ops").__path__
+    for operation in (module.name for module in pkgutil.iter_modules(rooms) if module.ispkg):
+        lines.append(f"\n{operation}")
+        for backend, home in (("cpp", "cpu"), ("triton", "cuda"), ("reference", "cpu")):
+            obstacle = unavailable(operation, backend, torch.device(home))
+            lines.append(f"  {_line(backend, obstacle, _description(backend))}")
+    return "\n".join(lines)
+
+
+def _choose(operation: str, device: torch.device) -> str:
+    preferred = PREFERRED.get(device.type)
+    if preferred is not None and unavailable(operation, preferred, device) is None:
+        return preferred
+    message = (
+        f"{operation} falls back to the slow eager reference on {device}. Backends:\n{_listing(operation, device)}"
+    )
+    if _strict():
+        raise RuntimeError(f"{message}\nPass backend='reference' or unset TRITONKERN_STRICT to allow it.")
+    warnings.warn(message, RuntimeWarning, stacklevel=2)
+    return "reference"
+
+
+def _strict() -> bool:
+    return os.environ.get("TRITONKERN_STRICT", "0") == "1"
+
+
+def _listing(operation: str, device: torch.device) -> str:
+    return "\n".join(f"  {_line(name, unavailable(operation, name, device), 'available')}" for name in MODULES)
+
+
+def _line(backend: str, obstacle: Obstacle | None, otherwise: str) -> str:
+    return f"{backend:10}{otherwise if obstacle is None else f'missing: {obstacle.reason}; {obstacle.remedy}'}"
+
+
+def _description(backend: str) -> str:
+    if backend == "cpp":
+        return f"available on CPU tensors ({importlib.import_module('tritonkern._cpp').isa()})"
+    return "available on CUDA and ROCm tensors" if backend == "triton" else "available everywhere, slow"
+
+
+def _room_name(operation: str, backend: str) -> str:
+    return f"tritonkern.ops.{operation}.{MODULES[backend]}"
+
+
+def _room(operation: str, backend: str) -> ModuleType:
+    return importlib.import_module(_room_name(operation, backend))
+
+
+def _cpp(device: torch.device) -> Obstacle | None:
+    try:
+        importlib.import_module("tritonkern._cpp")
+    except ImportError as error:
+        return Obstacle(
+            f"the C++ extension cannot be imported ({error})",
+            "install a C++17 compiler (Debian: apt install g++) and install tritonkern again",
+        )
+    if device.type != "cpu":
+        return Obstacle(f"it runs on CPU tensors, not on {device.type}", "move the tensors to the CPU")
+    return None
+
+
+def _triton(device: torch.device) -> Obstacle | None:
+    try:
+        triton = importlib.import_module("triton")
+    except ImportError as error:
+        return Obstacle(f"Triton cannot be imported ({error})", "pip install 'triton>=3.4' (Linux)")
+    if tuple(int(part) for part in triton.__version__.split(".")[:2]) < (3, 4):
+        return Obstacle(f"Triton {triton.__version__} is too old", "pip install 'triton>=3.4'")
+    if device.type == "cpu":
+        if os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return Obstacle(
+            "it runs CPU tensors in Triton's interpreter only, for debugging",
+            "move the tensors to a GPU, or set TRITON_INTERPRET=1 before Python starts",
+        )
+    if device.type != "cuda":
+        return Obstacle(f"it runs on CUDA and ROCm tensors, not on {device.type}", "move the tensors to such a GPU")
+    if not torch.cuda.is_available():
+        return Obstacle("this PyTorch finds no GPU", "install a GPU build of PyTorch and check the driver")
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return Obstacle(
+            f"{torch.cuda.get_device_name(device)} is older than Ampere (sm_80)", "use a newer GPU, or the CPU"
+        )
+    return None
+
+
+def _reference(device: torch.device) -> Obstacle | None:
+    return None
+
+
+_PREDICATES = {"cpp": _cpp, "triton": _triton, "reference": _reference}

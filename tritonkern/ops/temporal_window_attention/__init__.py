@@ -1,0 +1,1 @@
+"""Attention over a sliding window of frames; see README.md in this folder."""

@@ -1,0 +1,155 @@
+"""Contract, operators and gradient of temporal window attention. Tensors in here are always `[B, T, N, H, D]`."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritonkern.ops import _backends, _registry
+
+NAME = "temporal_window_attention"
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_DIM = 256
+# Counts are added to frame numbers in the kernels; this keeps them far from overflow and beyond every clip.
+MAX_WINDOW_COUNT = 2**30
+
+
+def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Raise TypeError or ValueError unless the three tensors fit together. Takes 4-D calls too."""
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.layout != torch.strided:
+            raise TypeError(f"{name} must be a dense (strided) tensor, got layout {x.layout}; call .to_dense() on it")
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}; convert it first")
+        if x.dim() not in (4, 5):
+            raise ValueError(f"{name} must have shape [B, T, H, D] or [B, T, N, H, D], got {tuple(x.shape)}")
+    for name, x in (("key", key), ("value", value)):
+        if x.shape != query.shape:
+            raise ValueError(
+                f"{name} must have the shape of query, {tuple(query.shape)}, got {tuple(x.shape)}; "
+                "expand() it if it is meant to be broadcast"
+            )
+        if x.dtype != query.dtype:
+            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {x.dtype}; convert one of them")
+        if x.device != query.device:
+            raise ValueError(f"{name} must be on the device of query, {query.device}, got {x.device}; move one of them")
+    head_dim = query.shape[-1]
+    if head_dim % 8 != 0 or not 8 <= head_dim <= MAX_HEAD_DIM:
+        raise ValueError(
+            f"query must have a head dimension (last axis) that is a multiple of 8 from 8 to {MAX_HEAD_DIM}, "
+            f"got {head_dim}; pad query, key and value with zeros to the next multiple and pass scale explicitly"
+        )
+
+
+def check_window(left: int, right: int) -> None:
+    """Raise ValueError unless both inclusive counts are in range."""
+    for side, count in (("left", left), ("right", right)):
+        if not 0 <= count <= MAX_WINDOW_COUNT:
+            raise ValueError(f"window must have a {side} count from 0 to 2**30 frames, got {count}")
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, left: int, right: int) -> None:
+    """What a kernel relies on, for those who call `torch.ops` directly."""
+    check_tensors(query, key, value)
+    check_window(left, right)
+    if query.dim() != 5:
+        raise ValueError(f"query must have shape [B, T, N, H, D] here, got {tuple(query.shape)}; use unsqueeze(2)")
+
+
+def _check_saved(grad_out: Tensor, query: Tensor, out: Tensor, lse: Tensor) -> None:
+    for name, x, shape, dtype in (
+        ("grad_out", grad_out, query.shape, query.dtype),
+        ("out", out, query.shape, query.dtype),
+        ("lse", lse, query.shape[:-1], _lse_dtype(query)),
+    ):
+        if x.shape != shape or x.dtype != dtype or x.device != query.device:
+            raise ValueError(
+                f"{name} must be {dtype} of shape {tuple(shape)} on {query.device}, "
+                f"got {x.dtype} of shape {tuple(x.shape)} on {x.device}; pass what the forward operator returned"
+            )
+
+
+def _lse_dtype(query: Tensor) -> torch.dtype:
+    return torch.float64 if query.dtype == torch.float64 else torch.float32
+
+
+def _forward(
+    query: Tensor, key: Tensor, value: Tensor, left: int, right: int, scale: float, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    _check(query, key, value, left, right)
+    return _backends.load(NAME, query.device, backend).forward(query, key, value, left, right, scale)
+
+
+def _forward_fake(
+    query: Tensor, key: Tensor, value: Tensor, left: int, right: int, scale: float, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    _check(query, key, value, left, right)
+    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=_lse_dtype(query))
+
+
+def _backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    left: int,
+    right: int,
+    scale: float,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(query, key, value, left, right)
+    _check_saved(grad_out, query, out, lse)
+    kernels = _backends.load(NAME, query.device, backend)
+    return kernels.backward(grad_out, query, key, value, out, lse, left, right, scale)
+
+
+def _backward_fake(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    left: int,
+    right: int,
+    scale: float,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check(query, key, value, left, right)
+    _check_saved(grad_out, query, out, lse)
+    return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
+
+
+temporal_window_attention_fwd = _registry.define(
+    "temporal_window_attention_fwd(Tensor query, Tensor key, Tensor value, int left, int right, float scale,"
+    " str? backend=None) -> (Tensor, Tensor)",
+    _forward,
+    _forward_fake,
+)
+temporal_window_attention_bwd = _registry.define(
+    "temporal_window_attention_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,"
+    " int left, int right, float scale, str? backend=None) -> (Tensor, Tensor, Tensor)",
+    _backward,
+    _backward_fake,
+)
+
+
+def _setup_context(ctx, inputs, output):
+    query, key, value, *ctx.options = inputs
+    out, lse = output
+    ctx.mark_non_differentiable(lse)
+    ctx.save_for_backward(query, key, value, out, lse)
+
+
+def _gradient(ctx, grad_out, _):
+    grads = temporal_window_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.options)
+    needed = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False))
+    return (*needed, *(None for _ in ctx.options))
+
+
+_registry.attach_gradient(temporal_window_attention_fwd, _setup_context, _gradient)
+_registry.forbid_gradient(temporal_window_attention_bwd, NAME)
