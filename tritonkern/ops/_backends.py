@@ -11,6 +11,7 @@ import importlib.util
 import os
 import pkgutil
 import warnings
+from pathlib import Path
 from types import ModuleType
 from typing import NamedTuple
 
@@ -69,7 +70,9 @@ def report() -> str:
         lines.append(f"\n{operation}")
         for backend, home in (("cpp", "cpu"), ("triton", "cuda"), ("reference", "cpu")):
             obstacle = unavailable(operation, backend, torch.device(home))
-            lines.append(f"  {_line(backend, obstacle, _description(backend))}")
+            lines.append(f"  {_line(backend, obstacle, _DESCRIPTIONS[backend])}")
+            if backend == "cpp" and obstacle is None:
+                lines[-1] += f" ({importlib.import_module('tritonkern._cpp').isa()} kernels)"
     return "\n".join(lines)
 
 
@@ -98,12 +101,6 @@ def _line(backend: str, obstacle: Obstacle | None, otherwise: str) -> str:
     return f"{backend:10}{otherwise if obstacle is None else f'missing: {obstacle.reason}; {obstacle.remedy}'}"
 
 
-def _description(backend: str) -> str:
-    if backend == "cpp":
-        return f"available on CPU tensors ({importlib.import_module('tritonkern._cpp').isa()})"
-    return "available on CUDA and ROCm tensors" if backend == "triton" else "available everywhere, slow"
-
-
 def _room_name(operation: str, backend: str) -> str:
     return f"tritonkern.ops.{operation}.{MODULES[backend]}"
 
@@ -116,9 +113,12 @@ def _cpp(device: torch.device) -> Obstacle | None:
     try:
         importlib.import_module("tritonkern._cpp")
     except ImportError as error:
+        # setup.py leaves the compiler's message there when the package had to be installed without its extension.
+        note = Path(__file__).parents[1] / "_cpp_build_error.txt"
+        reason = f"its build failed, see {note}" if note.exists() else str(error)
         return Obstacle(
-            f"the C++ extension cannot be imported ({error})",
-            "install a C++17 compiler (Debian: apt install g++) and install tritonkern again",
+            f"the C++ extension cannot be imported ({reason})",
+            "install a C++17 compiler (Debian: apt install g++) and then tritonkern again",
         )
     if device.type != "cpu":
         return Obstacle(f"it runs on CPU tensors, not on {device.type}", "move the tensors to the CPU")
@@ -154,4 +154,9 @@ def _reference(device: torch.device) -> Obstacle | None:
     return None
 
 
+_DESCRIPTIONS = {
+    "cpp": "runs CPU tensors",
+    "triton": "runs CUDA and ROCm tensors",
+    "reference": "runs everywhere, slowly",
+}
 _PREDICATES = {"cpp": _cpp, "triton": _triton, "reference": _reference}
