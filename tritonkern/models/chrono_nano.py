@@ -1,0 +1,83 @@
+"""chrono-nano: the recipe of Chrono at a size that trains from scratch on a CPU and ships inside the package."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tritonkern.models.adapter import TemporalAdapter
+from tritonkern.models.dinov2 import Block
+from tritonkern.models.matching import MatchingTracker
+
+
+class ResidualBlock(nn.Module):
+    """Two 3x3 convolutions with group normalisation, `[B, C_in, H, W]` -> `[B, C_out, H / stride, W / stride]`."""
+
+    def __init__(self, dim_in: int, dim_out: int, stride: int = 1):
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim_in, dim_out, 3, stride, 1)
+        self.norm1 = nn.GroupNorm(8, dim_out)
+        self.conv2 = nn.Conv2d(dim_out, dim_out, 3, 1, 1)
+        self.norm2 = nn.GroupNorm(8, dim_out)
+        same = stride == 1 and dim_in == dim_out
+        self.shortcut = nn.Identity() if same else nn.Conv2d(dim_in, dim_out, 1, stride)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.norm1(self.conv1(x)))
+        return F.relu(self.shortcut(x) + self.norm2(self.conv2(y)))
+
+
+class ChronoNano(MatchingTracker):
+    """A small vision transformer with temporal adapters and Chrono's matching head.
+
+    A convolutional stem gives 64x64 cells of local appearance; a transformer on 16x16 tokens, with a `TemporalAdapter` after
+    each block but the last as in Chrono (Kim et al., CVPR 2025), adds what the surroundings and the neighbouring frames know;
+    both meet again at 64x64 cells, where one more adapter looks along time. Set `temporal = False` to run without the adapters
+    (for ablations).
+
+    `features(video)`: float `[B, T, 256, 256, 3]` in [-1, 1] -> unit-norm float32 `[B, T, 64, 64, 128]`.
+    """
+
+    resolution = (256, 256)
+    temporal = True
+
+    def __init__(self, dim: int = 192, depth: int = 4, num_heads: int = 4, local_dim: int = 64, out_dim: int = 128):
+        super().__init__()
+        self.stem = nn.Sequential(
+            nn.Conv2d(3, 32, 7, 2, 3),
+            nn.GroupNorm(8, 32),
+            nn.ReLU(),
+            ResidualBlock(32, local_dim, stride=2),
+            ResidualBlock(local_dim, local_dim),
+        )
+        self.patch_embed = nn.Conv2d(local_dim, dim, 4, 4)
+        self.pos_embed = nn.Parameter(torch.zeros(1, 16 * 16, dim))
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        self.blocks = nn.ModuleList(Block(dim, num_heads) for _ in range(depth))
+        self.adapter = nn.ModuleList(TemporalAdapter(dim, hidden=64, pool=2) for _ in range(depth - 1))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+        self.upsample = nn.ConvTranspose2d(dim, local_dim, 4, 4)
+        self.fuse = ResidualBlock(local_dim, local_dim)
+        self.local_adapter = TemporalAdapter(local_dim, hidden=64, pool=4)
+        self.local_norm = nn.LayerNorm(local_dim, eps=1e-6)
+        self.head = nn.Linear(local_dim, out_dim)
+
+    def features(self, video: Tensor) -> Tensor:
+        batch, frames = video.shape[:2]
+        images = video.flatten(0, 1).movedim(-1, 1)
+        local = self.stem(images)
+
+        tokens = self.patch_embed(local).flatten(2).transpose(1, 2) + self.pos_embed
+        for index, block in enumerate(self.blocks):
+            tokens = block(tokens)
+            if self.temporal and index < len(self.adapter):
+                grid = tokens.view(batch, frames, 16, 16, -1)
+                tokens = (grid + self.adapter[index](grid)).flatten(2, 3).flatten(0, 1)
+        context = self.norm(tokens).transpose(1, 2).unflatten(2, (16, 16))
+
+        fused = self.fuse(local + self.upsample(context))
+        cells = fused.movedim(1, -1).unflatten(0, (batch, frames))
+        if self.temporal:
+            cells = cells + self.local_adapter(cells)
+        return F.normalize(self.head(self.local_norm(cells)).float(), dim=-1)

@@ -1,0 +1,123 @@
+"""Training a tracker from scratch on generated videos: AdamW, one-cycle schedule, gradient clipping, resumable."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch.utils.data import DataLoader, Dataset
+
+from tritonkern.models.matching import MatchingTracker
+from tritonkern.training.losses import tracking_loss
+from tritonkern.training.synthetic import generate_clip
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """Everything that decides the result of a run: the same plan and steps give the same clips in the same order."""
+
+    steps: int = 4000
+    frames: int = 10
+    points: int = 256
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-4
+    seed: int = 0
+    bfloat16: bool = True
+
+
+class GeneratedClips(Dataset):
+    """Clip `i` of a plan: video `[T, H, W, 3]` in [-1, 1], queries `[N, 3]` (t, y, x), points `[N, T, 2]`, occluded `[N, T]`."""
+
+    def __init__(self, plan: TrainingPlan):
+        self.plan = plan
+
+    def __len__(self) -> int:
+        return self.plan.steps
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
+        clip = generate_clip((self.plan.seed, index), frames=self.plan.frames, points=self.plan.points)
+        video = torch.from_numpy(clip.video).float() / 127.5 - 1
+        points, occluded = torch.from_numpy(clip.points), torch.from_numpy(clip.occluded)
+        # The query is a random visible frame of each point; every point shows in at least the frame that it was drawn in.
+        draw = torch.rand(occluded.shape, generator=torch.Generator().manual_seed(index))
+        start = draw.masked_fill(occluded, -1).argmax(-1)
+        place = points[torch.arange(len(points)), start]
+        return video, torch.stack([start.float(), place[:, 1], place[:, 0]], -1), points, occluded
+
+
+def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a file beside `path`, then give it that name: a reader never meets half a file."""
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(unfinished)
+        os.replace(unfinished, path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def train(
+    model: MatchingTracker,
+    output: Path,
+    plan: TrainingPlan,
+    *,
+    save_every: int = 200,
+    report: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
+) -> None:
+    """Train `model` in place and write `output` (safetensors, float16) when done.
+
+    `output` with the suffix `.checkpoint` is written every `save_every` steps and resumes an interrupted run of the same plan;
+    `report(step, losses)` is called after each step. Raises `ValueError` if the checkpoint belongs to another plan.
+    """
+    checkpoint = output.with_suffix(".checkpoint")
+    matrices = [p for p in model.parameters() if p.ndim > 1]
+    vectors = [p for p in model.parameters() if p.ndim <= 1]
+    optimiser = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
+        lr=plan.learning_rate,
+    )
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, plan.learning_rate, plan.steps, pct_start=0.05)
+    first = 0
+    if checkpoint.exists():
+        saved = torch.load(checkpoint, weights_only=True)
+        if saved["plan"] != asdict(plan):
+            raise ValueError(f"{checkpoint} belongs to another plan ({saved['plan']}); delete it or give another --out")
+        model.load_state_dict(saved["model"])
+        optimiser.load_state_dict(saved["optimiser"])
+        schedule.load_state_dict(saved["schedule"])
+        first = saved["step"]
+
+    def save(step: int) -> None:
+        state = {
+            "plan": asdict(plan),
+            "step": step,
+            "model": model.state_dict(),
+            "optimiser": optimiser.state_dict(),
+            "schedule": schedule.state_dict(),
+        }
+        write_atomically(checkpoint, lambda path: torch.save(state, path))
+
+    device = next(model.parameters()).device
+    clips = torch.utils.data.Subset(GeneratedClips(plan), range(first, plan.steps))
+    model.train()
+    for step, batch in enumerate(DataLoader(clips, batch_size=1, num_workers=1, prefetch_factor=4), start=first + 1):
+        video, queries, points, occluded = (tensor.to(device) for tensor in batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=plan.bfloat16):
+            features = model.features(video)
+        losses = tracking_loss(model, features, queries, points, occluded)
+        optimiser.zero_grad(set_to_none=True)
+        losses["total"].backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        schedule.step()
+        report(step, {name: float(value.detach()) for name, value in losses.items()})
+        if step % save_every == 0 or step == plan.steps:
+            save(step)
+    model.eval()
+    weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
+    metadata = {"model": type(model).__name__, "plan": json.dumps(asdict(plan))}
+    write_atomically(output, lambda path: save_file(weights, path, metadata))
