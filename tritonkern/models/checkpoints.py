@@ -1,0 +1,81 @@
+"""Reading of weight files, and loading that says exactly what does not fit."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+# Where training frameworks put the weights among the other things of a checkpoint.
+_WRAPPERS = ("state_dict", "model", "teacher")
+_LISTED = 8
+
+
+def read_state_dict(path: str | Path) -> dict[str, Tensor]:
+    """Tensors by name from a .safetensors file, a plain PyTorch state dict, or a checkpoint that wraps one.
+
+    Nothing in the file is executed.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: the file is damaged, holds Python objects that PyTorch does not load safely, or holds no weights.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"no weights file at {path}")
+    if path.suffix == ".safetensors":
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        reason = str(error)
+        if "GLOBAL" not in reason:
+            raise ValueError(f"{path} is not a readable PyTorch file; was the download cut short?") from error
+        raise ValueError(
+            f"{path} holds Python objects beside its tensors, which only running its code could load. If you trust its origin, "
+            "write its tensors out once: torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pth')"
+        ) from error
+    except (RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is not a readable PyTorch file; was the download cut short?") from error
+    for wrapper in _WRAPPERS:
+        if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
+            state = state[wrapper]
+    if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path} holds no state dict: a mapping from parameter names to tensors is needed")
+    return dict(state)
+
+
+def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
+    """Loads `state` into `model` if keys and shapes agree exactly.
+
+    Raises:
+        ValueError: they do not; the message names `source` and lists what is missing, unexpected or of another shape.
+    """
+    expected = model.state_dict()
+    problems = {
+        "missing": [key for key in expected if key not in state],
+        "unexpected": [key for key in state if key not in expected],
+        "of another shape": [
+            f"{key} {list(state[key].shape)} (needs {list(value.shape)})"
+            for key, value in expected.items()
+            if key in state and state[key].shape != value.shape
+        ],
+    }
+    found = [f"{len(keys)} {kind}: {_shortened(keys)}" for kind, keys in problems.items() if keys]
+    if found:
+        raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(found)}")
+    model.load_state_dict(state)
+
+
+def _shortened(keys: list[str]) -> str:
+    more = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
+    return ", ".join(keys[:_LISTED]) + more

@@ -1,0 +1,293 @@
+"""DINOv2 vision transformers (Oquab et al., TMLR 2024), with and without registers (Darcet et al., ICLR 2024)."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tritonkern.models.checkpoints import load_strict, read_state_dict
+
+
+@dataclass(frozen=True)
+class DINOv2Config:
+    """Sizes of a DINOv2 model. The published ones are in `DINOV2_CONFIGS`."""
+
+    dim: int
+    depth: int
+    num_heads: int
+    swiglu: bool = False
+    """SwiGLU feed-forward (ViT-g) in place of a GELU MLP."""
+    num_registers: int = 0
+    patch_size: int = 14
+    grid: int = 37
+    """Rows and columns of the position embedding: the published models were trained last at 37 x 14 = 518 pixels."""
+
+
+_SIZES = {
+    "vits14": DINOv2Config(384, 12, 6),
+    "vitb14": DINOv2Config(768, 12, 12),
+    "vitl14": DINOv2Config(1024, 24, 16),
+    "vitg14": DINOv2Config(1536, 40, 24, swiglu=True),
+}
+DINOV2_CONFIGS = {
+    **_SIZES,
+    **{
+        f"{name}_reg": DINOv2Config(c.dim, c.depth, c.num_heads, c.swiglu, num_registers=4)
+        for name, c in _SIZES.items()
+    },
+}
+
+
+class PatchEmbed(nn.Module):
+    """Images `[N, 3, H, W]` -> patch tokens `[N, H/p * W/p, dim]`, row by row."""
+
+    def __init__(self, dim: int, patch_size: int) -> None:
+        super().__init__()
+        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.proj(images).flatten(2).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention over the tokens of each image."""
+
+    def __init__(self, dim: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # 3 x [N, H, L, D]
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+
+
+class LayerScale(nn.Module):
+    """A learned factor for each channel."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Mlp(nn.Module):
+    """Two linear layers with a GELU between, four times as wide inside."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class SwiGLU(nn.Module):
+    """Gated feed-forward, two thirds of `Mlp`'s width inside, rounded up to a multiple of 8."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        hidden = (int(4 * dim * 2 / 3) + 7) // 8 * 8
+        self.w12 = nn.Linear(dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, value = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(gate) * value)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block on tokens `[N, L, dim]`."""
+
+    def __init__(self, dim: int, num_heads: int, swiglu: bool = False) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, num_heads)
+        self.ls1 = LayerScale(dim)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = SwiGLU(dim) if swiglu else Mlp(dim)
+        self.ls2 = LayerScale(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
+
+
+class DINOv2(nn.Module):
+    """A DINOv2 backbone whose parameter names are the official ones.
+
+    Args:
+        config: a name of `DINOV2_CONFIGS` ("vits14", "vitb14", "vitl14", "vitg14", each also with "_reg" for the
+            models with four registers), or a `DINOv2Config`. Weights are random; see `from_checkpoint`.
+
+    Raises:
+        ValueError: an unknown name.
+    """
+
+    def __init__(self, config: str | DINOv2Config = "vitb14") -> None:
+        super().__init__()
+        if isinstance(config, str):
+            if config not in DINOV2_CONFIGS:
+                raise ValueError(f"config must be one of {', '.join(DINOV2_CONFIGS)} or a DINOv2Config, got {config!r}")
+            config = DINOV2_CONFIGS[config]
+        self.config = config
+        self.patch_embed = PatchEmbed(config.dim, config.patch_size)
+        self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
+        self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.grid**2, config.dim))
+        # Used only in DINOv2's own training; here so that official state dicts load without exceptions.
+        self.mask_token = nn.Parameter(torch.zeros(1, config.dim))
+        if config.num_registers:
+            self.register_tokens = nn.Parameter(torch.empty(1, config.num_registers, config.dim))
+            nn.init.normal_(self.register_tokens, std=1e-6)
+        self.blocks = nn.ModuleList(Block(config.dim, config.num_heads, config.swiglu) for _ in range(config.depth))
+        self.norm = nn.LayerNorm(config.dim, eps=1e-6)
+
+        nn.init.normal_(self.cls_token, std=1e-6)
+        nn.init.trunc_normal_(self.pos_embed, std=0.02)
+        for module in self.blocks.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                nn.init.zeros_(module.bias)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> DINOv2:
+        """The model whose weights `path` holds, its size inferred from them.
+
+        Args:
+            path: an official `dinov2_vit*14[_reg4]_pretrain.pth`, or its tensors as .safetensors.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file cannot be read, or its keys or shapes are not those of a DINOv2 model.
+        """
+        state = official_keys(read_state_dict(path))
+        model = cls(infer_config(state, str(path)))
+        load_strict(model, state, str(path))
+        return model.eval()
+
+    def position_embedding(self, rows: int, columns: int) -> Tensor:
+        """Position embedding `[1, 1 + rows * columns, dim]` (class token first) of a grid of patches.
+
+        The models without registers were published with a resampling whose step is `grid / (rows + 0.1)`, those with
+        registers with an antialiased one of exact size; they differ at every size but the trained one, where there is none.
+        """
+        grid = self.config.grid
+        if (rows, columns) == (grid, grid):
+            return self.pos_embed
+        pos_embed = self.pos_embed.to(torch.promote_types(self.pos_embed.dtype, torch.float32))
+        patches = pos_embed[:, 1:].unflatten(1, (grid, grid)).movedim(-1, 1)
+        if self.config.num_registers:
+            patches = F.interpolate(patches, size=(rows, columns), mode="bicubic", antialias=True)
+        else:
+            factors = ((rows + 0.1) / grid, (columns + 0.1) / grid)
+            patches = F.interpolate(patches, scale_factor=factors, mode="bicubic")
+        return torch.cat([pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], dim=1).to(self.pos_embed.dtype)
+
+    def tokens(self, images: Tensor) -> Tensor:
+        """Images `[N, 3, H, W]` -> what enters the first block, `[N, 1 + registers + patches, dim]`."""
+        size = self.config.patch_size
+        if images.ndim < 4 or images.shape[-3] != 3 or images.shape[-2] % size or images.shape[-1] % size:
+            raise ValueError(
+                f"images must be [..., 3, H, W] with H and W multiples of {size}, got {list(images.shape)}; "
+                "resize or crop them"
+            )
+        x = self.patch_embed(images)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        x = x + self.position_embedding(images.shape[2] // size, images.shape[3] // size)
+        if self.config.num_registers:
+            x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+        return x
+
+    def get_intermediate_layers(
+        self,
+        images: Tensor,
+        n: int | Sequence[int] = 1,
+        reshape: bool = False,
+        return_class_token: bool = False,
+        norm: bool = True,
+        adapters: Sequence[Callable[[Tensor], Tensor]] = (),
+    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
+        """Patch tokens after some of the blocks, in the order of the blocks.
+
+        Args:
+            images: `[..., 3, H, W]` with any leading axes, ImageNet-normalised, H and W multiples of the patch size.
+            n: how many of the last blocks to return, or the indices of the blocks.
+            reshape: return `[..., dim, h, w]` in place of `[..., h * w, dim]`.
+            return_class_token: return pairs (patch tokens, class token `[..., dim]`).
+            norm: apply the model's final LayerNorm to every output.
+            adapters: `adapters[i]` maps the patch tokens after block i, `[..., h, w, dim]` with the leading axes of `images`
+                (so that `[B, T, 3, H, W]` gives an adapter its frames), to what is added to them.
+
+        Raises:
+            ValueError: bad image size, an index that no block has, or more adapters than blocks.
+        """
+        depth = len(self.blocks)
+        wanted = set(range(depth - n, depth) if isinstance(n, int) else n)
+        if not wanted <= set(range(depth)) or not wanted:
+            raise ValueError(f"n must be 1 to {depth}, or block indices from 0 to {depth - 1}, got {n}")
+        if len(adapters) > depth:
+            raise ValueError(f"adapters must be at most one for each of {depth} blocks, got {len(adapters)}")
+
+        leading = images.shape[:-3]
+        x = self.tokens(images.flatten(0, -4))
+        rows, columns = (side // self.config.patch_size for side in images.shape[-2:])
+        prefix = 1 + self.config.num_registers
+
+        outputs = []
+        for index, block in enumerate(self.blocks):
+            x = block(x)
+            if index < len(adapters):
+                patches = x[:, prefix:].unflatten(1, (rows, columns)).unflatten(0, leading)
+                update = adapters[index](patches).flatten(0, len(leading) - 1).flatten(1, 2)
+                x = torch.cat([x[:, :prefix], x[:, prefix:] + update], dim=1)
+            if index in wanted:
+                outputs.append(self.norm(x) if norm else x)
+
+        tokens = [out[:, prefix:].unflatten(0, leading) for out in outputs]
+        if reshape:
+            tokens = [out.transpose(-1, -2).unflatten(-1, (rows, columns)).contiguous() for out in tokens]
+        if return_class_token:
+            return tuple(
+                (patches, out[:, 0].unflatten(0, leading)) for patches, out in zip(tokens, outputs, strict=True)
+            )
+        return tuple(tokens)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Images `[..., 3, H, W]` -> normed class token `[..., dim]`."""
+        ((_, class_token),) = self.get_intermediate_layers(images, return_class_token=True)
+        return class_token
+
+
+def official_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Keys of training checkpoints, whose blocks are stored in chunks (`blocks.c.i.`), become those of released files."""
+    return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value for key, value in state.items()}
+
+
+def infer_config(state: Mapping[str, Tensor], source: str) -> DINOv2Config:
+    """The configuration that a DINOv2 state dict was made with, heads of 64 channels as in every published model.
+
+    Raises:
+        ValueError: the state dict is not one of DINOv2; the message names `source`.
+    """
+    try:
+        dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
+        grid = math.isqrt(state["pos_embed"].shape[1] - 1)
+    except (KeyError, ValueError) as error:
+        raise ValueError(
+            f"{source} holds no DINOv2 weights: patch_embed.proj.weight [dim, 3, p, p] and pos_embed are needed"
+        ) from error
+    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
+    return DINOv2Config(dim, depth, dim // 64, "blocks.0.mlp.w12.weight" in state, registers, patch_size, grid)
