@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonkern.models.adapter import TemporalAdapter
+from tritonkern.models.checkpoints import load_strict, read_state_dict
 from tritonkern.models.dinov2 import Block
 from tritonkern.models.matching import MatchingTracker
 
@@ -62,6 +65,16 @@ class ChronoNano(MatchingTracker):
         self.local_adapter = TemporalAdapter(local_dim, hidden=64, pool=4)
         self.local_norm = nn.LayerNorm(local_dim, eps=1e-6)
         self.head = nn.Linear(local_dim, out_dim)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> ChronoNano:
+        """The model with the weights that `tritonkern train` wrote to `path`, in float32.
+
+        Raises `FileNotFoundError` if there is no such file, `ValueError` if it does not hold this model's weights.
+        """
+        model = cls()
+        load_strict(model, {name: tensor.float() for name, tensor in read_state_dict(path).items()}, str(path))
+        return model.eval()
 
     def features(self, video: Tensor) -> Tensor:
         batch, frames = video.shape[:2]

@@ -117,11 +117,17 @@ class MatchingTracker(nn.Module):
             ]
             return TrackerOutput(*(torch.cat(column, dim=1) for column in zip(*parts, strict=True)))
 
+    def query_features(self, features: Tensor, queries: Tensor) -> Tensor:
+        """The features `[B, N, C]` of `[B, T, h, w, C]` at `queries` `[B, N, 3]` (t, y, x), interpolated."""
+        rows, columns = features.shape[2:4]
+        t, y, x = queries.unbind(-1)
+        return _sample(features, t, y * (rows / self.resolution[0]), x * (columns / self.resolution[1]))
+
     def _track_chunk(self, features: Tensor, queries: Tensor) -> TrackerOutput:
         batch, frames, rows, columns, channels = features.shape
         height, width = self.resolution
+        query_features = self.query_features(features, queries)
         t, y, x = queries.unbind(-1)
-        query_features = _sample(features, t, y * (rows / height), x * (columns / width))
 
         # [B, n, T, h*w]
         cost = query_features @ features.reshape(batch, -1, channels).mT
