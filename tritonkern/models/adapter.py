@@ -9,8 +9,8 @@ from tritonkern.nn import TemporalWindowAttention
 class TemporalAdapter(nn.Module):
     """Bottleneck of convolutions around temporal window attention, added to a backbone's tokens by the caller.
 
-    Parameters are those of Chrono's `TemporalAdapter`. The last convolution starts at zero, so a new adapter adds nothing.
-    The first norm takes its statistics over all frames of the clip together, so that every frame depends on the whole clip.
+    Parameters are those of Chrono's `TemporalAdapter`. The last convolution starts at zero: a new adapter adds nothing.
+    The first norm takes its statistics over all frames of the clip together, so every frame depends on the whole clip.
 
     Args:
         dim: channels C of the tokens.

@@ -41,8 +41,9 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
         if "GLOBAL" not in reason:
             raise ValueError(f"{path} is not a readable PyTorch file; was the download cut short?") from error
         raise ValueError(
-            f"{path} holds Python objects beside its tensors, which only running its code could load. If you trust its origin, "
-            "write its tensors out once: torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pth')"
+            f"{path} holds Python objects beside its tensors, which only running its code could load. If you trust its "
+            "origin, write its tensors out once: "
+            "torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pth')"
         ) from error
     except (RuntimeError, EOFError) as error:
         raise ValueError(f"{path} is not a readable PyTorch file; was the download cut short?") from error

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -181,7 +182,7 @@ class DINOv2(nn.Module):
         """Position embedding `[1, 1 + rows * columns, dim]` (class token first) of a grid of patches.
 
         The models without registers were published with a resampling whose step is `grid / (rows + 0.1)`, those with
-        registers with an antialiased one of exact size; they differ at every size but the trained one, where there is none.
+        registers with an antialiased one of exact size; they differ everywhere but at the trained size.
         """
         grid = self.config.grid
         if (rows, columns) == (grid, grid):
@@ -195,17 +196,11 @@ class DINOv2(nn.Module):
             patches = F.interpolate(patches, scale_factor=factors, mode="bicubic")
         return torch.cat([pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], dim=1).to(self.pos_embed.dtype)
 
-    def tokens(self, images: Tensor) -> Tensor:
+    def _tokens(self, images: Tensor) -> Tensor:
         """Images `[N, 3, H, W]` -> what enters the first block, `[N, 1 + registers + patches, dim]`."""
-        size = self.config.patch_size
-        if images.ndim < 4 or images.shape[-3] != 3 or images.shape[-2] % size or images.shape[-1] % size:
-            raise ValueError(
-                f"images must be [..., 3, H, W] with H and W multiples of {size}, got {list(images.shape)}; "
-                "resize or crop them"
-            )
         x = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
-        x = x + self.position_embedding(images.shape[2] // size, images.shape[3] // size)
+        x = x + self.position_embedding(*(side // self.config.patch_size for side in images.shape[2:]))
         if self.config.num_registers:
             x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
         return x
@@ -218,7 +213,7 @@ class DINOv2(nn.Module):
         return_class_token: bool = False,
         norm: bool = True,
         adapters: Sequence[Callable[[Tensor], Tensor]] = (),
-    ) -> tuple[Tensor, ...] | tuple[tuple[Tensor, Tensor], ...]:
+    ) -> tuple[Any, ...]:
         """Patch tokens after some of the blocks, in the order of the blocks.
 
         Args:
@@ -227,13 +222,18 @@ class DINOv2(nn.Module):
             reshape: return `[..., dim, h, w]` in place of `[..., h * w, dim]`.
             return_class_token: return pairs (patch tokens, class token `[..., dim]`).
             norm: apply the model's final LayerNorm to every output.
-            adapters: `adapters[i]` maps the patch tokens after block i, `[..., h, w, dim]` with the leading axes of `images`
-                (so that `[B, T, 3, H, W]` gives an adapter its frames), to what is added to them.
+            adapters: `adapters[i]` maps the patch tokens after block i, `[..., h, w, dim]` with the leading axes of
+                `images` (so that `[B, T, 3, H, W]` gives an adapter its frames), to what is added to them.
 
         Raises:
             ValueError: bad image size, an index that no block has, or more adapters than blocks.
         """
-        depth = len(self.blocks)
+        size, depth = self.config.patch_size, len(self.blocks)
+        if images.ndim < 4 or images.shape[-3] != 3 or images.shape[-2] % size or images.shape[-1] % size:
+            raise ValueError(
+                f"images must be [..., 3, H, W] with H and W multiples of {size}, got {list(images.shape)}; "
+                "resize or crop them"
+            )
         wanted = set(range(depth - n, depth) if isinstance(n, int) else n)
         if not wanted <= set(range(depth)) or not wanted:
             raise ValueError(f"n must be 1 to {depth}, or block indices from 0 to {depth - 1}, got {n}")
@@ -241,8 +241,8 @@ class DINOv2(nn.Module):
             raise ValueError(f"adapters must be at most one for each of {depth} blocks, got {len(adapters)}")
 
         leading = images.shape[:-3]
-        x = self.tokens(images.flatten(0, -4))
-        rows, columns = (side // self.config.patch_size for side in images.shape[-2:])
+        x = self._tokens(images.flatten(0, -4))
+        rows, columns = (side // size for side in images.shape[-2:])
         prefix = 1 + self.config.num_registers
 
         outputs = []
@@ -271,7 +271,7 @@ class DINOv2(nn.Module):
 
 
 def official_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Keys of training checkpoints, whose blocks are stored in chunks (`blocks.c.i.`), become those of released files."""
+    """Keys of training checkpoints, with blocks in chunks (`blocks.c.i.`), become those of released files."""
     return {re.sub(r"^blocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value for key, value in state.items()}
 
 

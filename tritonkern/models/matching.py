@@ -75,9 +75,9 @@ class MatchingTracker(nn.Module):
         height, width = self.resolution
         if not video.is_floating_point():
             raise TypeError(f"video must be floating point in [-1, 1], got {video.dtype}; use video / 127.5 - 1")
-        if video.ndim != 5 or video.shape[2:] != (height, width, 3):
+        if video.ndim != 5 or video.shape[2:] != (height, width, 3) or video.shape[1] == 0:
             raise ValueError(
-                f"video must be [B, T, {height}, {width}, 3], got {list(video.shape)}; "
+                f"video must be [B, T, {height}, {width}, 3] with T >= 1, got {list(video.shape)}; "
                 f"resize the frames to {height}x{width}"
             )
         return self.track(self.features(video), queries)

@@ -1,0 +1,84 @@
+"""Chrono, the point tracker whose features look along time (Kim et al., CVPR 2025)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tritonkern.models.adapter import TemporalAdapter
+from tritonkern.models.checkpoints import load_strict, read_state_dict
+from tritonkern.models.dinov2 import DINOv2, DINOv2Config, infer_config
+from tritonkern.models.matching import MatchingTracker
+
+
+class Chrono(MatchingTracker):
+    """DINOv2 with a temporal adapter after every block but the last, and the matching head of `MatchingTracker`.
+
+    Computes in the dtype of its weights, float32 unless converted, on every device. The published numbers were measured
+    under `torch.autocast("cuda", torch.bfloat16)`; wrap the call in it for that speed and accuracy.
+
+    Args:
+        variant: the backbone, a name of `DINOV2_CONFIGS` or a `DINOv2Config`. Published are "vits14" and "vitb14".
+        hidden: channels inside the adapters.
+
+    Weights are random; see `from_checkpoint`.
+    """
+
+    resolution = (256, 256)
+    cells: int = 64
+    """Rows and columns of the feature grid; frames are resized to `cells` patches a side (64 x 14 = 896 pixels)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, variant: str | DINOv2Config = "vitb14", hidden: int = 128) -> None:
+        super().__init__()
+        self.dino = DINOv2(variant)
+        config = self.dino.config
+        self.adapter = nn.ModuleList(TemporalAdapter(config.dim, hidden) for _ in range(config.depth - 1))
+        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]), persistent=False)
+        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]), persistent=False)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path, variant: str | DINOv2Config | None = None) -> Chrono:
+        """The model of an official checkpoint, in evaluation mode on the CPU.
+
+        Args:
+            path: a Lightning checkpoint of the official code (`.ckpt`), or its tensors alone (.pth, .safetensors), with
+                or without the prefix `model.`.
+            variant: the backbone; None infers it from the shapes.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file cannot be read, or its keys or shapes are not exactly those of the model; the message
+                lists what is missing, unexpected or of another shape.
+        """
+        state: Mapping[str, Tensor] = read_state_dict(path)
+        if all(key.startswith("model.") for key in state):
+            state = {key.removeprefix("model."): value for key, value in state.items()}
+        if variant is None:
+            backbone = {key.removeprefix("dino."): value for key, value in state.items() if key.startswith("dino.")}
+            if not backbone:
+                raise ValueError(
+                    f"{path} holds no Chrono weights: keys dino.*, adapter.* and occ_linear.* are needed, "
+                    f"found {', '.join(list(state)[:4])}, ..."
+                )
+            variant = infer_config(backbone, str(path))
+        first = state.get("adapter.0.conv1.weight")
+        model = cls(variant) if first is None else cls(variant, hidden=first.shape[0])
+        load_strict(model, state, str(path))
+        return model.eval()
+
+    def features(self, video: Tensor) -> Tensor:
+        """Unit-norm features `[B, T, 64, 64, C]` of a video `[B, T, 256, 256, 3]` in [-1, 1]."""
+        batch, frames = video.shape[:2]
+        images = (((video.to(self.mean.dtype) + 1) / 2 - self.mean) / self.std).flatten(0, 1).movedim(-1, 1)
+        size = self.cells * self.dino.config.patch_size
+        images = F.interpolate(images, size=(size, size), mode="bilinear").unflatten(0, (batch, frames))
+        tokens = self.dino.get_intermediate_layers(images, adapters=list(self.adapter))[0]
+        tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32)).unflatten(2, (self.cells, self.cells))
+        return tokens / tokens.square().sum(-1, keepdim=True).clamp(min=1e-6).sqrt()
