@@ -1,0 +1,214 @@
+"""`tritonkern track | doctor | bench`. Commands import what they need when they run, so that --help is instant."""
+
+import errno
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import metadata, util
+from pathlib import Path
+from typing import Annotated
+
+_EXTRA = 'pip install "tritonkern[track]"'
+
+try:
+    import typer
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+except ModuleNotFoundError as _error:
+    sys.exit(f"tritonkern: the command line needs the package {_error.name}: {_EXTRA}")
+
+app = typer.Typer(
+    help="Attention and matching operations of point trackers, and points tracked in a video.",
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+
+
+def main() -> None:
+    """The console script."""
+    app()
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turn what a user can cause and mend into one line on stderr and exit code 2; Ctrl-C into exit code 130."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        _fail("interrupted: nothing unfinished was kept", 130)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("tritonkern"):
+            raise
+        _fail(f"the package {error.name} is missing: {_EXTRA}")
+    except OSError as error:
+        remedies = {
+            errno.ENOSPC: "free some space, or give another folder to --out",
+            errno.EDQUOT: "free some of your quota, or give another folder to --out",
+            errno.EFBIG: "raise the limit on file sizes (ulimit -f), or give another folder to --out",
+            errno.EACCES: "change its permissions, or give another path",
+        }
+        if error.errno in remedies:
+            name = f"{error.filename}: " if error.filename else ""
+            _fail(f"{name}{os.strerror(error.errno)}: {remedies[error.errno]}")
+        _fail(str(error))
+    except (ValueError, MemoryError) as error:
+        _fail(str(error) or "out of memory: use --max-frames or fewer points")
+
+
+def _fail(message: str, code: int = 2) -> None:
+    sys.stderr.write(f"tritonkern: {' '.join(message.split())}\n")
+    raise typer.Exit(code)
+
+
+class Stages:
+    """A progress bar on stderr for each stage of a job; calls come as `(stage, done, total or None)`."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description:>9}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+        )
+        self._tasks: dict[str, TaskID] = {}
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total)
+        self._bars.update(self._tasks[stage], completed=done, total=total)
+
+    def __enter__(self) -> "Stages":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+
+@app.command()
+def track(
+    video: Annotated[Path, typer.Argument(help="Video file, or folder of images.", show_default=False)],
+    out: Annotated[Path, typer.Option(help="Folder for tracks.npz, tracks.csv and overlay.mp4.", show_default=False)],
+    grid: Annotated[int | None, typer.Option(help="Points a side of a regular grid.  [default: 10]", min=1)] = None,
+    queries: Annotated[
+        Path | None, typer.Option(help="Points to track instead: .csv or .npz with t,x,y in pixels.")
+    ] = None,
+    query_frame: Annotated[int, typer.Option(help="Frame that the grid is laid on.", min=0)] = 0,
+    model: Annotated[str, typer.Option(help="Name of the model.")] = "chrono-nano",
+    weights: Annotated[Path | None, typer.Option(help="Checkpoint of a model that ships without weights.")] = None,
+    max_frames: Annotated[int | None, typer.Option(help="Read only so many frames.", min=1)] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda if there is one]")] = None,
+) -> None:
+    """Track points through a video."""
+    with one_line_errors():
+        _track(video, out, grid, queries, query_frame, model, weights, max_frames, device)
+
+
+def _track(
+    video: Path,
+    out: Path,
+    grid: int | None,
+    queries: Path | None,
+    query_frame: int,
+    model: str,
+    weights: Path | None,
+    max_frames: int | None,
+    device: str | None,
+) -> None:
+    if queries is not None and grid is not None:
+        raise ValueError("--grid and --queries exclude each other: give one of them")
+    if queries is not None and query_frame:
+        raise ValueError("--query-frame goes with --grid: the file of --queries has a frame t for each point")
+
+    from tritonkern.tracking import PointTracker, VideoReader, read_queries, write_overlay
+
+    reader = VideoReader(video)
+    points = None if queries is None else read_queries(queries)
+    tracker = PointTracker(model, weights, device)
+    out.mkdir(parents=True, exist_ok=True)
+    if not os.access(out, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(out))
+    npz, table, overlay = (out / name for name in ("tracks.npz", "tracks.csv", "overlay.mp4"))
+    clock = _Stopwatch()
+    with Stages() as stages:
+
+        def progress(stage: str, done: int, total: int | None) -> None:
+            stages(stage, done, total)
+            clock.note(stage)
+
+        result = tracker(
+            reader,
+            grid=grid,
+            queries=points,
+            query_frame=query_frame,
+            max_frames=max_frames,
+            progress=progress,
+        )
+        result.save_npz(npz)
+        result.save_csv(table)
+        write_overlay(overlay, reader, result, progress)
+
+    count, frames = result.visibility.shape
+    for path in (npz, table, overlay):
+        typer.echo(path)
+    per_frame = ", ".join(f"{stage} {1000 * seconds / frames:.1f} ms" for stage, seconds in clock.seconds.items())
+    typer.echo(f"{count} points, {frames} frames; time per frame on {tracker.device}: {per_frame}")
+
+
+class _Stopwatch:
+    """Seconds spent in each stage, counted between the notes."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def note(self, stage: str) -> None:
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
+
+
+@app.command()
+def doctor() -> None:
+    """Say which backends each operation has here, why one is missing, and what to do."""
+    with one_line_errors():
+        from tritonkern.ops._backends import report
+
+        typer.echo(report())
+        packages = ("tritonkern", "torch", "triton", "numpy", "av", "pillow", "safetensors", "typer", "rich")
+        typer.echo(f"\npython {sys.version.split()[0]}")
+        for package in packages:
+            typer.echo(f"{package} {_version(package)}")
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context) -> None:
+    """Run the benchmarks of a checkout; further arguments go to pytest."""
+    with one_line_errors():
+        benchmarks = Path(__file__).parents[1] / "benchmarks"
+        if not benchmarks.is_dir():
+            raise ValueError(
+                "the benchmarks are not part of the installed package: clone the repository, "
+                "and run `pip install -e .[test]` and `tritonkern bench` there"
+            )
+        if util.find_spec("pytest_benchmark") is None:
+            raise ValueError('the benchmarks need pytest-benchmark: pip install "tritonkern[test]"')
+        command = [sys.executable, "-m", "pytest", str(benchmarks), "--benchmark-only", *context.args]
+        raise typer.Exit(subprocess.run(command).returncode)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,35 @@
+"""From a video file to point tracks, and to pictures of them.
+
+```python
+from tritonkern.tracking import PointTracker, write_overlay
+
+tracks = PointTracker()("video.mp4", grid=12)
+tracks.save_npz("tracks.npz")
+write_overlay("overlay.mp4", "video.mp4", tracks)
+```
+"""
+
+try:
+    import av as _av  # noqa: F401
+    import PIL as _pil  # noqa: F401
+except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+        f'tritonkern.tracking needs the package {error.name}: pip install "tritonkern[track]"', name=error.name
+    ) from error
+
+from tritonkern.tracking.pictures import draw_points, write_overlay
+from tritonkern.tracking.predictor import PointTracker
+from tritonkern.tracking.queries import grid_queries, read_queries
+from tritonkern.tracking.results import PointTracks
+from tritonkern.tracking.video import VideoReader, VideoWriter
+
+__all__ = [
+    "PointTracker",
+    "PointTracks",
+    "VideoReader",
+    "VideoWriter",
+    "draw_points",
+    "grid_queries",
+    "read_queries",
+    "write_overlay",
+]

@@ -1,0 +1,97 @@
+"""What tracking gives, and how it is kept in files that are either complete or not there."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from os import PathLike
+from pathlib import Path
+from typing import IO
+from zipfile import BadZipFile
+
+import numpy as np
+
+_FIELDS = ("tracks", "visibility", "queries", "fps", "size")
+
+
+@dataclass(frozen=True)
+class PointTracks:
+    """Points followed through a video.
+
+    Positions are `(x, y)` in pixels of the original video with the raster convention: the frame spans
+    `[0, width] x [0, height]`, and the centre of its first pixel is `(0.5, 0.5)`.
+
+    Attributes:
+        tracks: `[N, T, 2]` float32, x and y of every point in every frame.
+        visibility: `[N, T]` bool, whether the model sees the point there.
+        queries: `[N, 3]` float32, t (frame), x, y of where each point was picked.
+        fps: frames per second of the video.
+        size: `(width, height)` of the video in pixels.
+    """
+
+    tracks: np.ndarray
+    visibility: np.ndarray
+    queries: np.ndarray
+    fps: float
+    size: tuple[int, int]
+
+    def save_npz(self, path: str | PathLike[str]) -> None:
+        """Write every field under its own name."""
+        with atomic_file(path) as file:
+            np.savez(
+                file,
+                tracks=self.tracks,
+                visibility=self.visibility,
+                queries=self.queries,
+                fps=np.float64(self.fps),
+                size=np.array(self.size),
+            )
+
+    def save_csv(self, path: str | PathLike[str]) -> None:
+        """Write one line for each point and frame: `point,t,x,y,visible` (visible is 0 or 1)."""
+        with atomic_file(path) as file:
+            file.write(b"point,t,x,y,visible\n")
+            for point, (track, visible) in enumerate(zip(self.tracks.tolist(), self.visibility.tolist(), strict=True)):
+                lines = (
+                    f"{point},{t},{x:.3f},{y:.3f},{seen:d}\n"
+                    for t, ((x, y), seen) in enumerate(zip(track, visible, strict=True))
+                )
+                file.write("".join(lines).encode())
+
+    @classmethod
+    def load(cls, path: str | PathLike[str]) -> "PointTracks":
+        """Read what `save_npz` wrote.
+
+        Raises:
+            ValueError: the file is not a tracks file.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as archive:
+                fields = {name: archive[name] for name in _FIELDS}
+        except (KeyError, ValueError, TypeError, EOFError, BadZipFile) as error:
+            raise ValueError(f"{path} is not a tracks file: it needs the arrays {', '.join(_FIELDS)}") from error
+        width, height = fields["size"].tolist()
+        return cls(
+            tracks=fields["tracks"],
+            visibility=fields["visibility"],
+            queries=fields["queries"],
+            fps=float(fields["fps"]),
+            size=(width, height),
+        )
+
+
+@contextmanager
+def atomic_file(path: str | PathLike[str]) -> Iterator[IO[bytes]]:
+    """Open a binary file that takes the name `path` only once it is complete.
+
+    It is written under a hidden name in the same folder and renamed at the end; on any error, or Ctrl-C, it is removed
+    and what stood at `path` before stays as it was.
+    """
+    path = Path(path)
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb+") as file:
+            yield file
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
