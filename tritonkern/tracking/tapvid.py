@@ -56,7 +56,7 @@ def read_tapvid(path: str | Path) -> Iterator[TapVidClip]:
 
     Raises:
         FileNotFoundError: no such file, or no `.pkl` in the folder.
-        ValueError, TypeError: the file or a video in it is not in the format; the message names file, video and field.
+        ValueError: the file or a video in it is not in the format; the message names file, video and field.
     """
     path = Path(path)
     files = sorted(path.glob("*.pkl")) if path.is_dir() else [path]
@@ -111,7 +111,7 @@ def tapvid_queries(clip: TapVidClip, mode: str) -> tuple[np.ndarray, np.ndarray]
 def _clip(file: Path, name: str, example: Any) -> TapVidClip:
     where = f"{file}, video {name!r}"
     if not isinstance(example, Mapping):
-        raise TypeError(f"{where}: must be a dict of video, points and occluded, got {type(example).__name__}")
+        raise ValueError(f"{where}: must be a dict of video, points and occluded, got {type(example).__name__}")
     for field in ("video", "points", "occluded"):
         if field not in example:
             raise ValueError(f"{where}: field {field!r} is missing, found {sorted(map(str, example))}")
@@ -119,13 +119,13 @@ def _clip(file: Path, name: str, example: Any) -> TapVidClip:
     video = np.stack([_frame(f"{where}, field 'video', frame {t}", f) for t, f in enumerate(_frames(where, example))])
     occluded, points = np.asarray(example["occluded"]), np.asarray(example["points"])
     if occluded.dtype != np.bool_:
-        raise TypeError(f"{where}, field 'occluded': must be bool, got {occluded.dtype}")
+        raise ValueError(f"{where}, field 'occluded': must be bool, got {occluded.dtype}")
     if occluded.ndim != 2 or occluded.shape[1] != len(video):
         raise ValueError(
             f"{where}, field 'occluded': must have shape [N, {len(video)}] to fit 'video', got {list(occluded.shape)}"
         )
     if not np.issubdtype(points.dtype, np.floating):
-        raise TypeError(f"{where}, field 'points': must be floating point, got {points.dtype}")
+        raise ValueError(f"{where}, field 'points': must be floating point, got {points.dtype}")
     if points.shape != (*occluded.shape, 2):
         raise ValueError(
             f"{where}, field 'points': must have shape {[*occluded.shape, 2]} to fit 'occluded', "
@@ -147,7 +147,7 @@ def _clip(file: Path, name: str, example: Any) -> TapVidClip:
 def _frames(where: str, example: Mapping) -> Any:
     frames = example["video"]
     if not isinstance(frames, (np.ndarray, list, tuple)):
-        raise TypeError(
+        raise ValueError(
             f"{where}, field 'video': must be uint8 [T, H, W, 3] or a list of JPEG files, got {type(frames).__name__}"
         )
     if isinstance(frames, np.ndarray) and frames.ndim == 0 or len(frames) == 0:
