@@ -45,7 +45,7 @@ def test_tracks_agree_with_the_picture():
     layer, side = deforming_layer(frames=8)
     colour, shown = render([layer], 8, SIZE)
     points, occluded = true_tracks([layer], shown, 200, np.random.default_rng(1))
-    assert 0.2 < occluded.mean() < 0.95
+    assert occluded.mean() < 0.9
     reads = [[] for _ in points]
     for n, t in zip(*np.nonzero(~occluded), strict=True):
         place = torch.from_numpy(points[n, t]) / SIZE * 2 - 1

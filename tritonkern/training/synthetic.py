@@ -200,21 +200,23 @@ def generate_clip(
     return Clip(f"synthetic-{seed}", video, tracks, occluded, shown.numpy())
 
 
-def photo_clips(count: int = 20, *, frames: int = 24, points: int = 256, seed: int = 2026) -> Iterator[Clip]:
+def photo_clips(
+    count: int = 20, *, frames: int = 24, size: int = 256, points: int = 256, seed: int = 2026, speed: float = 1.0
+) -> Iterator[Clip]:
     """Held-out clips whose textures are photographs (scikit-image's own), which training never sees.
 
     Each layer shows a random crop of a photograph. Needs `scikit-image` (`pip install "tritonkern[eval]"`).
     """
     pictures = photographs()
 
-    def crop(rng: np.random.Generator, size: int) -> Tensor:
+    def crop(rng: np.random.Generator, side: int) -> Tensor:
         picture = pictures[int(rng.integers(len(pictures)))]
         shortest = min(picture.shape[1:])
-        side = int(rng.uniform(0.6, 1.0) * shortest)
-        top, left = (int(rng.integers(0, extent - side + 1)) for extent in picture.shape[1:])
-        window = picture[None, :, top : top + side, left : left + side]
-        return F.interpolate(window, size=(size, size), mode="bilinear", antialias=True)[0]
+        cut = int(rng.uniform(0.6, 1.0) * shortest)
+        top, left = (int(rng.integers(0, extent - cut + 1)) for extent in picture.shape[1:])
+        window = picture[None, :, top : top + cut, left : left + cut]
+        return F.interpolate(window, size=(side, side), mode="bilinear", antialias=True)[0]
 
     for index in range(count):
-        clip = generate_clip((seed, index), frames=frames, points=points, texture=crop)
+        clip = generate_clip((seed, index), frames=frames, size=size, points=points, speed=speed, texture=crop)
         yield Clip(f"photographs-{index:02d}", clip.video, clip.points, clip.occluded, clip.depth)

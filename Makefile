@@ -1,0 +1,45 @@
+# Everything runs in a virtual environment of its own, .venv. PYTHON chooses the interpreter (3.10 or newer).
+PYTHON ?= python3
+JOBS ?= 2
+OPS ?=
+BIN := .venv/bin
+
+.PHONY: demo test check gpu bench aot format clean
+
+.venv/ready: pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+# The extension is rebuilt when a C++ file is newer than the last build; ninja compiles only what changed.
+.venv/built: .venv/ready $(wildcard csrc/*.cpp csrc/common/*.h)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	touch $@
+
+## Track points in a video of moving photographs; ends with the path of the overlay.
+demo: .venv/built
+	$(BIN)/python examples/demo.py
+
+## Run the tests.
+test: .venv/built
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --quiet tests
+
+## Lint, formatting and types.
+check: .venv/built
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/common/*.h
+
+format: .venv/built
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i csrc/*.cpp csrc/common/*.h
+
+## Benchmarks on this machine, with peers; OPS=name chooses an operation.
+bench: .venv/built
+	$(BIN)/python -m pytest benchmarks --benchmark-only $(if $(OPS),-k "$(OPS)")
+
+clean:
+	rm -rf .venv build tritonkern/_cpp*.so

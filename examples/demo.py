@@ -1,0 +1,26 @@
+"""Tracks a grid of points in a scene of moving photographs. `make demo` runs this."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tritonkern.tracking.results import atomic_file
+from tritonkern.tracking.video import VideoWriter
+from tritonkern.training import photo_clips
+
+OUT = Path("demo")
+
+
+def main() -> None:
+    OUT.mkdir(exist_ok=True)
+    (scene,) = photo_clips(1, frames=48, size=448, points=1, seed=7, speed=0.6)
+    with atomic_file(OUT / "scene.mp4") as file, VideoWriter(file, fps=12.0) as writer:
+        for frame in scene.video:
+            writer.write(frame)
+    command = [sys.executable, "-m", "tritonkern.cli", "track", str(OUT / "scene.mp4"), "--grid", "14", "--out", str(OUT)]
+    subprocess.run(command, check=True)
+    print(OUT / "overlay.mp4")
+
+
+if __name__ == "__main__":
+    main()
