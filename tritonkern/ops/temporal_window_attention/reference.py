@@ -20,7 +20,9 @@ def forward(query: Tensor, key: Tensor, value: Tensor, left: int, right: int, sc
     for column, offset in enumerate(offsets):
         i, j = _pairs(query.shape[1], offset)
         scores[:, i, ..., column] = scale * (query[:, i] * key[:, j]).sum(-1)
-    lse = torch.logsumexp(scores, dim=-1)
+    peak = scores.amax(-1)
+    # Unlike torch.logsumexp, an infinite score gives NaN here, and with it NaN gradients.
+    lse = peak + torch.exp(scores - peak[..., None]).sum(-1).log()
 
     out = torch.zeros_like(query, memory_format=torch.contiguous_format)
     for column, offset in enumerate(offsets):

@@ -1,0 +1,327 @@
+"""Temporal window attention: what it computes, in every backend that can run here natively.
+
+Triton's interpreter has its own process and file, `test_triton_*.py`.
+"""
+
+import itertools
+
+import pytest
+import torch
+from oracle import assert_as_exact_as_eager, eager_roundings, gradients, largest_terms, textbook
+
+from tritonkern import temporal_window_attention
+from tritonkern.ops import _backends
+from tritonkern.ops.temporal_window_attention import op, reference
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+NAMES = ("out", "grad_query", "grad_key", "grad_value")
+
+
+def native_backends():
+    """`(backend, device)` of every backend that should run on this machine; a missing one is a visible skip."""
+    for backend, device in (("reference", "cpu"), ("cpp", "cpu"), ("triton", "cuda")):
+        if device == "cuda" and not torch.cuda.is_available():
+            continue
+        obstacle = _backends.unavailable(op.NAME, backend, torch.device(device))
+        marks = [] if obstacle is None else [pytest.mark.skip(reason=f"{backend}: {obstacle.reason}")]
+        yield pytest.param((backend, device), id=backend, marks=marks)
+
+
+@pytest.fixture(params=native_backends())
+def where(request):
+    return request.param
+
+
+def random_inputs(*shape, dtype=torch.float32, device="cpu"):
+    """query, key, value and a cotangent."""
+    return [torch.randn(shape, dtype=torch.float64).to(device, dtype) for _ in range(4)]
+
+
+def run(where, tensors, window, scale=None):
+    """Output and gradients of `tensors` = query, key, value, grad_out on a backend."""
+    *inputs, grad_out = tensors
+    return gradients(
+        lambda *x: temporal_window_attention(*x, window, scale=scale, backend=where[0]), inputs, grad_out
+    )
+
+
+def check(where, tensors, window, scale=None):
+    """Forward and backward against the float64 reference, by the rule of `oracle.assert_as_exact_as_eager`."""
+    results = run(where, tensors, window, scale)
+    *inputs, grad_out = (x.detach().unsqueeze(2) if x.dim() == 4 else x.detach() for x in tensors)
+    left, right = (window // 2, window // 2) if isinstance(window, int) else window
+    scale = inputs[0].shape[-1] ** -0.5 if scale is None else scale
+    plain = zip(*eager_roundings(inputs, grad_out, left, right, scale), strict=True)
+    doubles, grad_out = [x.double().cpu() for x in inputs], grad_out.double().cpu()
+    exact = exact_results(doubles, grad_out, left, right, scale)
+    terms = largest_terms(doubles, grad_out, scale)
+    for name, result, simple, truth, term in zip(NAMES, results, plain, exact, terms, strict=True):
+        assert result.dtype == inputs[0].dtype
+        assert_as_exact_as_eager(result.cpu().view(truth.shape), [x.cpu() for x in simple], truth, term, name)
+
+
+def exact_results(inputs, grad_out, left, right, scale):
+    """Output and gradients by the reference."""
+    out, lse = reference.forward(*inputs, left, right, scale)
+    return [out, *reference.backward(grad_out, *inputs, out, lse, left, right, scale)]
+
+
+@pytest.mark.parametrize("extent", [(0, 0), (1, 1), (2, 0), (0, 3), (9, 9)])
+def test_reference_is_the_textbook_loop(extent):
+    query, key, value, grad_out = random_inputs(2, 6, 2, 2, 8, dtype=torch.float64)
+    truth = gradients(lambda *x: textbook(*x, *extent, 0.3), (query, key, value), grad_out)
+    for result, expected in zip(exact_results((query, key, value), grad_out, *extent, 0.3), truth, strict=True):
+        torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-13)
+
+
+def test_lse_is_the_log_of_the_softmax_denominator(where):
+    backend, device = where
+    query, key, value, _ = random_inputs(1, 5, 1, 2, 8, device=device)
+    _, lse = torch.ops.tritonkern.temporal_window_attention_fwd(query, key, value, 1, 1, 0.5, backend)
+    scores = 0.5 * torch.einsum("binhd,bjnhd->bnihj", query.double(), key.double())
+    for i in range(5):
+        expected = scores[:, :, i, :, max(0, i - 1) : i + 2].logsumexp(-1)
+        torch.testing.assert_close(lse[:, i].double(), expected, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "window"),
+    [
+        ((2, 24, 3, 4, 32), 13),  # Chrono's head
+        ((1, 40, 2, 2, 64), 13),
+        ((2, 7, 2, 8), (2, 0)),  # [B, T, H, D]
+        ((1, 33, 1, 1, 16), (0, 5)),
+        ((3, 5, 1, 3, 24), 13),  # shorter than the window
+        ((1, 1, 4, 1, 40), 3),
+        ((1, 70, 1, 1, 256), (20, 11)),
+        ((5, 18, 2, 1, 128), 1),
+        ((1, 19, 1, 2, 72), 7),
+    ],
+    ids=str,
+)
+def test_result_and_gradients(where, shape, window, dtype):
+    check(where, random_inputs(*shape, dtype=dtype, device=where[1]), window)
+
+
+@pytest.mark.parametrize("head_dim", range(8, 257, 8))
+def test_every_head_dim(where, head_dim):
+    check(where, random_inputs(1, 9, 1, 2, head_dim, device=where[1]), 5)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.7, 2, 30.0])
+def test_scale(where, scale):
+    check(where, random_inputs(1, 17, 2, 1, 16, device=where[1]), 5, scale)
+
+
+def test_large_scores_do_not_overflow(where):
+    query, key, value, grad_out = random_inputs(1, 20, 1, 2, 32, device=where[1])
+    check(where, [query * 300, key * 300, value, grad_out], 5)
+
+
+LAYOUTS = {
+    "positions_first": lambda x: x.movedim(1, 2).contiguous().movedim(2, 1),
+    "heads_first": lambda x: x.movedim(3, 1).contiguous().movedim(1, 3),
+    "head_dim_not_last": lambda x: x.mT.contiguous().mT,
+    "every_second_frame": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
+    "slice_of_packed_qkv": lambda x: torch.stack([x + 1, x, x + 2], dim=3)[:, :, :, 1],
+    "inside_larger": lambda x: torch.nn.functional.pad(x, (3, 5))[..., 3:-5],
+    "odd_offset": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x),
+    "expanded_positions": lambda x: x[:, :, :1].expand(-1, -1, 3, -1, -1),
+    "expanded_frames": lambda x: x[:, :1].expand(-1, 21, -1, -1, -1),
+    "all_one_number": lambda x: x[:1, :1, :1, :1, :1].expand(2, 21, 3, 2, 24),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_strides(where, layout, dtype):
+    tensors = random_inputs(2, 21, 3, 2, 24, dtype=dtype, device=where[1])
+    strided = [LAYOUTS[layout](x) for x in tensors]
+    assert layout == "odd_offset" or not any(x.is_contiguous() for x in strided)
+    for at in range(4):  # one strange tensor at a time, then all
+        check(where, [*tensors[:at], strided[at], *tensors[at + 1 :]], (3, 2))
+    check(where, strided, (3, 2))
+    assert temporal_window_attention(*strided[:3], 5, backend=where[0]).is_contiguous()
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 2, 2, 8), (2, 0, 2, 2, 8), (2, 5, 0, 2, 8), (2, 5, 2, 0, 8), (0, 5, 2, 8)])
+def test_empty(where, shape):
+    for result in run(where, random_inputs(*shape, device=where[1]), 13):
+        assert result.shape == shape
+
+
+def test_four_axes_equal_five(where):
+    tensors = random_inputs(3, 11, 2, 16, device=where[1])
+    for four, five in zip(run(where, tensors, 5), run(where, [x.unsqueeze(2) for x in tensors], 5), strict=True):
+        assert torch.equal(four, five.squeeze(2))
+
+
+def test_partial_requires_grad(where):
+    *inputs, grad_out = tensors = random_inputs(1, 9, 2, 2, 8, device=where[1])
+    _, *full = run(where, tensors, 5)
+    for wanted in itertools.product((False, True), repeat=3):
+        leaves = [x.clone().requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
+        out = temporal_window_attention(*leaves, 5, backend=where[0])
+        assert out.requires_grad == any(wanted)
+        if any(wanted):
+            out.backward(grad_out)
+        for leaf, want, grad in zip(leaves, wanted, full, strict=True):
+            assert torch.equal(leaf.grad, grad) if want else leaf.grad is None
+
+
+def test_gradcheck(where):
+    inputs = [x.requires_grad_() for x in random_inputs(2, 6, 2, 1, 8, dtype=torch.float64, device=where[1])[:3]]
+    assert torch.autograd.gradcheck(lambda *x: temporal_window_attention(*x, (2, 1), backend=where[0]), inputs)
+
+
+def test_second_derivative_is_refused(where):
+    query, key, value, _ = random_inputs(1, 4, 1, 1, 8, device=where[1])
+    query.requires_grad_()
+    (grad,) = torch.autograd.grad(
+        temporal_window_attention(query, key, value, backend=where[0]).sum(), query, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="temporal_window_attention has no second derivative"):
+        grad.sum().backward()
+
+
+def test_log_sum_exp_carries_no_gradient():
+    query = torch.randn(1, 4, 1, 1, 8, requires_grad=True)
+    out, lse = torch.ops.tritonkern.temporal_window_attention_fwd(query, query, query, 1, 1, 0.5, "reference")
+    assert out.requires_grad and not lse.requires_grad
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("at", range(4), ids=("query", "key", "value", "grad_out"))
+def test_non_finite_input_stays_in_its_windows(where, at, bad):
+    """Where the textbook loop, which touches nothing outside a window, stays finite, no bit may change."""
+    tensors = random_inputs(2, 37, 2, 2, 16, device=where[1])
+    clean = run(where, tensors, (3, 2))
+    tensors[at] = tensors[at].clone()
+    tensors[at][1, 18, 0, 1, 5] = bad
+    poisoned = run(where, tensors, (3, 2))
+
+    touched = [x[1:, :, :1, 1:].double().cpu() for x in tensors]
+    truth = gradients(lambda *x: textbook(*x, 3, 2, 16**-0.5), touched[:3], touched[3])
+    for name, result, before, expected in zip(NAMES, poisoned, clean, truth, strict=True):
+        wrong = torch.zeros(result.shape, dtype=torch.bool)
+        wrong[1:, :, :1, 1:] = ~expected.isfinite()
+        result, before = result.cpu(), before.cpu()
+        assert not result[wrong].isfinite().any(), f"{name} hides the {bad}"
+        # What an infinity makes finite (a weight of exactly 0 or 1) is a number to compare, not a bit to keep.
+        reach = torch.zeros_like(wrong)
+        reach[1, 18 - 8 : 18 + 9, 0, 1] = True
+        assert torch.equal(result[~wrong & ~reach], before[~wrong & ~reach]), f"{name} is poisoned too far"
+        inside = ~wrong[1, :, 0, 1]
+        torch.testing.assert_close(
+            result[1, :, 0, 1][inside].double(), expected[0, :, 0, 0][inside], rtol=1e-4, atol=1e-5
+        )
+
+
+def test_same_bits_every_time(where):
+    tensors = random_inputs(3, 50, 5, 4, 32, device=where[1])
+    first = run(where, tensors, 13)
+    for _ in range(3):
+        for result, expected in zip(run(where, tensors, 13), first, strict=True):
+            assert torch.equal(result, expected)
+
+
+@pytest.mark.parametrize("backend", [p for p in native_backends() if p.values[0][1] == "cpu"])
+def test_same_bits_on_any_number_of_threads(backend):
+    tensors = random_inputs(3, 50, 5, 4, 32)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            results.append(run(backend, tensors, 13))
+    finally:
+        torch.set_num_threads(before)
+    for result in results[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
+
+
+def test_long_clip_in_linear_memory(where):
+    """A dense `[T, T]` mask would take 100 million entries."""
+    backend, device = where
+    tensors = random_inputs(1, 10_000, 1, 1, 8, device=device)
+    run(where, [x[:, :100] for x in tensors], 13)
+    with peak_memory(device) as peak:
+        results = run(where, tensors, 13)
+    assert peak.mebibytes < 40
+    cut = run(where, [x[:, 4900:5100] for x in tensors], 13)
+    for whole, part in zip(results, cut, strict=True):
+        torch.testing.assert_close(whole[:, 4950:5050], part[:, 50:150])
+
+
+class peak_memory:
+    """Peak of the memory in use above what was in use before."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def __enter__(self):
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # resets VmHWM
+        self.before = self.now()
+        return self
+
+    def __exit__(self, *_):
+        self.mebibytes = (self.now() - self.before) / 2**20
+
+    def now(self):
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated()
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
+
+def test_float32_means_float32(where):
+    """No TF32 and no bfloat16 inside: large equal terms cancel to their last bits."""
+    query, key, value, grad_out = random_inputs(1, 30, 2, 2, 64, device=where[1])
+    check(where, [query, key, value + 1000, grad_out], 13)
+
+
+def test_more_sequences_than_a_grid_axis(where):
+    query = torch.randn(1, 3, 70_000, 1, 8, device=where[1])
+    out = temporal_window_attention(query, query, query, 3, backend=where[0])
+    last = query[:, :, -2:]
+    torch.testing.assert_close(out[:, :, -2:], temporal_window_attention(last, last, last, 3, backend=where[0]))
+
+
+def test_properties(where):
+    """Any shape, stride, window and dtype."""
+    hypothesis = pytest.importorskip("hypothesis")
+    st = hypothesis.strategies
+
+    @hypothesis.settings(max_examples=60, deadline=None, derandomize=True)
+    @hypothesis.given(
+        shape=st.tuples(*(st.integers(1, high) for high in (3, 40, 3, 3))),
+        head_dim=st.integers(1, 9).map(lambda x: 8 * x),
+        order=st.permutations(range(5)),
+        step=st.integers(1, 3),
+        window=st.one_of(
+            st.integers(0, 12).map(lambda x: 2 * x + 1), st.tuples(st.integers(0, 50), st.integers(0, 50))
+        ),
+        dtype=st.sampled_from(DTYPES),
+        expand=st.integers(0, 4),
+        seed=st.integers(0, 2**32 - 1),
+    )
+    def holds(shape, head_dim, order, step, window, dtype, expand, seed):
+        torch.manual_seed(seed)
+        sizes = [*shape, head_dim]
+        stored = [sizes[axis] for axis in order]
+        back = [order.index(axis) for axis in range(5)]
+        tensors = []
+        for index in range(4):
+            x = torch.randn([*stored[:-1], stored[-1] * step], dtype=torch.float64).to(where[1], dtype)
+            x = x[..., ::step].permute(back)
+            if index == expand:
+                x = x[:, :, :1].expand(sizes)
+            tensors.append(x)
+        check(where, tensors, window)
+
+    holds()
