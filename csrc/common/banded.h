@@ -1,0 +1,191 @@
+// Products with a banded matrix, the matrix that windowed attention makes: row i (a query) has entries only for the
+// keys of its window. All of them work on blocks of kBlock consecutive rows, whose joint band is hardly wider than one
+// window.
+//
+// An entry outside the band is never multiplied, not even by zero: 0 * NaN would carry a broken frame out of its
+// window.
+#pragma once
+
+#include "common/strided.h"
+
+namespace tritonkern::TRITONKERN_ISA {
+
+constexpr int kBlock = 4;
+// Vectors of channels kept in registers for each row of a block; x86 has 32 registers from AVX-512 on, aarch64 always.
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int kColumns = 4;
+#else
+constexpr int kColumns = 2;
+#endif
+
+// The band of one block. Keys are counted from the earliest one that any row sees; row r sees keys low[r]..high[r].
+struct Band {
+    int64_t first, keys;  // the earliest key, counted from `origin`, and the number of keys
+    int64_t low[kBlock], high[kBlock];
+    int64_t full_low, full_high;  // the keys that all rows see; none if full_low > full_high
+
+    // Rows are queries start..start+rows-1 of a sequence of T frames; the rows missing from a last block see nothing.
+    Band(int64_t start, int64_t rows, int64_t T, int64_t left, int64_t right, int64_t origin) {
+        first = max<int64_t>(start - left, 0);
+        keys = min(start + rows - 1 + right, T - 1) - first + 1;
+        full_low = 0, full_high = keys - 1;
+        for (int64_t r = 0; r < kBlock; ++r) {
+            low[r] = r < rows ? max<int64_t>(start + r - left, 0) - first : keys;
+            high[r] = r < rows ? min(start + r + right, T - 1) - first : -1;
+            full_low = max(full_low, low[r]);
+            full_high = min(full_high, high[r]);
+        }
+        first -= origin;
+    }
+
+    bool sees(int r, int64_t key) const { return low[r] <= key && key <= high[r]; }
+
+    // All bits set in the lanes of the keys key..key+L-1 that row r sees.
+    template <class A>
+    TRITONKERN_INLINE IntVec<A> mask(int r, int64_t key) const {
+        using Integer = typename VecTypes<A>::Integer;
+        IntVec<A> lane;
+        for (int l = 0; l < kLanes<A>; ++l) lane[l] = l;
+        return (lane >= Integer(low[r] - key)) & (lane <= Integer(high[r] - key));
+    }
+};
+
+namespace detail {
+
+template <class A, int N>
+TRITONKERN_INLINE void dot_tile(const A* const (&x)[kBlock], const A* y, int64_t stride, int64_t dim,
+                                Vec<A> (&sum)[kBlock][N]) {
+    // A fused multiply-add takes four cycles, and two may start in each: eight independent sums keep the unit busy.
+    constexpr int chains = N == 1 ? 2 : 1;
+    // Long sums are made of shorter ones, so that rounding errors grow with the square root of `part` rather than of
+    // `dim`.
+    constexpr int64_t part = 64;
+    for (int64_t begin = 0; begin < dim; begin += part) {
+        Vec<A> partial[chains][kBlock][N] = {};
+        for (int64_t d = begin; d < min(begin + part, dim); d += chains) {
+            TRITONKERN_UNROLL
+            for (int c = 0; c < chains; ++c) {
+                TRITONKERN_UNROLL
+                for (int v = 0; v < N; ++v) {
+                    const Vec<A> column = load(y + (d + c) * stride + v * kLanes<A>);
+                    TRITONKERN_UNROLL
+                    for (int r = 0; r < kBlock; ++r) partial[c][r][v] += x[r][d + c] * column;
+                }
+            }
+        }
+        TRITONKERN_UNROLL
+        for (int r = 0; r < kBlock; ++r) {
+            TRITONKERN_UNROLL
+            for (int v = 0; v < N; ++v) {
+                if constexpr (chains == 2) partial[0][r][v] += partial[1][r][v];
+                sum[r][v] = begin ? sum[r][v] + partial[0][r][v] : partial[0][r][v];
+            }
+        }
+    }
+}
+
+template <class A, int N>
+TRITONKERN_INLINE void gather_tile(const Band& band, const A* weights, int64_t weight_stride, Rows<A> x,
+                                   const A (&factor)[kBlock], A* const (&out)[kBlock], int64_t d) {
+    Vec<A> sum[kBlock][N] = {};
+    auto step = [&](int64_t key, auto everyone) __attribute__((always_inline)) {
+        Vec<A> row[N];
+        TRITONKERN_UNROLL
+        for (int v = 0; v < N; ++v) row[v] = load(x[band.first + key] + d + v * kLanes<A>);
+        TRITONKERN_UNROLL
+        for (int r = 0; r < kBlock; ++r) {
+            if (everyone || band.sees(r, key)) {
+                const A weight = weights[r * weight_stride + key];
+                TRITONKERN_UNROLL
+                for (int v = 0; v < N; ++v) sum[r][v] += weight * row[v];
+            }
+        }
+    };
+    int64_t key = 0;
+    for (; key < min(band.full_low, band.keys); ++key) step(key, std::false_type{});
+    for (; key <= band.full_high; ++key) step(key, std::true_type{});
+    for (; key < band.keys; ++key) step(key, std::false_type{});
+    TRITONKERN_UNROLL
+    for (int r = 0; r < kBlock; ++r) {
+        TRITONKERN_UNROLL
+        for (int v = 0; v < N; ++v) store(out[r] + d + v * kLanes<A>, sum[r][v] * factor[r]);
+    }
+}
+
+template <class A, int N>
+TRITONKERN_INLINE void scatter_tile(const Band& band, int64_t begin, int64_t end, const A* weights,
+                                    int64_t weight_stride, const A* const (&x)[kBlock], A* out, int64_t out_stride,
+                                    int64_t d) {
+    Vec<A> row[kBlock][N];
+    TRITONKERN_UNROLL
+    for (int r = 0; r < kBlock; ++r) {
+        TRITONKERN_UNROLL
+        for (int v = 0; v < N; ++v) row[r][v] = load(x[r] + d + v * kLanes<A>);
+    }
+    auto step = [&](int64_t key, auto everyone) __attribute__((always_inline)) {
+        A* target = out + (band.first + key) * out_stride + d;
+        Vec<A> sum[N];
+        TRITONKERN_UNROLL
+        for (int v = 0; v < N; ++v) sum[v] = load(target + v * kLanes<A>);
+        TRITONKERN_UNROLL
+        for (int r = 0; r < kBlock; ++r) {
+            if (everyone || band.sees(r, key)) {
+                const A weight = weights[r * weight_stride + key];
+                TRITONKERN_UNROLL
+                for (int v = 0; v < N; ++v) sum[v] += weight * row[r][v];
+            }
+        }
+        TRITONKERN_UNROLL
+        for (int v = 0; v < N; ++v) store(target + v * kLanes<A>, sum[v]);
+    };
+    int64_t key = begin;
+    for (; key < min(band.full_low, end); ++key) step(key, std::false_type{});
+    for (; key < min(band.full_high + 1, end); ++key) step(key, std::true_type{});
+    for (; key < end; ++key) step(key, std::false_type{});
+}
+
+}  // namespace detail
+
+// use(key, tile) with tile[r][v] = x[r] . y[:, key + v * L ...] for all keys of the band, some lanes beyond included.
+// `y` holds the keys as columns: y[d * stride + key].
+template <class A, class Use>
+TRITONKERN_INLINE void band_dots(const Band& band, const A* const (&x)[kBlock], const A* y, int64_t stride, int64_t dim,
+                                 const Use& use) {
+    constexpr int L = kLanes<A>;
+    int64_t key = 0;
+    for (; key + L < band.keys; key += 2 * L) {
+        Vec<A> tile[kBlock][2];
+        detail::dot_tile<A, 2>(x, y + key, stride, dim, tile);
+        use(key, tile);
+    }
+    if (key < band.keys) {
+        Vec<A> tile[kBlock][1];
+        detail::dot_tile<A, 1>(x, y + key, stride, dim, tile);
+        use(key, tile);
+    }
+}
+
+// out[r] = factor[r] * sum over the keys that row r sees of weights[r][key] * x[key], `dim` channels (whole vectors).
+template <class A, int N = kColumns>
+inline void band_gather(const Band& band, const A* weights, int64_t weight_stride, Rows<A> x, const A (&factor)[kBlock],
+                        A* const (&out)[kBlock], int64_t dim, int64_t d = 0) {
+    constexpr int64_t width = N * kLanes<A>;
+    for (; d + width <= dim; d += width) detail::gather_tile<A, N>(band, weights, weight_stride, x, factor, out, d);
+    if constexpr (N > 1) {
+        if (d < dim) band_gather<A, N - 1>(band, weights, weight_stride, x, factor, out, dim, d);
+    }
+}
+
+// out[key] += sum over the rows r that see `key` of weights[r][key] * x[r], for begin <= key < end.
+template <class A, int N = kColumns>
+inline void band_scatter(const Band& band, int64_t begin, int64_t end, const A* weights, int64_t weight_stride,
+                         const A* const (&x)[kBlock], A* out, int64_t out_stride, int64_t dim, int64_t d = 0) {
+    constexpr int64_t width = N * kLanes<A>;
+    for (; d + width <= dim; d += width)
+        detail::scatter_tile<A, N>(band, begin, end, weights, weight_stride, x, out, out_stride, d);
+    if constexpr (N > 1) {
+        if (d < dim) band_scatter<A, N - 1>(band, begin, end, weights, weight_stride, x, out, out_stride, dim, d);
+    }
+}
+
+}  // namespace tritonkern::TRITONKERN_ISA

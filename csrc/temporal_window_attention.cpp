@@ -1,0 +1,360 @@
+// Temporal window attention on the CPU: every query attends to the keys of the frames around it in its own sequence.
+//
+//   out_i = sum_j p_ij v_j,   p_i = softmax over i - left <= j <= i + right of scale * q_i . k_j,   0 <= j < T
+//
+// A task is one sequence (b, n, h) and one stretch of its time axis; tasks share nothing, and what they compute does
+// not depend on who runs them. Within a task queries go in blocks of four. Their windows overlap nearly entirely (16
+// keys for a window of 13: one AVX-512 vector), so that a block is two small dense products with a softmax in between,
+// all from registers:
+//
+//   keys ->       x x x x .        scores: four rows of keys at a time, lanes are keys, so that keys are needed as
+//   columns queries       . x x x x        output: four rows of channels at a time, lanes are channels, keys are read
+//   as they lie
+//
+#include "temporal_window_attention.h"
+
+#include <cmath>
+#include <limits>
+
+#include "common/banded.h"
+
+namespace tritonkern::TRITONKERN_ISA {
+namespace {
+
+// How the work is cut into tasks, and the sizes that follow.
+template <class A>
+struct Plan {
+    int64_t chunk, chunks, tasks, grain, padded_dim, key_columns, weight_stride;
+    int threads;
+
+    Plan(const TemporalWindowAttention& call, int64_t left, int64_t right, int64_t longest, int64_t halo) {
+        chunks = ceil_div(call.T, longest);
+        chunk = round_up(ceil_div(call.T, chunks), kBlock);
+        chunks = ceil_div(call.T, chunk);
+        tasks = call.B * chunks * call.N * call.H;
+        padded_dim = round_up(call.D, kLanes<A>);
+        // An odd number of vectors: a power of two would put all rows of a column into the same cache sets.
+        key_columns = columns(min(call.T, chunk + halo));
+        weight_stride = round_up(min(call.T, left + right + kBlock), 2 * kLanes<A>);
+        // Waking a thread costs some microseconds; give it at least that much work.
+        const int64_t work = call.B * call.T * call.N * call.H * (left + right + kBlock) * call.D;
+        threads = int(max<int64_t>(1, min<int64_t>(call.num_threads, work >> 17)));
+        grain = round_up(ceil_div(tasks, int64_t(threads) * 16), call.H);
+    }
+
+    static int64_t columns(int64_t count) { return (round_up(count, kLanes<A>) + kLanes<A>) | kLanes<A>; }
+};
+
+struct Task {
+    int64_t b, n, h, begin, end;
+
+    // Heads go fastest: they are neighbours in memory.
+    template <class A>
+    Task(const TemporalWindowAttention& call, const Plan<A>& plan, int64_t index) {
+        h = index % call.H, index /= call.H;
+        n = index % call.N, index /= call.N;
+        begin = index % plan.chunks * plan.chunk, b = index / plan.chunks;
+        end = min(begin + plan.chunk, call.T);
+    }
+};
+
+template <class A>
+void block_rows(Rows<A> rows, int64_t first, int64_t count, const A* (&out)[kBlock]) {
+    for (int r = 0; r < kBlock; ++r) out[r] = rows[first + min<int64_t>(r, count - 1)];
+}
+
+template <class S>
+class Forward {
+    using A = Accumulator<S>;
+
+    const TemporalWindowAttention& call;
+    const int64_t left, right;
+    const Plan<A> plan;
+
+    struct Scratch {
+        A *query, *rows, *key_columns, *weights, *out;
+
+        Scratch(const Plan<A>& plan, Arena& arena) {
+            query = arena.take<A>(plan.chunk * plan.padded_dim);
+            rows = arena.take<A>(plan.key_columns * plan.padded_dim);
+            key_columns = arena.take<A>(plan.key_columns * plan.padded_dim);
+            weights = arena.take<A>(kBlock * plan.weight_stride);
+            out = arena.take<A>(kBlock * plan.padded_dim);
+        }
+    };
+
+  public:
+    explicit Forward(const TemporalWindowAttention& c)
+        : call(c),
+          left(min(c.left, c.T - 1)),
+          right(min(c.right, c.T - 1)),
+          plan(c, left, right, /*longest=*/c.D <= 32 ? 128 : 64, /*halo=*/left + right) {}
+
+    void run() const {
+        Arena count{nullptr};
+        Scratch(plan, count);
+        parallel_for(plan.tasks, plan.grain, plan.threads, count.used,
+                     [this](int64_t first, int64_t last, Arena arena) {
+                         const Scratch scratch(plan, arena);
+                         for (int64_t i = first; i < last; ++i)
+                             task(Task(call, plan, i), Task(call, plan, min(i + 1, last - 1)), scratch);
+                     });
+    }
+
+  private:
+    void task(const Task& task, const Task& next, const Scratch& scratch) const {
+        const auto sequence = [&](const TensorView& tensor, const Task& t) {
+            return Sequence<S>(tensor, call.D, t.b, t.n, t.h);
+        };
+        const int64_t first_key = max<int64_t>(task.begin - left, 0), last_key = min(task.end + right, call.T);
+
+        const Rows<A> keys = sequence(call.key, task).rows(first_key, last_key, scratch.rows);
+        transpose_rows(keys, last_key - first_key, call.D, scratch.key_columns, plan.key_columns);
+        const Rows<A> values = sequence(call.value, task).rows(first_key, last_key, scratch.rows);
+        const Rows<A> queries = sequence(call.query, task).rows(task.begin, task.end, scratch.query);
+        const Sequence<S> out = sequence(call.out, task);
+        A* lse = static_cast<A*>(call.lse) + (task.b * call.T * call.N + task.n) * call.H + task.h;
+
+        for (int64_t start = task.begin; start < task.end; start += kBlock) {
+            const int64_t rows = min<int64_t>(kBlock, task.end - start);
+            const Band band(start, rows, call.T, left, right, first_key);
+            const A* query[kBlock];
+            block_rows(queries, start - task.begin, rows, query);
+
+            // Memory is slow and frames lie far apart: fetch the next task's while computing.
+            const int64_t ahead = next.begin + start - task.begin;
+            for (const TensorView* tensor : {&call.query, &call.key, &call.value})
+                sequence(*tensor, next).prefetch(min(ahead, next.end), min(ahead + kBlock, next.end));
+
+            A maximum[kBlock], total[kBlock], factor[kBlock];
+            softmax(band, query, scratch.key_columns + band.first, scratch.weights, maximum, total);
+            A* target[kBlock];
+            for (int r = 0; r < kBlock; ++r) {
+                factor[r] = 1 / total[r];
+                target[r] = out.usable_in_place() && r < rows
+                                ? reinterpret_cast<A*>(out.data + (start + r) * out.time_stride)
+                                : scratch.out + r * plan.padded_dim;
+                if (r < rows) lse[(start + r) * call.N * call.H] = maximum[r] + std::log(total[r]);
+            }
+            band_gather(band, scratch.weights, plan.weight_stride, values, factor, target, plan.padded_dim);
+            if (!out.usable_in_place()) {
+                for (int64_t r = 0; r < rows; ++r) out.write(start + r, target[r]);
+            }
+        }
+    }
+
+    // weights[r][key] = exp(score - maximum[r]) for the keys that row r sees, else 0; total[r] is their sum.
+    void softmax(const Band& band, const A* const (&query)[kBlock], const A* key_columns, A* weights,
+                 A (&maximum)[kBlock], A (&total)[kBlock]) const {
+        constexpr int L = kLanes<A>;
+        const A scale = A(call.scale), infinity = std::numeric_limits<A>::infinity();
+        // A finite start: where all scores are -inf the weights come out as 0 and their sum too, so that the output is
+        // NaN.
+        Vec<A> top[kBlock];
+        for (int r = 0; r < kBlock; ++r) top[r] = broadcast(std::numeric_limits<A>::lowest());
+        band_dots(band, query, key_columns, plan.key_columns, call.D, [&](int64_t key, auto& tile) {
+            constexpr int vectors = sizeof(tile[0]) / sizeof(tile[0][0]);
+            TRITONKERN_UNROLL
+            for (int r = 0; r < kBlock; ++r) {
+                TRITONKERN_UNROLL
+                for (int v = 0; v < vectors; ++v) {
+                    const Vec<A> score = band.mask<A>(r, key + v * L) ? tile[r][v] * scale : broadcast(-infinity);
+                    store(weights + r * plan.weight_stride + key + v * L, score);
+                    top[r] = score > top[r] ? score : top[r];
+                }
+            }
+        });
+        for (int r = 0; r < kBlock; ++r) {
+            const Vec<A> maxima = lane_max<A>(top[r]);
+            Vec<A> sum = {};
+            for (int64_t key = 0; key < band.keys; key += L) {
+                A* p = weights + r * plan.weight_stride + key;
+                const Vec<A> weight = exp<A>(load(p) - maxima);
+                store(p, weight);
+                sum += weight;
+            }
+            maximum[r] = maxima[0];
+            total[r] = lane_sum<A>(sum)[0];
+        }
+    }
+};
+
+template <class S>
+class Backward {
+    using A = Accumulator<S>;
+
+    const TemporalWindowAttention& call;
+    const int64_t left, right;
+    const Plan<A> plan;
+
+    struct Scratch {
+        A *query, *grad_out, *rows, *key_columns, *value_columns, *grad_key, *grad_value, *weights, *grad_scores, *out;
+
+        // A stretch of keys needs the queries that see them, and those queries need all the keys that they see.
+        Scratch(const Plan<A>& plan, int64_t reach, Arena& arena) {
+            query = arena.take<A>((plan.chunk + reach) * plan.padded_dim);
+            grad_out = arena.take<A>((plan.chunk + reach) * plan.padded_dim);
+            rows = arena.take<A>(plan.key_columns * plan.padded_dim);
+            key_columns = arena.take<A>(plan.key_columns * plan.padded_dim);
+            value_columns = arena.take<A>(plan.key_columns * plan.padded_dim);
+            grad_key = arena.take<A>(plan.chunk * plan.padded_dim);
+            grad_value = arena.take<A>(plan.chunk * plan.padded_dim);
+            weights = arena.take<A>(kBlock * plan.weight_stride);
+            grad_scores = arena.take<A>(kBlock * plan.weight_stride);
+            out = arena.take<A>(kBlock * plan.padded_dim);
+        }
+    };
+
+  public:
+    // Queries next to a stretch are computed by both of its neighbours: a stretch is much longer than what it sees.
+    explicit Backward(const TemporalWindowAttention& c)
+        : call(c),
+          left(min(c.left, c.T - 1)),
+          right(min(c.right, c.T - 1)),
+          plan(c, left, right, /*longest=*/max<int64_t>(128, 4 * (left + right)), /*halo=*/2 * (left + right)) {}
+
+    void run() const {
+        Arena count{nullptr};
+        Scratch(plan, left + right, count);
+        parallel_for(plan.tasks, plan.grain, plan.threads, count.used,
+                     [this](int64_t first, int64_t last, Arena arena) {
+                         const Scratch scratch(plan, left + right, arena);
+                         for (int64_t i = first; i < last; ++i) task(Task(call, plan, i), scratch);
+                     });
+    }
+
+  private:
+    void task(const Task& task, const Scratch& scratch) const {
+        const auto sequence = [&](const TensorView& tensor) {
+            return Sequence<S>(tensor, call.D, task.b, task.n, task.h);
+        };
+        const int64_t first_query = max<int64_t>(task.begin - right, 0), last_query = min(task.end + left, call.T);
+        const int64_t first_key = max<int64_t>(first_query - left, 0), last_key = min(last_query + right, call.T);
+
+        const Rows<A> values = sequence(call.value).rows(first_key, last_key, scratch.rows);
+        transpose_rows(values, last_key - first_key, call.D, scratch.value_columns, plan.key_columns);
+        const Rows<A> keys = sequence(call.key).rows(first_key, last_key, scratch.rows);
+        transpose_rows(keys, last_key - first_key, call.D, scratch.key_columns, plan.key_columns);
+        const Rows<A> queries = sequence(call.query).rows(first_query, last_query, scratch.query);
+        const Rows<A> grad_outs = sequence(call.grad_out).rows(first_query, last_query, scratch.grad_out);
+        const A* lse = static_cast<const A*>(call.lse) + (task.b * call.T * call.N + task.n) * call.H + task.h;
+
+        const int64_t owned = (task.end - task.begin) * plan.padded_dim;
+        std::memset(scratch.grad_key, 0, owned * sizeof(A));
+        std::memset(scratch.grad_value, 0, owned * sizeof(A));
+        for (int64_t start = first_query; start < last_query; start += kBlock) {
+            const int64_t rows = min<int64_t>(kBlock, last_query - start);
+            const Band band(start, rows, call.T, left, right, first_key);
+            const A *query[kBlock], *grad_out[kBlock];
+            A row_lse[kBlock];
+            block_rows(queries, start - first_query, rows, query);
+            block_rows(grad_outs, start - first_query, rows, grad_out);
+            for (int64_t r = 0; r < kBlock; ++r) row_lse[r] = lse[(start + min(r, rows - 1)) * call.N * call.H];
+
+            softmax_gradient(band, query, grad_out, row_lse, scratch);
+            write_grad_query(band, start, rows, task, keys, scratch);
+            // The accumulators hold the keys task.begin..task.end-1 only.
+            const int64_t shift = task.begin - first_key;
+            const int64_t begin = max<int64_t>(shift - band.first, 0);
+            const int64_t end = min(task.end - first_key - band.first, band.keys);
+            band_scatter(band, begin, end, scratch.grad_scores, plan.weight_stride, query,
+                         scratch.grad_key - shift * plan.padded_dim, plan.padded_dim, plan.padded_dim);
+            band_scatter(band, begin, end, scratch.weights, plan.weight_stride, grad_out,
+                         scratch.grad_value - shift * plan.padded_dim, plan.padded_dim, plan.padded_dim);
+        }
+        for (int64_t t = task.begin; t < task.end; ++t) {
+            sequence(call.grad_key).write(t, scratch.grad_key + (t - task.begin) * plan.padded_dim);
+            sequence(call.grad_value).write(t, scratch.grad_value + (t - task.begin) * plan.padded_dim);
+        }
+    }
+
+    // weights = p, grad_scores = scale * p * (dp - sum of p dp) with dp = grad_out . value, for the keys that each row
+    // sees. p is normalised once more: lse was rounded, and a sum of p a little off 1 would not cancel against dp.
+    void softmax_gradient(const Band& band, const A* const (&query)[kBlock], const A* const (&grad_out)[kBlock],
+                          const A (&lse)[kBlock], const Scratch& scratch) const {
+        constexpr int L = kLanes<A>;
+        const A scale = A(call.scale);
+        const int64_t stride = plan.weight_stride;
+        Vec<A> total[kBlock] = {}, mean[kBlock] = {};
+        band_dots(band, query, scratch.key_columns + band.first, plan.key_columns, call.D,
+                  [&](int64_t key, auto& tile) {
+                      constexpr int vectors = sizeof(tile[0]) / sizeof(tile[0][0]);
+                      TRITONKERN_UNROLL
+                      for (int r = 0; r < kBlock; ++r) {
+                          TRITONKERN_UNROLL
+                          for (int v = 0; v < vectors; ++v) {
+                              const Vec<A> weight =
+                                  band.mask<A>(r, key + v * L) ? exp<A>(tile[r][v] * scale - lse[r]) : Vec<A>{};
+                              store(scratch.weights + r * stride + key + v * L, weight);
+                              total[r] += weight;
+                          }
+                      }
+                  });
+        for (int r = 0; r < kBlock; ++r) {
+            total[r] = lane_sum<A>(total[r]);
+            for (int64_t key = r * stride; key < r * stride + band.keys; key += L)
+                store(scratch.weights + key, load(scratch.weights + key) / total[r]);
+        }
+        band_dots(
+            band, grad_out, scratch.value_columns + band.first, plan.key_columns, call.D, [&](int64_t key, auto& tile) {
+                constexpr int vectors = sizeof(tile[0]) / sizeof(tile[0][0]);
+                TRITONKERN_UNROLL
+                for (int r = 0; r < kBlock; ++r) {
+                    TRITONKERN_UNROLL
+                    for (int v = 0; v < vectors; ++v) {
+                        const int64_t at = r * stride + key + v * L;
+                        store(scratch.grad_scores + at, tile[r][v]);
+                        mean[r] += band.mask<A>(r, key + v * L) ? load(scratch.weights + at) * tile[r][v] : Vec<A>{};
+                    }
+                }
+            });
+        for (int r = 0; r < kBlock; ++r) {
+            mean[r] = lane_sum<A>(mean[r]);
+            for (int64_t key = r * stride; key < r * stride + band.keys; key += L) {
+                A* grad = scratch.grad_scores + key;
+                store(grad, load(scratch.weights + key) * (load(grad) - mean[r]) * scale);
+            }
+        }
+    }
+
+    void write_grad_query(const Band& band, int64_t start, int64_t rows, const Task& task, Rows<A> keys,
+                          const Scratch& scratch) const {
+        const int64_t begin = max(start, task.begin), end = min(start + rows, task.end);
+        if (begin >= end) return;
+        const Sequence<S> grad_query(call.grad_query, call.D, task.b, task.n, task.h);
+        A* target[kBlock];
+        A factor[kBlock];
+        for (int r = 0; r < kBlock; ++r) {
+            target[r] = scratch.out + r * plan.padded_dim;
+            factor[r] = 1;
+        }
+        band_gather(band, scratch.grad_scores, plan.weight_stride, keys, factor, target, plan.padded_dim);
+        for (int64_t t = begin; t < end; ++t) grad_query.write(t, target[t - start]);
+    }
+};
+
+template <class Run>
+void for_dtype(DType dtype, const Run& run) {
+    switch (dtype) {
+        case DType::kFloat64:
+            return run(double{});
+        case DType::kFloat32:
+            return run(float{});
+        case DType::kBFloat16:
+            return run(BFloat16{});
+        case DType::kFloat16:
+            return run(Float16{});
+    }
+}
+
+}  // namespace
+
+void temporal_window_attention_forward(const TemporalWindowAttention& call) {
+    for_dtype(call.dtype, [&](auto element) { Forward<decltype(element)>(call).run(); });
+}
+
+void temporal_window_attention_backward(const TemporalWindowAttention& call) {
+    for_dtype(call.dtype, [&](auto element) { Backward<decltype(element)>(call).run(); });
+}
+
+}  // namespace tritonkern::TRITONKERN_ISA

@@ -1,0 +1,134 @@
+"""Builds `tritonkern._cpp`, the CPU kernels: every kernel file is compiled once for each instruction set, by ninja.
+
+Needs a C++17 compiler (GCC >= 9 or clang >= 11), never PyTorch. Where the build is impossible the package installs without
+the extension and leaves the reason in `tritonkern/_cpp_build_error.txt`, which `tritonkern doctor` shows.
+
+Environment: CXX chooses the compiler; CXXFLAGS and LDFLAGS are appended; TRITONKERN_WERROR=1 turns warnings into errors;
+TRITONKERN_REQUIRE_CPP=1 makes a failed build an error.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
+
+ROOT = Path(__file__).resolve().parent
+ERROR_FILE = "_cpp_build_error.txt"
+KERNELS = ["temporal_window_attention"]
+X86_64 = {
+    "baseline": ["-march=x86-64", "-DTRITONKERN_VECTOR_BYTES=16"],
+    "avx2": ["-mavx2", "-mfma", "-mf16c", "-DTRITONKERN_VECTOR_BYTES=32"],
+    "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
+    + ["-DTRITONKERN_VECTOR_BYTES=64"],
+}
+OTHER = {"baseline": ["-DTRITONKERN_VECTOR_BYTES=16"]}
+
+
+def instruction_sets() -> dict[str, list[str]]:
+    return X86_64 if platform.machine() in ("x86_64", "AMD64") else OTHER
+
+
+def find_compiler() -> list[str]:
+    """The command of a C++ compiler that exists, CXX first."""
+    candidates = [os.environ.get("CXX"), "g++", "clang++", "c++", sysconfig.get_config_var("CXX")]
+    for candidate in filter(None, candidates):
+        command = shlex.split(candidate)
+        if shutil.which(command[0]):
+            return command
+        if candidate == os.environ.get("CXX"):
+            break
+    raise RuntimeError(
+        f"no C++ compiler: none of {', '.join(filter(None, candidates))} is on PATH. Install g++ (Debian, Ubuntu: "
+        "apt install g++; Fedora: dnf install gcc-c++), or set CXX, and install tritonkern again."
+    )
+
+
+def ninja_file(output: Path, build_dir: Path) -> str:
+    """The text of a build.ninja that makes the extension at `output`."""
+    import pybind11
+
+    cxx = find_compiler()
+    common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", f"-I{ROOT / 'csrc'}"]
+    if os.environ.get("TRITONKERN_WERROR") == "1":
+        common.append("-Werror")
+    common += shlex.split(os.environ.get("CXXFLAGS", ""))
+    # Contraction into fused multiply-adds is off by default under -std=c++17; traps are never looked at.
+    kernel = [*common, "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
+    includes = [pybind11.get_include(), sysconfig.get_path("include"), sysconfig.get_path("platinclude")]
+    bindings = [*common, *(f"-isystem{path}" for path in dict.fromkeys(includes))]
+    link = ["-shared", *shlex.split(os.environ.get("LDFLAGS", "")), "-lgomp", "-lpthread"]
+
+    rules = [
+        "ninja_required_version = 1.5",
+        "rule compile",
+        f"  command = {shlex.join(cxx)} -MMD -MF $out.d $flags -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+        "rule link",
+        f"  command = {shlex.join(cxx)} $in {shlex.join(link)} -o $out",
+    ]
+
+    def escape(text: object) -> str:
+        return str(text).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+    objects = []
+
+    def compile_rule(source: Path, name: str, flags: list[str]) -> None:
+        target = build_dir / f"{name}.o"
+        objects.append(escape(target))
+        rules.extend([f"build {escape(target)}: compile {escape(source)}", f"  flags = {shlex.join(flags)}"])
+
+    for name in KERNELS:
+        for isa, flags in instruction_sets().items():
+            compile_rule(ROOT / "csrc" / f"{name}.cpp", f"{name}.{isa}", [*kernel, *flags, f"-DTRITONKERN_ISA={isa}"])
+    compile_rule(ROOT / "csrc" / "bindings.cpp", "bindings", bindings)
+    rules += [f"build {escape(output)}: link {' '.join(objects)}", f"default {escape(output)}"]
+    return "\n".join(rules) + "\n"
+
+
+class NinjaBuild(build_ext):
+    def build_extension(self, ext: Extension) -> None:
+        output = Path(self.get_ext_fullpath(ext.name)).resolve()
+        packages = [output.parent, *([ROOT / "tritonkern"] if self.editable_mode else [])]
+        for package in packages:
+            (package / ERROR_FILE).unlink(missing_ok=True)
+        try:
+            self.run_ninja(output)
+        except (RuntimeError, OSError, ImportError) as error:
+            if os.environ.get("TRITONKERN_REQUIRE_CPP") == "1":
+                raise
+            output.unlink(missing_ok=True)
+            for package in packages:
+                package.mkdir(parents=True, exist_ok=True)
+                (package / ERROR_FILE).write_text(f"{error}\n", encoding="utf-8")
+            print(f"warning: tritonkern is installed without its C++ kernels: {error}", file=sys.stderr)
+
+    def run_ninja(self, output: Path) -> None:
+        if not sys.platform.startswith("linux"):
+            raise RuntimeError(f"the C++ kernels are built on Linux only, this is {sys.platform}.")
+        import ninja
+
+        build_dir = Path(self.build_temp).resolve() / "tritonkern_cpp"
+        build_dir.mkdir(parents=True, exist_ok=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        (build_dir / "build.ninja").write_text(ninja_file(output, build_dir), encoding="utf-8")
+        command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build_dir)]
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        print(done.stdout)
+        if done.returncode:
+            raise RuntimeError(f"the compiler failed:\n{done.stdout[-4000:]}")
+
+    def get_outputs(self) -> list[str]:
+        outputs = super().get_outputs()
+        reasons = [str(Path(name).parent / ERROR_FILE) for name in outputs]
+        return [name for name in outputs + reasons if Path(name).exists()]
+
+
+setup(ext_modules=[Extension("tritonkern._cpp", sources=[], optional=True)], cmdclass={"build_ext": NinjaBuild})

@@ -1,0 +1,66 @@
+"""The call into the C++ kernels. PyTorch comes first, so that the extension shares the OpenMP runtime that it has loaded."""
+
+import torch
+from torch import Tensor
+
+from tritonkern import _cpp
+
+_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+
+
+def forward(
+    query: Tensor, key: Tensor, value: Tensor, left: int, right: int, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Output [B, T, N, H, D] in the input's dtype and log-sum-exp [B, T, N, H] in the accumulator's, both contiguous."""
+    shape = query.shape
+    out = query.new_empty(shape)
+    lse = query.new_empty(shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
+    if out.numel():
+        _cpp.temporal_window_attention_forward(
+            _DTYPES[query.dtype],
+            shape,
+            left,
+            right,
+            scale,
+            torch.get_num_threads(),
+            (query.data_ptr(), query.stride()),
+            (key.data_ptr(), key.stride()),
+            (value.data_ptr(), value.stride()),
+            out.data_ptr(),
+            lse.data_ptr(),
+        )
+    return out, lse
+
+
+def backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    left: int,
+    right: int,
+    scale: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value, contiguous, in the input's dtype. `out` is not read: the window's sum is at hand."""
+    shape = query.shape
+    grad_query, grad_key, grad_value = (query.new_empty(shape) for _ in range(3))
+    if grad_query.numel():
+        _cpp.temporal_window_attention_backward(
+            _DTYPES[query.dtype],
+            shape,
+            left,
+            right,
+            scale,
+            torch.get_num_threads(),
+            (query.data_ptr(), query.stride()),
+            (key.data_ptr(), key.stride()),
+            (value.data_ptr(), value.stride()),
+            lse.contiguous().data_ptr(),
+            (grad_out.data_ptr(), grad_out.stride()),
+            grad_query.data_ptr(),
+            grad_key.data_ptr(),
+            grad_value.data_ptr(),
+        )
+    return grad_query, grad_key, grad_value
