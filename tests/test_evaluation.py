@@ -1,11 +1,19 @@
 """`evaluate` with trackers whose scores can be worked out by hand."""
 
+import json
+import pickle
+
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
+from typer.testing import CliRunner
 
+import tritonkern.training
+from tritonkern.cli import app
+from tritonkern.models import ChronoNano
 from tritonkern.models.matching import MatchingTracker, TrackerOutput
-from tritonkern.tracking.evaluation import StandingStill, evaluate
+from tritonkern.tracking.evaluation import StandingStill, evaluate, save_scores
 from tritonkern.tracking.tapvid import TapVidClip
 
 FRAMES = 6
@@ -90,8 +98,8 @@ def test_scores_of_videos_and_their_mean():
 def test_what_the_model_is_given():
     model = Recorder()
     steps = []
-    evaluate(model, [clip("a"), clip("b")], progress=lambda done, name: steps.append((done, name)))
-    assert steps == [(1, "a"), (2, "b")]
+    evaluate(model, [clip("a"), clip("b")], progress=lambda *step: steps.append(step))
+    assert steps == [("evaluating", 1, 2), ("evaluating", 2, 2)]
     assert model.training
     # Features once a clip, queries once a mode.
     assert len(model.videos) == 2 and len(model.queries) == 4
@@ -150,6 +158,98 @@ def test_the_training_flag_comes_back_after_an_error():
     with pytest.raises(ValueError, match=r"clip 'moving' must be \[T, 128, 128, 3\]"):
         evaluate(model, [clip()])
     assert model.training
+
+
+def test_a_stream_of_clips_has_no_total():
+    steps = []
+    evaluate(StandingStill(), iter([clip()]), progress=lambda *step: steps.append(step))
+    assert steps == [("evaluating", 1, None)]
+
+
+def test_saved_scores_are_strict_json(tmp_path):
+    nothing = clip("dark", hidden=[(n, t) for n in range(2) for t in range(FRAMES)])
+    scores = {"standing still": evaluate(StandingStill(), [clip(), nothing], "first")}
+    save_scores(tmp_path / "scores.json", scores)
+
+    def no_constant(name):
+        raise AssertionError(f"{name} is not JSON")
+
+    saved = json.loads((tmp_path / "scores.json").read_text(), parse_constant=no_constant)["standing still"]["first"]
+    assert saved["mean"] == scores["standing still"]["first"].mean
+    assert [(row["name"], row["delta_avg"]) for row in saved["videos"]] == [
+        ("moving", pytest.approx(66)),
+        ("dark", None),
+    ]
+
+
+@pytest.fixture
+def checkpoint(tmp_path):
+    """Untrained weights of chrono-nano: the command line must work before any training."""
+    torch.manual_seed(0)
+    path = tmp_path / "untrained.safetensors"
+    save_file(ChronoNano().state_dict(), path)
+    return path
+
+
+@pytest.fixture
+def davis(tmp_path):
+    """One video of six frames in the layout of TAP-Vid-DAVIS."""
+    source = clip()
+    path = tmp_path / "davis.pkl"
+    video = {"video": source.video, "points": source.points / 256, "occluded": source.occluded}
+    path.write_bytes(pickle.dumps({"moving": video}))
+    return path
+
+
+def test_command_line_on_a_tapvid_file(davis, checkpoint, tmp_path):
+    out = tmp_path / "new" / "scores.json"
+    result = CliRunner().invoke(app, ["eval", "--tapvid", str(davis), "--weights", str(checkpoint), "--out", str(out)])
+    assert result.exit_code == 0, result.output
+    saved = json.loads(out.read_text())["chrono-nano"]
+    assert saved.keys() == {"first", "strided"}
+    for mode, evaluation in saved.items():
+        row = [mode, *(f"{evaluation['mean'][name]:.1f}" for name in ("delta_avg", "AJ", "OA"))]
+        assert f"chrono-nano {' '.join(row)}" in " ".join(result.stdout.split())
+
+
+def test_command_line_on_generated_clips(checkpoint, monkeypatch):
+    monkeypatch.setattr(tritonkern.training, "photo_clips", lambda: iter([clip("photographs-00")]))
+    result = CliRunner().invoke(app, ["eval", "--synthetic", "--mode", "first", "--weights", str(checkpoint)])
+    assert result.exit_code == 0, result.output
+    words = " ".join(result.stdout.split())
+    for row in ("standing still first 66.0", "chrono-nano first", "chrono-nano, temporal adapters off first"):
+        assert row in words
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "give either --tapvid PATH or --synthetic"),
+        (["--tapvid", "nowhere.pkl", "--synthetic"], "give either --tapvid PATH or --synthetic"),
+        (["--tapvid", "nowhere.pkl"], "nowhere.pkl: no such file"),
+        (["--tapvid", "{davis}", "--mode", "last"], "mode must be"),
+        (["--synthetic", "--mode", "last"], "mode must be"),
+        (["--tapvid", "{davis}", "--model", "tapir"], "no model is called 'tapir'"),
+        (["--tapvid", "{davis}", "--out", "{davis}/scores.json"], "exists"),
+    ],
+)
+def test_command_line_errors_are_one_line(davis, checkpoint, arguments, message):
+    arguments = [argument.format(davis=davis) for argument in arguments]
+    result = CliRunner().invoke(app, ["eval", *arguments, "--weights", str(checkpoint)])
+    assert result.exit_code == 2
+    assert message in result.stderr and "\n" not in result.stderr.strip()
+
+
+def test_a_hostile_pickle_is_one_line_too(tmp_path, checkpoint):
+    class Hostile:
+        def __reduce__(self):
+            return print, ("ran",)
+
+    path = tmp_path / "hostile.pkl"
+    path.write_bytes(pickle.dumps(Hostile()))
+    result = CliRunner().invoke(app, ["eval", "--tapvid", str(path), "--weights", str(checkpoint)])
+    assert result.exit_code == 2
+    assert "asks for builtins.print" in result.stderr and "ran" not in result.stdout
 
 
 def test_bad_arguments():

@@ -194,12 +194,10 @@ GOOD = example()
         ({"video": GOOD["video"][..., 0]}, r"field 'video', frame 0: .* got uint8 \[48, 64\]"),
         (
             {"video": [jpeg(GOOD["video"][0]), b"junk"]},
-            ValueError,
             "field 'video', frame 1: the JPEG bytes cannot be decoded",
         ),
         (
             {"video": [jpeg(GOOD["video"][0])[:700]] * 3},
-            ValueError,
             "field 'video', frame 0: the JPEG bytes cannot be decoded",
         ),
         ({"occluded": GOOD["occluded"].astype(np.uint8)}, "field 'occluded': must be bool, got uint8"),

@@ -1,11 +1,12 @@
-"""`tritonkern track | doctor | bench`. Commands import what they need when they run, so that --help is instant."""
+"""`tritonkern track | eval | doctor | bench`. Commands import what they need when they run: --help is instant."""
 
+import copy
 import errno
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata, util
 from pathlib import Path
@@ -15,8 +16,10 @@ _EXTRA = 'pip install "tritonkern[track]"'
 
 try:
     import typer
+    from rich import box
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+    from rich.table import Table
 except ModuleNotFoundError as _error:
     sys.exit(f"tritonkern: the command line needs the package {_error.name}: {_EXTRA}")
 
@@ -51,13 +54,19 @@ def one_line_errors() -> Iterator[None]:
             errno.EDQUOT: "free some of your quota, or give another folder to --out",
             errno.EFBIG: "raise the limit on file sizes (ulimit -f), or give another folder to --out",
             errno.EACCES: "change its permissions, or give another path",
+            errno.EEXIST: "give a folder to --out, not a file",
         }
         if error.errno in remedies:
             name = f"{error.filename}: " if error.filename else ""
             _fail(f"{name}{os.strerror(error.errno)}: {remedies[error.errno]}")
         _fail(str(error))
-    except (ValueError, MemoryError) as error:
-        _fail(str(error) or "out of memory: use --max-frames or fewer points")
+    except ValueError as error:
+        _fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch's error, by name so that it need not be imported.
+        if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):
+            raise
+        _fail("the memory is full: use --max-frames, fewer points, or another --device")
 
 
 def _fail(message: str, code: int = 2) -> None:
@@ -131,9 +140,7 @@ def _track(
     reader = VideoReader(video)
     points = None if queries is None else read_queries(queries)
     tracker = PointTracker(model, weights, device)
-    out.mkdir(parents=True, exist_ok=True)
-    if not os.access(out, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(out))
+    _make_writable_folder(out)
     npz, table, overlay = (out / name for name in ("tracks.npz", "tracks.csv", "overlay.mp4"))
     clock = _Stopwatch()
     with Stages() as stages:
@@ -159,6 +166,88 @@ def _track(
         typer.echo(path)
     per_frame = ", ".join(f"{stage} {1000 * seconds / frames:.1f} ms" for stage, seconds in clock.seconds.items())
     typer.echo(f"{count} points, {frames} frames; time per frame on {tracker.device}: {per_frame}")
+
+
+def _make_writable_folder(folder: Path) -> None:
+    """Fail before the work rather than after it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not os.access(folder, os.W_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+
+
+@app.command("eval")
+def evaluate_model(
+    tapvid: Annotated[
+        Path | None, typer.Option(help="TAP-Vid pickle, or folder of them (DAVIS, RGB-Stacking, Kinetics, RoboTAP).")
+    ] = None,
+    synthetic: Annotated[
+        bool, typer.Option("--synthetic", help="Generated clips of moving photographs instead, with baselines.")
+    ] = False,
+    mode: Annotated[str, typer.Option(help="Queries: first, strided or both.")] = "both",
+    model: Annotated[str, typer.Option(help="Name of the model.")] = "chrono-nano",
+    weights: Annotated[Path | None, typer.Option(help="Checkpoint of a model that ships without weights.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda if there is one]")] = None,
+    out: Annotated[Path | None, typer.Option(help="JSON file for all scores, video by video.")] = None,
+) -> None:
+    """Score a model with the TAP-Vid metrics, in percent."""
+    with one_line_errors():
+        _evaluate(tapvid, synthetic, mode, model, weights, device, out)
+
+
+def _evaluate(
+    tapvid: Path | None,
+    synthetic: bool,
+    mode: str,
+    model: str,
+    weights: Path | None,
+    device: str | None,
+    out: Path | None,
+) -> None:
+    if synthetic == (tapvid is not None):
+        raise ValueError("give either --tapvid PATH or --synthetic")
+
+    from tritonkern.models import ChronoNano
+    from tritonkern.tracking import PointTracker
+    from tritonkern.tracking.evaluation import StandingStill, evaluate, query_modes, save_scores
+    from tritonkern.tracking.tapvid import TapVidClip, read_tapvid
+
+    query_modes(mode)
+    if out is not None:
+        _make_writable_folder(out.parent)
+    tracker = PointTracker(model, weights, device)
+    contestants = {model: tracker.model}
+    clips: Iterable[TapVidClip]
+    if tapvid is not None:
+        clips = read_tapvid(tapvid)
+    else:
+        from tritonkern.training import photo_clips
+
+        try:
+            clips = [TapVidClip(clip.name, clip.video, clip.points, clip.occluded) for clip in photo_clips()]
+        except ImportError as error:
+            raise ValueError(str(error)) from error
+        contestants["standing still"] = StandingStill().to(tracker.device)
+        if isinstance(tracker.model, ChronoNano):
+            frame_by_frame = copy.deepcopy(tracker.model)
+            frame_by_frame.temporal = False
+            contestants[f"{model}, temporal adapters off"] = frame_by_frame
+
+    scores = {}
+    for name, contestant in contestants.items():
+        with Stages() as stages:
+            scores[name] = evaluate(contestant, clips, mode, progress=stages)
+
+    columns = ("delta_avg", "AJ", "OA")
+    table = Table("tracker", "queries", box=box.SIMPLE)
+    for column in columns:
+        table.add_column(column, justify="right")
+    for name, modes in scores.items():
+        for queries, evaluation in modes.items():
+            table.add_row(name, queries, *(f"{evaluation.mean[column]:.1f}" for column in columns))
+    Console().print(table)
+    if out is not None:
+        save_scores(out, scores)
+        typer.echo(out)
 
 
 class _Stopwatch:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+import math
+from collections.abc import Iterable, Mapping, Sized
 from dataclasses import dataclass
+from os import PathLike
 
 import torch
 
 from tritonkern.models.matching import MatchingTracker, TrackerOutput
 from tritonkern.tracking.metrics import QUERY_MODES, mean_metrics, tapvid_metrics
+from tritonkern.tracking.predictor import Progress
+from tritonkern.tracking.results import atomic_path
 from tritonkern.tracking.tapvid import TapVidClip, tapvid_queries
 
 
@@ -43,12 +48,19 @@ class StandingStill(MatchingTracker):
         return TrackerOutput(tracks, certain, certain)
 
 
+def query_modes(mode: str) -> tuple[str, ...]:
+    """The query modes that `mode` ("first", "strided" or "both") names; `ValueError` for any other name."""
+    if mode not in (*QUERY_MODES, "both"):
+        raise ValueError(f'mode must be "first", "strided" or "both", got {mode!r}')
+    return QUERY_MODES if mode == "both" else (mode,)
+
+
 def evaluate(
     model: MatchingTracker,
     dataset: Iterable[TapVidClip],
     mode: str = "both",
     *,
-    progress: Callable[[int, str], None] | None = None,
+    progress: Progress | None = None,
 ) -> dict[str, Evaluation]:
     """Scores `model` on every clip of `dataset`.
 
@@ -60,7 +72,7 @@ def evaluate(
         model: a tracker whose `resolution` is that of the clips (256, 256).
         dataset: the clips, from `read_tapvid` or generated.
         mode: "first", "strided" or "both".
-        progress: called with (clips done, name of the clip) after each clip.
+        progress: called as `progress("evaluating", clips done, clips in all or None)` after each clip.
 
     Returns:
         `Evaluation` by query mode.
@@ -68,23 +80,45 @@ def evaluate(
     Raises:
         ValueError: unknown mode, no clip, or a clip that is not at the model's resolution.
     """
-    if mode not in (*QUERY_MODES, "both"):
-        raise ValueError(f'mode must be "first", "strided" or "both", got {mode!r}')
-    modes = QUERY_MODES if mode == "both" else (mode,)
+    modes = query_modes(mode)
     videos: dict[str, list[tuple[str, dict[str, float]]]] = {name: [] for name in modes}
+    total = len(dataset) if isinstance(dataset, Sized) else None
     was_training = model.training
     model.eval()
     try:
-        for count, clip in enumerate(dataset, start=1):
+        for done, clip in enumerate(dataset, start=1):
             for name, scores in _score(model, clip, modes).items():
                 videos[name].append((clip.name, scores))
             if progress is not None:
-                progress(count, clip.name)
+                progress("evaluating", done, total)
     finally:
         model.train(was_training)
     if not videos[modes[0]]:
         raise ValueError("dataset holds no clip")
     return {name: Evaluation(name, mean_metrics(scores for _, scores in rows), rows) for name, rows in videos.items()}
+
+
+def save_scores(path: str | PathLike[str], scores: Mapping[str, Mapping[str, Evaluation]]) -> None:
+    """Writes evaluations by tracker and query mode as JSON, complete or not at all; NaN becomes null.
+
+    The layout is `{tracker: {mode: {"mean": {metric: percent}, "videos": [{"name": ..., metric: percent}]}}}`.
+    """
+
+    def defined(values: Mapping[str, float]) -> dict[str, float | None]:
+        return {metric: None if math.isnan(value) else value for metric, value in values.items()}
+
+    content = {
+        tracker: {
+            mode: {
+                "mean": defined(evaluation.mean),
+                "videos": [{"name": name, **defined(values)} for name, values in evaluation.videos],
+            }
+            for mode, evaluation in modes.items()
+        }
+        for tracker, modes in scores.items()
+    }
+    with atomic_path(path) as part:
+        part.write_text(json.dumps(content, indent=1))
 
 
 @torch.inference_mode()
