@@ -65,7 +65,7 @@ def train(
     output: Path,
     plan: TrainingPlan,
     *,
-    save_every: int = 200,
+    save_every: int = 100,
     report: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
 ) -> None:
     """Train `model` in place and write `output` (safetensors, float16) when done.
