@@ -7,7 +7,7 @@ from os import PathLike
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tritonkern.tracking.results import PointTracks, atomic_file
+from tritonkern.tracking.results import PointTracks, atomic_path
 from tritonkern.tracking.video import VideoReader, VideoWriter
 
 _TAIL_FRAMES = 12
@@ -35,7 +35,7 @@ def write_overlay(
         raise ValueError(f"{reader.name} is {reader.size}, the tracks come from a video of {tracks.size}")
     colours = point_colours(tracks.queries)
     done = 0
-    with atomic_file(path) as file, VideoWriter(file, tracks.fps) as writer:
+    with atomic_path(path) as part, VideoWriter(part, tracks.fps) as writer:
         for done, frame in enumerate(reader.frames(frame_count), start=1):
             writer.write(draw_points(frame, tracks, done - 1, colours))
             if progress is not None:
@@ -72,8 +72,8 @@ def draw_points(frame: np.ndarray, tracks: PointTracks, index: int, colours: np.
     for tail, visible, ink in zip(positions, seen, inks, strict=True):
         _draw_tail(image, tail, visible, ink, 0.4 * radius)
     for position, visible, ink in zip(positions[:, -1], seen[:, -1], inks, strict=True):
-        hole = 0.0 if visible else 0.6 * radius
-        _draw_marker(image, position, radius + max(1.0, 0.2 * radius), hole * 0.7, _OUTLINE)
+        hole = 0.0 if visible else 0.65 * radius
+        _draw_marker(image, position, radius + max(1.0, 0.2 * radius), hole, _OUTLINE)
         _draw_marker(image, position, radius, hole, ink)
     return np.array(image)
 
@@ -95,7 +95,8 @@ def _draw_tail(image: Image.Image, tail: np.ndarray, visible: np.ndarray, ink: t
     steps = np.flatnonzero(visible[:-1] & visible[1:])
     if len(steps) == 0:
         return
-    stamp = _Stamp(image, tail.min(axis=0), tail.max(axis=0), radius)
+    drawn = tail[np.union1d(steps, steps + 1)]
+    stamp = _Stamp(image, drawn.min(axis=0), drawn.max(axis=0), radius)
     for step in steps:
         # Newer over older, so that a tail that crosses itself stays bright where it is new.
         stamp.segment(tail[step], tail[step + 1], radius, round(230 * (step + 1) / len(visible)))

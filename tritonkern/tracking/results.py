@@ -6,7 +6,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
-from typing import IO
 from zipfile import BadZipFile
 
 import numpy as np
@@ -37,7 +36,7 @@ class PointTracks:
 
     def save_npz(self, path: str | PathLike[str]) -> None:
         """Write every field under its own name."""
-        with atomic_file(path) as file:
+        with atomic_path(path) as part, open(part, "wb") as file:
             np.savez(
                 file,
                 tracks=self.tracks,
@@ -49,7 +48,7 @@ class PointTracks:
 
     def save_csv(self, path: str | PathLike[str]) -> None:
         """Write one line for each point and frame: `point,t,x,y,visible` (visible is 0 or 1)."""
-        with atomic_file(path) as file:
+        with atomic_path(path) as part, open(part, "wb") as file:
             file.write(b"point,t,x,y,visible\n")
             for point, (track, visible) in enumerate(zip(self.tracks.tolist(), self.visibility.tolist(), strict=True)):
                 lines = (
@@ -81,17 +80,15 @@ class PointTracks:
 
 
 @contextmanager
-def atomic_file(path: str | PathLike[str]) -> Iterator[IO[bytes]]:
-    """Open a binary file that takes the name `path` only once it is complete.
+def atomic_path(path: str | PathLike[str]) -> Iterator[Path]:
+    """A hidden name in the folder of `path` for a file that takes the name `path` only once it is complete.
 
-    It is written under a hidden name in the same folder and renamed at the end; on any error, or Ctrl-C, it is removed
-    and what stood at `path` before stays as it was.
+    On any error, or Ctrl-C, the file is removed, and what stood at `path` before stays as it was.
     """
     path = Path(path)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        with open(part, "wb+") as file:
-            yield file
+        yield part
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)

@@ -5,11 +5,11 @@ Everything streams: one full-size frame is alive at a time, whatever the length 
 
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from fractions import Fraction
 from os import PathLike
 from pathlib import Path
 from types import TracebackType
-from typing import IO
 
 import av
 import numpy as np
@@ -123,10 +123,15 @@ class VideoReader:
         try:
             container = av.open(str(self._path))
         except (av.FFmpegError, OSError) as error:
-            raise ValueError(f"{self.name} cannot be read as a video ({error.strerror}): is it complete?") from error
+            raise ValueError(
+                f"{self.name} cannot be read as a video ({error.strerror}): give a complete video"
+            ) from error
         with container:
             # The cover picture of a music file poses as a video stream.
             streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+            # FFmpeg would play a text file as the screen of a terminal.
+            if container.format.name == "tty":
+                raise ValueError(f"{self.name} is text: give a video, or a folder of images")
             if not streams:
                 raise ValueError(f"{self.name} has no video stream: give a file with pictures, not only sound")
             stream = streams[0]
@@ -155,12 +160,15 @@ class VideoWriter:
     An odd width or height grows by one repeated column or row, as that pixel format needs even sizes.
 
     Args:
-        file: an open, seekable binary file.
+        path: the file to write, whatever its suffix.
         fps: frames per second.
+
+    Raises:
+        OSError: the file cannot be written, for instance because the disk is full.
     """
 
-    def __init__(self, file: IO[bytes], fps: float) -> None:
-        self._container = av.open(file, "w", format="mp4", options={"movflags": "+faststart"})
+    def __init__(self, path: str | PathLike[str], fps: float) -> None:
+        self._container = av.open(str(Path(path).absolute()), "w", format="mp4", options={"movflags": "+faststart"})
         self._rate = Fraction(fps).limit_denominator(100_000)
         self._stream: av.VideoStream | None = None
 
@@ -199,6 +207,9 @@ class VideoWriter:
     ) -> None:
         if error is None:
             self.close()
+        else:
+            with suppress(av.FFmpegError):
+                self._container.close()
 
 
 def _natural_order(path: Path) -> list[tuple[int, str]]:
