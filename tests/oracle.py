@@ -1,6 +1,38 @@
-"""What the tests compare with: the textbook loop, the eager form, and the tolerance rule."""
+"""What the tests run and compare with: native backends, the textbook loop, the eager form, the tolerance rule."""
 
+import os
+import subprocess
+import sys
+import textwrap
+
+import pytest
 import torch
+
+from tritonkern.ops import _backends
+
+
+def native_backends(operation):
+    """`(backend, device)` of every backend that should run on this machine; a missing one is a visible skip."""
+    for backend, device in (("reference", "cpu"), ("cpp", "cpu"), ("triton", "cuda")):
+        if device == "cuda" and not torch.cuda.is_available():
+            continue
+        obstacle = _backends.unavailable(operation, backend, torch.device(device))
+        marks = [] if obstacle is None else [pytest.mark.skip(reason=f"{backend}: {obstacle.reason}")]
+        yield pytest.param((backend, device), id=backend, marks=marks)
+
+
+def random_inputs(*shape, dtype=torch.float32, device="cpu"):
+    """query, key, value and a cotangent."""
+    return [torch.randn(shape, dtype=torch.float64).to(device, dtype) for _ in range(4)]
+
+
+def run_python(code, **environment):
+    """Run `code` in a fresh interpreter and return what it printed; a value of None unsets a variable."""
+    environment = {name: value for name, value in {**os.environ, **environment}.items() if value is not None}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def textbook(query, key, value, left, right, scale):

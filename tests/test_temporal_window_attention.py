@@ -7,42 +7,32 @@ import itertools
 
 import pytest
 import torch
-from oracle import assert_as_exact_as_eager, eager_roundings, gradients, largest_terms, textbook
+from oracle import (
+    assert_as_exact_as_eager,
+    eager_roundings,
+    gradients,
+    largest_terms,
+    native_backends,
+    random_inputs,
+    textbook,
+)
 
 from tritonkern import temporal_window_attention
-from tritonkern.ops import _backends
 from tritonkern.ops.temporal_window_attention import op, reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 NAMES = ("out", "grad_query", "grad_key", "grad_value")
 
 
-def native_backends():
-    """`(backend, device)` of every backend that should run on this machine; a missing one is a visible skip."""
-    for backend, device in (("reference", "cpu"), ("cpp", "cpu"), ("triton", "cuda")):
-        if device == "cuda" and not torch.cuda.is_available():
-            continue
-        obstacle = _backends.unavailable(op.NAME, backend, torch.device(device))
-        marks = [] if obstacle is None else [pytest.mark.skip(reason=f"{backend}: {obstacle.reason}")]
-        yield pytest.param((backend, device), id=backend, marks=marks)
-
-
-@pytest.fixture(params=native_backends())
+@pytest.fixture(params=native_backends(op.NAME))
 def where(request):
     return request.param
-
-
-def random_inputs(*shape, dtype=torch.float32, device="cpu"):
-    """query, key, value and a cotangent."""
-    return [torch.randn(shape, dtype=torch.float64).to(device, dtype) for _ in range(4)]
 
 
 def run(where, tensors, window, scale=None):
     """Output and gradients of `tensors` = query, key, value, grad_out on a backend."""
     *inputs, grad_out = tensors
-    return gradients(
-        lambda *x: temporal_window_attention(*x, window, scale=scale, backend=where[0]), inputs, grad_out
-    )
+    return gradients(lambda *x: temporal_window_attention(*x, window, scale=scale, backend=where[0]), inputs, grad_out)
 
 
 def check(where, tensors, window, scale=None):
@@ -226,7 +216,7 @@ def test_same_bits_every_time(where):
             assert torch.equal(result, expected)
 
 
-@pytest.mark.parametrize("backend", [p for p in native_backends() if p.values[0][1] == "cpu"])
+@pytest.mark.parametrize("backend", [p for p in native_backends(op.NAME) if p.values[0][1] == "cpu"])
 def test_same_bits_on_any_number_of_threads(backend):
     tensors = random_inputs(3, 50, 5, 4, 32)
     before = torch.get_num_threads()
