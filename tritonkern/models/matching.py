@@ -124,14 +124,13 @@ class MatchingTracker(nn.Module):
         return _sample(features, t, y * (rows / self.resolution[0]), x * (columns / self.resolution[1]))
 
     def _track_chunk(self, features: Tensor, queries: Tensor) -> TrackerOutput:
-        batch, frames, rows, columns, channels = features.shape
+        frames, rows, columns = features.shape[1:4]
         height, width = self.resolution
         query_features = self.query_features(features, queries)
         t, y, x = queries.unbind(-1)
 
         # [B, n, T, h*w]
-        cost = query_features @ features.reshape(batch, -1, channels).mT
-        cost = cost.view(batch, -1, frames, rows * columns)
+        cost = (query_features @ features.flatten(1, 3).mT).unflatten(-1, (frames, rows * columns))
 
         with torch.no_grad():
             maximum, best = cost.max(-1)
@@ -162,7 +161,7 @@ def _sample(features: Tensor, t: Tensor, y: Tensor, x: Tensor) -> Tensor:
     t counts frames (frame i lies at i), y and x are cells (cell i has its centre at i + 0.5). Gathered by hand, because
     the backward pass of the 5-D `grid_sample` is not deterministic on CUDA.
     """
-    batch, frames, rows, columns, channels = features.shape
+    batch, frames, rows, columns = features.shape[:4]
     index = torch.zeros_like(t, dtype=torch.long)[..., None]
     weight = torch.ones_like(t)[..., None]
     for position, size in ((t, frames), (y - 0.5, rows), (x - 0.5, columns)):
@@ -174,5 +173,5 @@ def _sample(features: Tensor, t: Tensor, y: Tensor, x: Tensor) -> Tensor:
         index = (index[..., None] * size + torch.stack([low, high], -1)[:, :, None]).flatten(2)
         weight = (weight[..., None] * torch.stack([1 - fraction, fraction], -1)[:, :, None]).flatten(2)
     # [B, n, 8, C]
-    corners = features.reshape(batch, -1, channels)[torch.arange(batch, device=t.device)[:, None, None], index]
+    corners = features.flatten(1, 3)[torch.arange(batch, device=t.device)[:, None, None], index]
     return (weight[..., None] * corners).sum(2)

@@ -1,0 +1,57 @@
+"""The authors' own repositories, run beside ours where they lie in the folder that TRITONKERN_OFFICIAL_DIR names.
+
+That folder holds clones of github.com/facebookresearch/dinov2 and github.com/cvlab-kaist/Chrono, called `dinov2` and
+`Chrono`.
+"""
+
+import importlib
+import os
+import sys
+import types
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+OFFICIAL_DIR = os.environ.get("TRITONKERN_OFFICIAL_DIR")
+needs_official = pytest.mark.skipif(not OFFICIAL_DIR, reason="TRITONKERN_OFFICIAL_DIR is not set")
+
+
+class _LocalAttentionMask:
+    def __init__(self, window_left, window_right):
+        self.left, self.right = window_left, window_right
+
+
+def _memory_efficient_attention(query, key, value, attn_bias):
+    """xformers' layout [B, T, H, D] and window, on any device and dtype."""
+    frames = torch.arange(query.shape[1])
+    distance = frames[None, :] - frames[:, None]
+    mask = (distance >= -attn_bias.left) & (distance <= attn_bias.right)
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
+
+
+@pytest.fixture
+def official(monkeypatch):
+    """`official(repository, module)` imports a module; a stand-in takes the place of xformers, which needs a GPU."""
+    ops = types.ModuleType("xformers.ops")
+    ops.memory_efficient_attention = _memory_efficient_attention
+    ops.fmha = types.SimpleNamespace(
+        attn_bias=types.SimpleNamespace(LocalAttentionFromBottomRightMask=_LocalAttentionMask)
+    )
+    before = set(sys.modules)
+    monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
+    monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+
+    def load(repository, module):
+        monkeypatch.syspath_prepend(Path(OFFICIAL_DIR) / repository)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return importlib.import_module(module)
+
+    yield load
+    for name in set(sys.modules) - before:
+        if name.split(".")[0] in ("models", "dinov2"):
+            del sys.modules[name]
