@@ -7,10 +7,6 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
 
 import pytest
 import torch
-from hypothesis import settings
-
-settings.register_profile("tritonkern", derandomize=True, deadline=None)
-settings.load_profile("tritonkern")
 
 
 @pytest.fixture(autouse=True)

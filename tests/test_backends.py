@@ -72,9 +72,7 @@ print(_backends.report())
 
 def test_without_a_compiler_the_first_call_warns_once(blocked):
     blocked("cpp")
-    with pytest.warns(
-        RuntimeWarning, match="falls back to the slow eager reference on cpu(.|\n)*no cpp today; bring cpp"
-    ):
+    with pytest.warns(RuntimeWarning, match="slow eager reference on cpu(.|\n)*no cpp today; bring cpp"):
         temporal_window_attention(X, X, X)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -132,7 +130,7 @@ def test_triton_takes_cpu_tensors_in_the_interpreter_only(blocked, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "hip", "runs"), [((7, 5), None, False), ((8, 0), None, True), ((9, 0), "6", True)]
+    ("capability", "hip", "runs"), [((7, 5), None, False), ((8, 0), None, True), ((7, 5), "6", True)]
 )
 def test_triton_needs_ampere_or_rocm(monkeypatch, capability, hip, runs):
     pytest.importorskip("triton")

@@ -199,7 +199,7 @@ GOOD = torch.randn(2, 5, 3, 2, 8)
         (
             {"key": GOOD[:, :4]},
             ValueError,
-            r"key must have the shape of query, \(2, 5, 3, 2, 8\), got \(2, 4, 3, 2, 8\)",
+            r"the shape of query, \(2, 5, 3, 2, 8\), got \(2, 4, 3, 2, 8\)",
         ),
         ({"query": GOOD[0, 0]}, ValueError, "query must have shape"),
         (dict.fromkeys(("query", "key", "value"), GOOD[..., :4]), ValueError, "multiple of 8 from 8 to 256, got 4"),
