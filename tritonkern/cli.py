@@ -21,7 +21,8 @@ try:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
     from rich.table import Table
 except ModuleNotFoundError as _error:
-    sys.exit(f"tritonkern: the command line needs the package {_error.name}: {_EXTRA}")
+    sys.stderr.write(f"tritonkern: the package {_error.name} is missing: {_EXTRA}\n")
+    sys.exit(2)
 
 app = typer.Typer(
     help="Attention and matching operations of point trackers, and points tracked in a video.",

@@ -53,7 +53,7 @@ def point_colours(queries: np.ndarray) -> np.ndarray:
     position = queries[:, 1:].astype(np.float64)
     extent = np.ptp(position, axis=0)
     unit = (position - position.min(axis=0)) / np.where(extent > 0, extent, 1)
-    colours = [colorsys.hls_to_rgb(0.83 * x, 0.68 - 0.2 * y, 1.0) for x, y in unit]
+    colours = [colorsys.hls_to_rgb(0.75 * x, 0.68 - 0.2 * y, 1.0) for x, y in unit]
     return (np.array(colours) * 255).round().astype(np.uint8)
 
 

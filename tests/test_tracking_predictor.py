@@ -1,0 +1,253 @@
+"""Tracks in pixels of the original video, whatever the model's raster, and what the overlay shows of them."""
+
+import numpy as np
+import pytest
+import torch
+from clips import ColourTracker, square_clip, write_clip
+
+from tritonkern.tracking import PointTracker, PointTracks, VideoReader, draw_points, grid_queries, write_overlay
+from tritonkern.tracking import predictor as predictor_module
+from tritonkern.tracking.pictures import point_colours
+
+
+@pytest.fixture
+def tracker():
+    return PointTracker(ColourTracker(), device="cpu")
+
+
+class ShowFrames(ColourTracker):
+    """Remembers the video that it gets."""
+
+    def features(self, video):
+        self.seen = video
+        return super().features(video)
+
+
+class ShiftTracker(ColourTracker):
+    """Looks two frames to either side, as a temporal adapter does, and notes the length of each clip."""
+
+    def __init__(self):
+        super().__init__()
+        self.lengths = []
+
+    def features(self, video):
+        self.lengths.append(video.shape[1])
+        padded = torch.cat([video[:, :1]] * 2 + [video] + [video[:, -1:]] * 2, dim=1)
+        return super().features(sum(padded[:, i : i + video.shape[1]] for i in range(5)) / 5)
+
+
+class TestPointTracker:
+    def test_follows_the_square_in_original_pixels(self, tracker):
+        # 96x64 pixels on a raster of 64x64: x shrinks, y does not.
+        tracks = tracker(square_clip(), queries=np.array([[2, 24, 32], [0, 90, 5]]))
+        assert tracks.tracks.dtype == np.float32 and tracks.tracks.shape == (2, 8, 2)
+        assert tracks.visibility.dtype == bool and tracks.visibility.shape == (2, 8)
+        assert tracks.queries.dtype == np.float32
+        np.testing.assert_array_equal(tracks.queries, [[2, 24, 32], [0, 90, 5]])
+        assert (tracks.fps, tracks.size) == (24.0, (96, 64))
+        # The whole square looks alike: anywhere in it is right.
+        centre = np.stack([16 + 4 * np.arange(8), np.full(8, 32)], axis=1)
+        assert np.abs(tracks.tracks[0] - centre).max() <= 9
+        assert tracks.visibility[0].all()
+
+    def test_equals_the_model_and_pure_scaling(self, tracker):
+        clip = square_clip(size=(64, 64))
+        queries = np.array([[0, 16.0, 32.0], [5, 40.25, 30.5]])
+        video = torch.from_numpy(clip).float()[None] / 127.5 - 1
+        expected = tracker.model(video, torch.from_numpy(queries[:, [0, 2, 1]]).float()[None])
+        tracks = tracker(clip, queries=queries)
+        np.testing.assert_allclose(tracks.tracks, expected.tracks[0].detach(), atol=1e-4)
+        # Each pixel four times as wide and twice as high: the same frames on the raster, scaled tracks.
+        large = clip.repeat(2, axis=1).repeat(4, axis=2)
+        scaled = tracker(large, queries=queries * [1, 4, 2])
+        np.testing.assert_allclose(scaled.tracks / [4, 2], tracks.tracks, atol=1e-2)
+        np.testing.assert_array_equal(scaled.visibility, tracks.visibility)
+
+    def test_frames_reach_the_model_without_a_shift(self):
+        # A ramp stays a ramp: its value at the centre of model pixel i is the position (i + 0.5) * W / W_model.
+        ramp = np.broadcast_to(np.arange(192, dtype=np.uint8)[None, None, :, None], (1, 128, 192, 3)).copy()
+        model = ShowFrames()
+        PointTracker(model)(ramp, grid=1)
+        row = (model.seen[0, 0, 32, :, 0] + 1) * 127.5
+        expected = (np.arange(64) + 0.5) * 3 - 0.5
+        np.testing.assert_allclose(row[2:-2], expected[2:-2], atol=0.51)
+
+    def test_own_frame_is_the_query_and_visible(self, tracker):
+        queries = np.array([[3, 1.25, 2.5], [7, 95.9, 63.9]])
+        tracks = tracker(square_clip(), queries=queries)
+        np.testing.assert_array_equal(tracks.tracks[[0, 1], [3, 7]], queries[:, 1:].astype(np.float32))
+        assert tracks.visibility[[0, 1], [3, 7]].all()
+
+    def test_visibility(self, tracker):
+        clip = square_clip()
+        clip[4:] = (0, 0, 255)
+        tracks = tracker(clip, queries=np.array([[0, 16, 32]]))
+        np.testing.assert_array_equal(tracks.visibility[0], [True] * 4 + [False] * 4)
+
+    def test_grid_and_max_frames(self, tracker, tmp_path):
+        path = write_clip(tmp_path / "a.mp4", square_clip())
+        tracks = tracker(path, grid=3, query_frame=2, max_frames=5)
+        assert tracks.tracks.shape == (9, 5, 2)
+        np.testing.assert_allclose(tracks.queries, grid_queries(3, (96, 64), 2))
+        assert tracks.fps == 10
+        assert len(tracker(path).queries) == 100
+
+    def test_long_clips_are_tracked_in_spans(self, monkeypatch):
+        clip = square_clip(21, size=(128, 64))
+        queries = np.array([[0, 16, 32], [11, 60, 32], [20, 96, 32], [11, 5, 5]])
+        whole = PointTracker(ShiftTracker())(clip, queries=queries)
+        monkeypatch.setattr(predictor_module, "_SPAN", 9)
+        monkeypatch.setattr(predictor_module, "_CONTEXT", 2)
+        monkeypatch.setattr(predictor_module, "_QUERY_FRAMES", 2)
+        model = ShiftTracker()
+        spans = PointTracker(model)(clip, queries=queries)
+        assert max(model.lengths) == 9
+        # Two frames of context are all that this model needs, so the result is the same.
+        np.testing.assert_allclose(spans.tracks, whole.tracks, atol=1e-3)
+        np.testing.assert_array_equal(spans.visibility, whole.visibility)
+
+    def test_a_short_clip_is_encoded_once(self):
+        model = ShiftTracker()
+        PointTracker(model)(square_clip(), queries=np.array([[0, 16, 32], [5, 60, 32]]))
+        assert model.lengths == [8]
+
+    def test_progress(self, tracker, tmp_path):
+        calls = []
+        path = write_clip(tmp_path / "a.mp4", square_clip())
+        tracker(path, max_frames=3, progress=lambda *call: calls.append(call))
+        assert calls == [("reading", n, 3) for n in (1, 2, 3)] + [("tracking", n, 2) for n in (0, 1, 2)]
+
+    def test_outside(self, tracker):
+        with pytest.raises(ValueError, match=r"query 1 of 1 \(t=5, .* t must be 0 to 4"):
+            tracker(square_clip(), queries=np.array([[5, 1, 1]]), max_frames=5)
+        with pytest.raises(ValueError, match="query 1 of 4 .* outside the clip"):
+            tracker(square_clip(), grid=2, query_frame=8)
+
+    def test_bad_arguments(self, tracker):
+        with pytest.raises(ValueError, match="either grid or queries"):
+            tracker(square_clip(), grid=2, queries=np.array([[0, 1, 1]]))
+        with pytest.raises(ValueError, match="device must be cpu or cuda, got 'tpu9'"):
+            PointTracker(ColourTracker(), device="tpu9")
+        with pytest.raises(ValueError, match="weights goes with the name"):
+            PointTracker(ColourTracker(), weights="a.safetensors")
+        with pytest.raises(ValueError, match="nonsense"):
+            PointTracker("nonsense")
+
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+    def test_no_gpu(self):
+        with pytest.raises(ValueError, match="device cuda: this PyTorch finds no GPU; use cpu"):
+            PointTracker(ColourTracker(), device="cuda")
+
+    def test_damaged_weights(self):
+        model = ColourTracker()
+        model.features = lambda video: torch.full((1, video.shape[1], 16, 16, 3), torch.nan)
+        with pytest.raises(ValueError, match="not finite"):
+            PointTracker(model)(square_clip())
+
+    @pytest.mark.gpu
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+    def test_gpu(self):
+        queries = np.array([[2, 24, 32], [0, 90, 5]])
+        cpu = PointTracker(ColourTracker(), device="cpu")(square_clip(), queries=queries)
+        gpu = PointTracker(ColourTracker(), device="cuda")(square_clip(), queries=queries)
+        np.testing.assert_allclose(gpu.tracks, cpu.tracks, atol=1e-2)
+
+
+def moving_points(visibility, size=(160, 120)):
+    """A point moving 5 pixels a frame at y = 60, and one that stands at (30, 20)."""
+    frames = len(visibility)
+    moving = np.stack([40.5 + 5 * np.arange(frames), np.full(frames, 60.5)], axis=1)
+    tracks = np.stack([moving, np.tile([30.5, 20.5], (frames, 1))]).astype(np.float32)
+    queries = np.concatenate([np.zeros((2, 1)), tracks[:, 0]], axis=1).astype(np.float32)
+    return PointTracks(tracks, np.stack([visibility, [True] * frames]), queries, 10.0, size)
+
+
+class TestPictures:
+    grey = np.full((120, 160, 3), 128, dtype=np.uint8)
+
+    def test_visible_points_are_filled_with_their_colour(self):
+        tracks = moving_points([True] * 6)
+        colours = point_colours(tracks.queries)
+        frame = draw_points(self.grey, tracks, 5)
+        np.testing.assert_array_equal(frame[60, 65], colours[0])
+        np.testing.assert_array_equal(frame[20, 30], colours[1])
+        assert (self.grey == 128).all()
+
+    def test_points_are_centred(self):
+        frame = draw_points(self.grey, moving_points([True]), 0)
+        marked = np.argwhere((frame != 128).any(axis=-1) & (np.arange(120) < 40)[:, None])
+        np.testing.assert_allclose(marked.mean(axis=0), [20, 30], atol=0.26)
+
+    def test_hidden_points_are_hollow(self):
+        frame = draw_points(self.grey, moving_points([True] * 5 + [False]), 5)
+        np.testing.assert_array_equal(frame[60, 65], [128, 128, 128])
+        ring = frame[56:65, 61:70].reshape(-1, 3).astype(int)
+        colour = point_colours(moving_points([True]).queries)[0].astype(int)
+        assert np.abs(ring - colour).max(axis=1).min() < 100
+        assert (ring != 128).any()
+
+    def test_tails_fade(self):
+        tracks = moving_points([True] * 16)
+        frame = draw_points(self.grey, tracks, 15).astype(int)
+        row = np.abs(frame[60] - 128).sum(axis=-1)
+        # The tail has twelve frames: nothing at x = 40, then brighter towards the point at x = 115.
+        assert row[42] == 0
+        samples = row[60:108:8]
+        assert (np.diff(samples) > 0).all() and samples[0] > 0
+
+    def test_no_tail_through_hidden_frames(self):
+        frame = draw_points(self.grey, moving_points([True, True, False, False, False, True]), 5)
+        np.testing.assert_array_equal(frame[60, 48:60], 128)
+        assert (frame[60, 42] != 128).any()
+
+    def test_points_at_and_beyond_the_border(self):
+        tracks = moving_points([True])
+        for position in ([0, 0], [160, 120], [-50, 60], [1e6, -1e6]):
+            tracks.tracks[0, 0] = position
+            assert draw_points(self.grey, tracks, 0).shape == self.grey.shape
+
+    @pytest.mark.parametrize("size", [(32, 24), (320, 240), (1920, 1080)])
+    def test_readable_at_every_size(self, size):
+        tracks = PointTracks(
+            np.array([[[size[0] / 2, size[1] / 2]]], dtype=np.float32),
+            np.array([[True]]),
+            np.array([[0, size[0] / 2, size[1] / 2]], dtype=np.float32),
+            10.0,
+            size,
+        )
+        frame = draw_points(np.zeros((size[1], size[0], 3), dtype=np.uint8), tracks, 0)
+        diameter = np.count_nonzero(frame[size[1] // 2].any(axis=-1))
+        assert max(3, size[1] / 100) <= diameter <= max(6, size[1] / 20)
+
+    def test_colours_tell_positions_apart(self):
+        colours = point_colours(grid_queries(8, (640, 480))).astype(int).reshape(8, 8, 3)
+        assert len(np.unique(colours.reshape(-1, 3), axis=0)) == 64
+        across = np.abs(colours[:, -1] - colours[:, 0]).sum(axis=-1)
+        neighbours = np.abs(np.diff(colours, axis=1)).sum(axis=-1)
+        assert across.min() > 200 and neighbours.max() < 250
+        assert point_colours(np.array([[0, 5, 5]], dtype=np.float32)).shape == (1, 3)
+
+    @pytest.mark.parametrize("size", [(160, 120), (161, 121)])
+    def test_overlay(self, tmp_path, size):
+        clip = np.full((8, size[1], size[0], 3), 128, dtype=np.uint8)
+        tracks = moving_points([True] * 8, size)
+        calls = []
+        write_overlay(tmp_path / "overlay.mp4", clip, tracks, lambda *call: calls.append(call))
+        assert calls == [("writing", n, 8) for n in range(1, 9)]
+        reader = VideoReader(tmp_path / "overlay.mp4")
+        frames = list(reader.frames())
+        assert len(frames) == 8 and reader.fps == 10
+        # yuv420p halves the resolution of colour, so a small point is a little pale.
+        colour = point_colours(tracks.queries)[1].astype(int)
+        for frame in frames:
+            assert np.abs(frame[20, 30] - colour).max() < 110
+            assert np.abs(frame[20, 30] - colour).sum() < np.abs(frame[20, 30].astype(int) - 128).sum()
+            assert np.abs(frame[100, 140].astype(int) - 128).max() <= 3
+
+    def test_overlay_of_another_video(self, tmp_path):
+        tracks = moving_points([True] * 8)
+        with pytest.raises(ValueError, match="the tracks come from a video of"):
+            write_overlay(tmp_path / "overlay.mp4", square_clip(), tracks)
+        with pytest.raises(ValueError, match="ends after 7 frames, the tracks have 8"):
+            write_overlay(tmp_path / "overlay.mp4", np.repeat(self.grey[None], 7, axis=0), tracks)
+        assert list(tmp_path.iterdir()) == []
