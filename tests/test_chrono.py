@@ -199,7 +199,7 @@ def test_checkpoint_errors_list_the_keys(tiny, tmp_path):
         Chrono.from_checkpoint(path)
 
     torch.save({key: value for key, value in weights.items() if "adapter" not in key}, path)
-    with pytest.raises(ValueError, match=r"31 missing: occ_linear.bias, adapter.0.norm.weight, .* and 23 more; 1 unexpected"):
+    with pytest.raises(ValueError, match="31 missing: occ_linear.bias, adapter.0.norm.weight, .* and 23 more; 1 unexp"):
         Chrono.from_checkpoint(path)
 
     torch.save(tiny.dino.state_dict(), path)
@@ -232,7 +232,7 @@ def test_unreadable_checkpoints(tmp_path):
 
 @needs_official
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:xFormers")
+@pytest.mark.filterwarnings("ignore:xFormers", "ignore:CUDA is not available")
 @pytest.mark.parametrize("registers", [False, True])
 def test_official(official, monkeypatch, tmp_path, registers):  # noqa: F811
     """The published size, ViT-S/14 at 896 x 896: the points agree within 1e-3 px in float32."""
