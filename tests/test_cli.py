@@ -1,4 +1,4 @@
-"""The command line as its users meet it: in a process of its own."""
+"""The command line as its users meet it, mostly in a process of its own."""
 
 import os
 import signal
@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clips import square_clip, write_clip, write_sound
+from clips import ColourTracker, square_clip, write_clip, write_sound
 
 from tritonkern import tracking
-from tritonkern.tracking import PointTracks, VideoReader
+from tritonkern.cli import main
+from tritonkern.models import build_model
+from tritonkern.tracking import PointTracks, VideoReader, predictor
 
 # The command with a tracker that needs no weights; `slow` makes it wait where a test wants to interrupt it.
 _PROGRAM = """
@@ -65,6 +67,25 @@ def assert_one_line_error(result, *parts, code=2):
 
 
 @pytest.fixture
+def call(monkeypatch, capsys):
+    """The same in this process, where no module needs to be loaded again."""
+
+    def stand_in(name, weights=None):
+        return ColourTracker() if name == "chrono-nano" and weights is None else build_model(name, weights)
+
+    monkeypatch.setattr(predictor, "build_model", stand_in)
+
+    def call_main(*arguments):
+        monkeypatch.setattr(sys, "argv", ["tritonkern", *map(str, arguments)])
+        with pytest.raises(SystemExit) as exit:
+            main()
+        streams = capsys.readouterr()
+        return subprocess.CompletedProcess(arguments, exit.value.code, streams.out, streams.err)
+
+    return call_main
+
+
+@pytest.fixture
 def video(tmp_path):
     return write_clip(tmp_path / "video.mp4", square_clip())
 
@@ -104,56 +125,56 @@ class TestTrack:
 
 
 class TestErrors:
-    def test_missing_video(self, tmp_path):
-        result = run("track", tmp_path / "nope.mp4", "--out", tmp_path / "out")
+    def test_missing_video(self, call, tmp_path):
+        result = call("track", tmp_path / "nope.mp4", "--out", tmp_path / "out")
         assert_one_line_error(result, "nope.mp4 does not exist", "give the path of a video")
         assert not (tmp_path / "out").exists()
 
-    def test_not_a_video(self, tmp_path):
+    def test_not_a_video(self, call, tmp_path):
         (tmp_path / "a.mp4").write_text("not a video")
-        assert_one_line_error(run("track", tmp_path / "a.mp4", "--out", tmp_path), "cannot be read as a video")
+        assert_one_line_error(call("track", tmp_path / "a.mp4", "--out", tmp_path), "cannot be read as a video")
 
-    def test_empty_video(self, tmp_path):
+    def test_empty_video(self, call, tmp_path):
         (tmp_path / "a.mp4").touch()
-        assert_one_line_error(run("track", tmp_path / "a.mp4", "--out", tmp_path), "cannot be read as a video")
+        assert_one_line_error(call("track", tmp_path / "a.mp4", "--out", tmp_path), "cannot be read as a video")
 
-    def test_sound_only(self, tmp_path):
-        result = run("track", write_sound(tmp_path / "a.m4a"), "--out", tmp_path / "out")
+    def test_sound_only(self, call, tmp_path):
+        result = call("track", write_sound(tmp_path / "a.m4a"), "--out", tmp_path / "out")
         assert_one_line_error(result, "has no video stream")
 
     @pytest.mark.parametrize(
         ("row", "part"),
         [("0,97,2", "outside the frame"), ("8,1,2", "outside the clip"), ("0,one,2", "line 1: needs three numbers")],
     )
-    def test_bad_queries(self, tmp_path, video, row, part):
+    def test_bad_queries(self, call, tmp_path, video, row, part):
         (tmp_path / "q.csv").write_text(row)
-        result = run("track", video, "--out", tmp_path / "out", "--queries", tmp_path / "q.csv")
+        result = call("track", video, "--out", tmp_path / "out", "--queries", tmp_path / "q.csv")
         assert_one_line_error(result, part)
         assert not list(tmp_path.glob("out/*"))
 
-    def test_contradicting_options(self, tmp_path, video):
+    def test_contradicting_options(self, call, tmp_path, video):
         (tmp_path / "q.csv").write_text("0,1,2")
         common = ("track", video, "--out", tmp_path / "out", "--queries", tmp_path / "q.csv")
-        assert_one_line_error(run(*common, "--grid", 3), "--grid and --queries exclude each other")
-        assert_one_line_error(run(*common, "--query-frame", 3), "--query-frame goes with --grid")
+        assert_one_line_error(call(*common, "--grid", 3), "--grid and --queries exclude each other")
+        assert_one_line_error(call(*common, "--query-frame", 3), "--query-frame goes with --grid")
 
-    def test_unknown_model(self, tmp_path, video):
-        result = run("track", video, "--out", tmp_path / "out", "--model", "chrome")
+    def test_unknown_model(self, call, tmp_path, video):
+        result = call("track", video, "--out", tmp_path / "out", "--model", "chrome")
         assert_one_line_error(result, "'chrome'", "chrono-nano")
 
     @pytest.mark.parametrize("model", ["chrono-nano", "chrono-vits14"])
-    def test_wrong_checkpoint(self, tmp_path, video, model):
+    def test_wrong_checkpoint(self, call, tmp_path, video, model):
         (tmp_path / "weights.safetensors").write_text("these are not weights")
         common = ("track", video, "--out", tmp_path / "out", "--model", model, "--weights")
-        assert_one_line_error(run(*common, tmp_path / "weights.safetensors"), "weights.safetensors")
-        assert_one_line_error(run(*common, tmp_path / "nope.ckpt"), "nope.ckpt")
+        assert_one_line_error(call(*common, tmp_path / "weights.safetensors"), "weights.safetensors")
+        assert_one_line_error(call(*common, tmp_path / "nope.ckpt"), "nope.ckpt")
 
-    def test_unknown_device(self, tmp_path, video):
-        result = run("track", video, "--out", tmp_path / "out", "--device", "abacus")
+    def test_unknown_device(self, call, tmp_path, video):
+        result = call("track", video, "--out", tmp_path / "out", "--device", "abacus")
         assert_one_line_error(result, "device must be cpu or cuda, got 'abacus'")
 
-    def test_out_is_a_file(self, tmp_path, video):
-        assert_one_line_error(run("track", video, "--out", video), "give a folder to --out, not a file")
+    def test_out_is_a_file(self, call, tmp_path, video):
+        assert_one_line_error(call("track", video, "--out", video), "give a folder to --out, not a file")
 
     @pytest.mark.parametrize("limit", [100, 3000])
     def test_full_disk(self, tmp_path, video, limit):
