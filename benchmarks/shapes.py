@@ -1,0 +1,29 @@
+"""Query shapes of real models, `[B, T, H, D]`, each with where it comes from."""
+
+from typing import NamedTuple
+
+
+class WindowShape(NamedTuple):
+    """A call of temporal window attention, and how many times faster than a peer it is meant to be on a CPU."""
+
+    name: str
+    query: tuple[int, int, int, int]
+    source: str
+    over_sdpa: float
+    over_flex: float
+
+
+WINDOW = 13  # Chrono's, models/locotrack_model.py: six frames on each side
+
+TEMPORAL_WINDOW_ATTENTION = [
+    WindowShape("chrono", (256, 24, 4, 32), "Chrono adapter: 16 x 16 positions, Kubric clips of 24 frames", 5, 5),
+    WindowShape("rgb-stacking", (256, 250, 4, 32), "Chrono on a TAP-Vid RGB-Stacking clip of 250 frames", 10, 20),
+    WindowShape("wide", (1024, 48, 8, 64), "32 x 32 positions of a ViT-B wide adapter (512 = 8 x 64), 48 frames", 6, 4),
+    WindowShape("long", (64, 2000, 4, 64), "a clip of 2000 frames (80 s at 25 frames/s), 8 x 8 positions", 40, 12),
+]
+
+# The shape whose bandwidth is promised on a data-centre GPU.
+TEMPORAL_WINDOW_ATTENTION_GPU = WindowShape("gpu", (4096, 64, 8, 64), "64 x 64 positions, 64 frames", 2, 2)
+
+# [B, T, N, H, D]: a video in memory order, which peers must first permute and copy.
+TEMPORAL_WINDOW_VIDEO = (1, 24, 256, 4, 32)
