@@ -1,8 +1,8 @@
 """Everything to do on a machine with a GPU, in one command that ends well inside ten minutes: `make gpu`.
 
-The test suite with the Triton kernels running natively, then the benchmark suites with their table of achieved bandwidth
-and FLOP/s against what the card can do; rows are appended to benchmarks/results/<gpu>.jsonl. Needs the torch, Triton and
-pytest of the image and nothing else: the package runs from the checkout.
+The test suite with the Triton kernels running natively, then the benchmark suites with their table of achieved
+bandwidth and FLOP/s against what the card can do; rows are appended to benchmarks/results/<gpu>.jsonl. Needs the torch,
+Triton and pytest of the image and nothing else: the package runs from the checkout.
 
     python benchmarks/gpu.py [OPERATION ...]      all operations, or only those named
 """
@@ -25,9 +25,7 @@ def main(operations: list[str]) -> int:
     import torch
 
     if not torch.cuda.is_available():
-        print(
-            f"make gpu needs a GPU that PyTorch can use; torch {torch.__version__} finds none. CPU: make test, make bench"
-        )
+        print(f"make gpu needs a GPU, and torch {torch.__version__} finds none; for a CPU: make test, make bench")
         return 2
     rooms = sorted(path.parent.name for path in ROOT.glob("tritonkern/ops/*/op.py"))
     unknown = sorted(set(operations) - set(rooms))
