@@ -8,6 +8,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "common/memory.h"
 #include "temporal_window_attention.h"
 
 namespace py = pybind11;
@@ -67,7 +68,8 @@ TensorView view(const PyTensor& tensor) {
     return result;
 }
 
-TensorView contiguous(uintptr_t data, const Shape& shape) {
+// A result: contiguous, and not written yet.
+TensorView result_view(uintptr_t data, const Shape& shape, int dtype) {
     TensorView result;
     result.data = reinterpret_cast<void*>(data);
     int64_t stride = 1;
@@ -75,6 +77,10 @@ TensorView contiguous(uintptr_t data, const Shape& shape) {
         result.stride[i] = stride;
         stride *= shape[i];
     }
+    const int64_t element = static_cast<DType>(dtype) == DType::kFloat64   ? 8
+                            : static_cast<DType>(dtype) == DType::kFloat32 ? 4
+                                                                           : 2;
+    expect_writes(result.data, stride * element);
     return result;
 }
 
@@ -113,7 +119,7 @@ PYBIND11_MODULE(_cpp, m) {
         [](int dtype, const Shape& shape, int64_t left, int64_t right, double scale, int num_threads,
            const PyTensor& query, const PyTensor& key, const PyTensor& value, uintptr_t out, uintptr_t lse) {
             auto call = describe(dtype, shape, left, right, scale, num_threads, query, key, value, lse);
-            call.out = contiguous(out, shape);
+            call.out = result_view(out, shape, dtype);
             kernels().forward(call);
         },
         py::call_guard<py::gil_scoped_release>());
@@ -124,9 +130,9 @@ PYBIND11_MODULE(_cpp, m) {
            uintptr_t grad_query, uintptr_t grad_key, uintptr_t grad_value) {
             auto call = describe(dtype, shape, left, right, scale, num_threads, query, key, value, lse);
             call.grad_out = view(grad_out);
-            call.grad_query = contiguous(grad_query, shape);
-            call.grad_key = contiguous(grad_key, shape);
-            call.grad_value = contiguous(grad_value, shape);
+            call.grad_query = result_view(grad_query, shape, dtype);
+            call.grad_key = result_view(grad_key, shape, dtype);
+            call.grad_value = result_view(grad_value, shape, dtype);
             kernels().backward(call);
         },
         py::call_guard<py::gil_scoped_release>());

@@ -13,7 +13,6 @@
 //
 #include "temporal_window_attention.h"
 
-#include <cmath>
 #include <limits>
 
 #include "common/banded.h"
@@ -21,38 +20,44 @@
 namespace tritonkern::TRITONKERN_ISA {
 namespace {
 
-// How the work is cut into tasks, and the sizes that follow.
-template <class A>
+// How the work is cut. A task is a stretch of time of a few sequences that are neighbours in memory: `group` of the N * H
+// sequences of one batch entry. Reading such a group frame by frame is what memory does best.
+template <class S>
 struct Plan {
-    int64_t chunk, chunks, tasks, grain, padded_dim, key_columns, weight_stride;
+    using A = Accumulator<S>;
+
+    int64_t chunk, chunks, group, groups, tasks, grain, padded_dim, key_columns, weight_stride;
     int threads;
 
     Plan(const TemporalWindowAttention& call, int64_t left, int64_t right, int64_t longest, int64_t halo) {
         chunks = ceil_div(call.T, longest);
         chunk = round_up(ceil_div(call.T, chunks), kBlock);
         chunks = ceil_div(call.T, chunk);
-        tasks = call.B * chunks * call.N * call.H;
+        // Two groups, the current one and the next, of three tensors should fit into a second-level cache.
+        constexpr int64_t group_bytes = 128 << 10;
+        const int64_t sequences = call.N * call.H;
+        group = min(sequences, max<int64_t>(1, group_bytes / (chunk * call.D * int64_t(sizeof(S)))));
+        groups = ceil_div(sequences, group);
+        tasks = call.B * chunks * groups;
         padded_dim = round_up(call.D, kLanes<A>);
         // An odd number of vectors: a power of two would put all rows of a column into the same cache sets.
-        key_columns = columns(min(call.T, chunk + halo));
+        key_columns = (round_up(min(call.T, chunk + halo), kLanes<A>) + kLanes<A>) | kLanes<A>;
         weight_stride = round_up(min(call.T, left + right + kBlock), 2 * kLanes<A>);
         // Waking a thread costs some microseconds; give it at least that much work.
-        const int64_t work = call.B * call.T * call.N * call.H * (left + right + kBlock) * call.D;
+        const int64_t work = call.B * call.T * sequences * (left + right + kBlock) * call.D;
         threads = int(max<int64_t>(1, min<int64_t>(call.num_threads, work >> 17)));
-        grain = round_up(ceil_div(tasks, int64_t(threads) * 16), call.H);
+        grain = ceil_div(tasks, int64_t(threads) * 16);
     }
-
-    static int64_t columns(int64_t count) { return (round_up(count, kLanes<A>) + kLanes<A>) | kLanes<A>; }
 };
 
 struct Task {
-    int64_t b, n, h, begin, end;
+    int64_t b, begin, end;              // frames begin..end-1
+    int64_t first_sequence, sequences;  // of the N * H, heads fastest
 
-    // Heads go fastest: they are neighbours in memory.
-    template <class A>
-    Task(const TemporalWindowAttention& call, const Plan<A>& plan, int64_t index) {
-        h = index % call.H, index /= call.H;
-        n = index % call.N, index /= call.N;
+    template <class S>
+    Task(const TemporalWindowAttention& call, const Plan<S>& plan, int64_t index) {
+        first_sequence = index % plan.groups * plan.group, index /= plan.groups;
+        sequences = min(plan.group, call.N * call.H - first_sequence);
         begin = index % plan.chunks * plan.chunk, b = index / plan.chunks;
         end = min(begin + plan.chunk, call.T);
     }
@@ -63,23 +68,47 @@ void block_rows(Rows<A> rows, int64_t first, int64_t count, const A* (&out)[kBlo
     for (int r = 0; r < kBlock; ++r) out[r] = rows[first + min<int64_t>(r, count - 1)];
 }
 
+// Brings the frames of a coming task closer while another one computes, in the order in which they lie in memory.
+template <class S>
+class Prefetcher {
+    const TemporalWindowAttention& call;
+    const Task task;
+    int64_t t, sequence;
+
+  public:
+    Prefetcher(const TemporalWindowAttention& c, const Task& coming)
+        : call(c), task(coming), t(coming.begin), sequence(coming.first_sequence) {}
+
+    TRITONKERN_INLINE void fetch_rows(int64_t rows) {
+        for (; rows > 0 && t < task.end; --rows) {
+            const int64_t n = sequence / call.H, h = sequence % call.H;
+            for (const TensorView* tensor : {&call.query, &call.key, &call.value})
+                Sequence<S>(*tensor, call.D, task.b, n, h).template prefetch<0>(t);
+            Sequence<S>(call.out, call.D, task.b, n, h).template prefetch<1>(t);
+            if (++sequence == task.first_sequence + task.sequences) sequence = task.first_sequence, ++t;
+        }
+    }
+};
+
 template <class S>
 class Forward {
     using A = Accumulator<S>;
 
     const TemporalWindowAttention& call;
     const int64_t left, right;
-    const Plan<A> plan;
+    const Plan<S> plan;
 
     struct Scratch {
-        A *query, *rows, *key_columns, *weights, *out;
+        A *query, *rows, *key_columns, *weights, *out, *maximum, *total;
 
-        Scratch(const Plan<A>& plan, Arena& arena) {
+        Scratch(const Plan<S>& plan, Arena& arena) {
             query = arena.take<A>(plan.chunk * plan.padded_dim);
             rows = arena.take<A>(plan.key_columns * plan.padded_dim);
             key_columns = arena.take<A>(plan.key_columns * plan.padded_dim);
             weights = arena.take<A>(kBlock * plan.weight_stride);
             out = arena.take<A>(kBlock * plan.padded_dim);
+            maximum = arena.take<A>(plan.chunk + kLanes<A>);
+            total = arena.take<A>(plan.chunk + kLanes<A>);
         }
     };
 
@@ -96,50 +125,56 @@ class Forward {
         parallel_for(plan.tasks, plan.grain, plan.threads, count.used,
                      [this](int64_t first, int64_t last, Arena arena) {
                          const Scratch scratch(plan, arena);
-                         for (int64_t i = first; i < last; ++i)
-                             task(Task(call, plan, i), Task(call, plan, min(i + 1, last - 1)), scratch);
+                         for (int64_t i = first; i < last; ++i) {
+                             const Task task(call, plan, i);
+                             Prefetcher<S> ahead(call, Task(call, plan, min(i + 1, last - 1)));
+                             for (int64_t s = 0; s < task.sequences; ++s)
+                                 sequence(task, task.first_sequence + s, ahead, scratch);
+                         }
                      });
     }
 
   private:
-    void task(const Task& task, const Task& next, const Scratch& scratch) const {
-        const auto sequence = [&](const TensorView& tensor, const Task& t) {
-            return Sequence<S>(tensor, call.D, t.b, t.n, t.h);
-        };
+    void sequence(const Task& task, int64_t index, Prefetcher<S>& ahead, const Scratch& scratch) const {
+        const int64_t n = index / call.H, h = index % call.H;
+        const auto view = [&](const TensorView& tensor) { return Sequence<S>(tensor, call.D, task.b, n, h); };
         const int64_t first_key = max<int64_t>(task.begin - left, 0), last_key = min(task.end + right, call.T);
 
-        const Rows<A> keys = sequence(call.key, task).rows(first_key, last_key, scratch.rows);
+        const Rows<A> keys = view(call.key).rows(first_key, last_key, scratch.rows);
         transpose_rows(keys, last_key - first_key, call.D, scratch.key_columns, plan.key_columns);
-        const Rows<A> values = sequence(call.value, task).rows(first_key, last_key, scratch.rows);
-        const Rows<A> queries = sequence(call.query, task).rows(task.begin, task.end, scratch.query);
-        const Sequence<S> out = sequence(call.out, task);
-        A* lse = static_cast<A*>(call.lse) + (task.b * call.T * call.N + task.n) * call.H + task.h;
+        const Rows<A> values = view(call.value).rows(first_key, last_key, scratch.rows);
+        const Rows<A> queries = view(call.query).rows(task.begin, task.end, scratch.query);
+        const Sequence<S> out = view(call.out);
 
         for (int64_t start = task.begin; start < task.end; start += kBlock) {
+            ahead.fetch_rows(kBlock);
             const int64_t rows = min<int64_t>(kBlock, task.end - start);
             const Band band(start, rows, call.T, left, right, first_key);
             const A* query[kBlock];
             block_rows(queries, start - task.begin, rows, query);
-
-            // Memory is slow and frames lie far apart: fetch the next task's while computing.
-            const int64_t ahead = next.begin + start - task.begin;
-            for (const TensorView* tensor : {&call.query, &call.key, &call.value})
-                sequence(*tensor, next).prefetch(min(ahead, next.end), min(ahead + kBlock, next.end));
-
             A maximum[kBlock], total[kBlock], factor[kBlock];
             softmax(band, query, scratch.key_columns + band.first, scratch.weights, maximum, total);
+
             A* target[kBlock];
             for (int r = 0; r < kBlock; ++r) {
+                scratch.maximum[start - task.begin + r] = maximum[r];
+                scratch.total[start - task.begin + r] = total[r];
                 factor[r] = 1 / total[r];
                 target[r] = out.usable_in_place() && r < rows
                                 ? reinterpret_cast<A*>(out.data + (start + r) * out.time_stride)
                                 : scratch.out + r * plan.padded_dim;
-                if (r < rows) lse[(start + r) * call.N * call.H] = maximum[r] + std::log(total[r]);
             }
             band_gather(band, scratch.weights, plan.weight_stride, values, factor, target, plan.padded_dim);
             if (!out.usable_in_place()) {
                 for (int64_t r = 0; r < rows; ++r) out.write(start + r, target[r]);
             }
+        }
+
+        A* lse = static_cast<A*>(call.lse) + (task.b * call.T * call.N + n) * call.H + h;
+        for (int64_t t = 0; t < task.end - task.begin; ++t) {
+            if (t % kLanes<A> == 0)
+                store(scratch.maximum + t, load(scratch.maximum + t) + log<A>(load(scratch.total + t)));
+            lse[(task.begin + t) * call.N * call.H] = scratch.maximum[t];
         }
     }
 
@@ -164,18 +199,18 @@ class Forward {
                 }
             }
         });
-        for (int r = 0; r < kBlock; ++r) {
-            const Vec<A> maxima = lane_max<A>(top[r]);
-            Vec<A> sum = {};
-            for (int64_t key = 0; key < band.keys; key += L) {
+        reduce<A>(top, Maximum{}, maximum);
+        Vec<A> sum[kBlock] = {};
+        for (int64_t key = 0; key < band.keys; key += L) {
+            TRITONKERN_UNROLL
+            for (int r = 0; r < kBlock; ++r) {
                 A* p = weights + r * plan.weight_stride + key;
-                const Vec<A> weight = exp<A>(load(p) - maxima);
+                const Vec<A> weight = exp<A>(load(p) - maximum[r]);
                 store(p, weight);
-                sum += weight;
+                sum[r] += weight;
             }
-            maximum[r] = maxima[0];
-            total[r] = lane_sum<A>(sum)[0];
         }
+        reduce<A>(sum, Sum{}, total);
     }
 };
 
@@ -185,13 +220,13 @@ class Backward {
 
     const TemporalWindowAttention& call;
     const int64_t left, right;
-    const Plan<A> plan;
+    const Plan<S> plan;
 
     struct Scratch {
         A *query, *grad_out, *rows, *key_columns, *value_columns, *grad_key, *grad_value, *weights, *grad_scores, *out;
 
         // A stretch of keys needs the queries that see them, and those queries need all the keys that they see.
-        Scratch(const Plan<A>& plan, int64_t reach, Arena& arena) {
+        Scratch(const Plan<S>& plan, int64_t reach, Arena& arena) {
             query = arena.take<A>((plan.chunk + reach) * plan.padded_dim);
             grad_out = arena.take<A>((plan.chunk + reach) * plan.padded_dim);
             rows = arena.take<A>(plan.key_columns * plan.padded_dim);
@@ -219,25 +254,28 @@ class Backward {
         parallel_for(plan.tasks, plan.grain, plan.threads, count.used,
                      [this](int64_t first, int64_t last, Arena arena) {
                          const Scratch scratch(plan, left + right, arena);
-                         for (int64_t i = first; i < last; ++i) task(Task(call, plan, i), scratch);
+                         for (int64_t i = first; i < last; ++i) {
+                             const Task task(call, plan, i);
+                             for (int64_t s = 0; s < task.sequences; ++s)
+                                 sequence(task, task.first_sequence + s, scratch);
+                         }
                      });
     }
 
   private:
-    void task(const Task& task, const Scratch& scratch) const {
-        const auto sequence = [&](const TensorView& tensor) {
-            return Sequence<S>(tensor, call.D, task.b, task.n, task.h);
-        };
+    void sequence(const Task& task, int64_t index, const Scratch& scratch) const {
+        const int64_t n = index / call.H, h = index % call.H;
+        const auto view = [&](const TensorView& tensor) { return Sequence<S>(tensor, call.D, task.b, n, h); };
         const int64_t first_query = max<int64_t>(task.begin - right, 0), last_query = min(task.end + left, call.T);
         const int64_t first_key = max<int64_t>(first_query - left, 0), last_key = min(last_query + right, call.T);
 
-        const Rows<A> values = sequence(call.value).rows(first_key, last_key, scratch.rows);
+        const Rows<A> values = view(call.value).rows(first_key, last_key, scratch.rows);
         transpose_rows(values, last_key - first_key, call.D, scratch.value_columns, plan.key_columns);
-        const Rows<A> keys = sequence(call.key).rows(first_key, last_key, scratch.rows);
+        const Rows<A> keys = view(call.key).rows(first_key, last_key, scratch.rows);
         transpose_rows(keys, last_key - first_key, call.D, scratch.key_columns, plan.key_columns);
-        const Rows<A> queries = sequence(call.query).rows(first_query, last_query, scratch.query);
-        const Rows<A> grad_outs = sequence(call.grad_out).rows(first_query, last_query, scratch.grad_out);
-        const A* lse = static_cast<const A*>(call.lse) + (task.b * call.T * call.N + task.n) * call.H + task.h;
+        const Rows<A> queries = view(call.query).rows(first_query, last_query, scratch.query);
+        const Rows<A> grad_outs = view(call.grad_out).rows(first_query, last_query, scratch.grad_out);
+        const A* lse = static_cast<const A*>(call.lse) + (task.b * call.T * call.N + n) * call.H + h;
 
         const int64_t owned = (task.end - task.begin) * plan.padded_dim;
         std::memset(scratch.grad_key, 0, owned * sizeof(A));
@@ -252,7 +290,7 @@ class Backward {
             for (int64_t r = 0; r < kBlock; ++r) row_lse[r] = lse[(start + min(r, rows - 1)) * call.N * call.H];
 
             softmax_gradient(band, query, grad_out, row_lse, scratch);
-            write_grad_query(band, start, rows, task, keys, scratch);
+            write_grad_query(band, start, rows, task, keys, view(call.grad_query), scratch);
             // The accumulators hold the keys task.begin..task.end-1 only.
             const int64_t shift = task.begin - first_key;
             const int64_t begin = max<int64_t>(shift - band.first, 0);
@@ -263,8 +301,8 @@ class Backward {
                          scratch.grad_value - shift * plan.padded_dim, plan.padded_dim, plan.padded_dim);
         }
         for (int64_t t = task.begin; t < task.end; ++t) {
-            sequence(call.grad_key).write(t, scratch.grad_key + (t - task.begin) * plan.padded_dim);
-            sequence(call.grad_value).write(t, scratch.grad_value + (t - task.begin) * plan.padded_dim);
+            view(call.grad_key).write(t, scratch.grad_key + (t - task.begin) * plan.padded_dim);
+            view(call.grad_value).write(t, scratch.grad_value + (t - task.begin) * plan.padded_dim);
         }
     }
 
@@ -275,7 +313,8 @@ class Backward {
         constexpr int L = kLanes<A>;
         const A scale = A(call.scale);
         const int64_t stride = plan.weight_stride;
-        Vec<A> total[kBlock] = {}, mean[kBlock] = {};
+        Vec<A> sum[kBlock] = {}, dot[kBlock] = {};
+        A total[kBlock], mean[kBlock];
         band_dots(band, query, scratch.key_columns + band.first, plan.key_columns, call.D,
                   [&](int64_t key, auto& tile) {
                       constexpr int vectors = sizeof(tile[0]) / sizeof(tile[0][0]);
@@ -286,12 +325,12 @@ class Backward {
                               const Vec<A> weight =
                                   band.mask<A>(r, key + v * L) ? exp<A>(tile[r][v] * scale - lse[r]) : Vec<A>{};
                               store(scratch.weights + r * stride + key + v * L, weight);
-                              total[r] += weight;
+                              sum[r] += weight;
                           }
                       }
                   });
+        reduce<A>(sum, Sum{}, total);
         for (int r = 0; r < kBlock; ++r) {
-            total[r] = lane_sum<A>(total[r]);
             for (int64_t key = r * stride; key < r * stride + band.keys; key += L)
                 store(scratch.weights + key, load(scratch.weights + key) / total[r]);
         }
@@ -304,12 +343,12 @@ class Backward {
                     for (int v = 0; v < vectors; ++v) {
                         const int64_t at = r * stride + key + v * L;
                         store(scratch.grad_scores + at, tile[r][v]);
-                        mean[r] += band.mask<A>(r, key + v * L) ? load(scratch.weights + at) * tile[r][v] : Vec<A>{};
+                        dot[r] += band.mask<A>(r, key + v * L) ? load(scratch.weights + at) * tile[r][v] : Vec<A>{};
                     }
                 }
             });
+        reduce<A>(dot, Sum{}, mean);
         for (int r = 0; r < kBlock; ++r) {
-            mean[r] = lane_sum<A>(mean[r]);
             for (int64_t key = r * stride; key < r * stride + band.keys; key += L) {
                 A* grad = scratch.grad_scores + key;
                 store(grad, load(scratch.weights + key) * (load(grad) - mean[r]) * scale);
@@ -318,10 +357,9 @@ class Backward {
     }
 
     void write_grad_query(const Band& band, int64_t start, int64_t rows, const Task& task, Rows<A> keys,
-                          const Scratch& scratch) const {
+                          const Sequence<S>& grad_query, const Scratch& scratch) const {
         const int64_t begin = max(start, task.begin), end = min(start + rows, task.end);
         if (begin >= end) return;
-        const Sequence<S> grad_query(call.grad_query, call.D, task.b, task.n, task.h);
         A* target[kBlock];
         A factor[kBlock];
         for (int r = 0; r < kBlock; ++r) {

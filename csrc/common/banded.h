@@ -60,6 +60,11 @@ TRITONKERN_INLINE void dot_tile(const A* const (&x)[kBlock], const A* y, int64_t
     // Long sums are made of shorter ones, so that rounding errors grow with the square root of `part` rather than of
     // `dim`.
     constexpr int64_t part = 64;
+    TRITONKERN_UNROLL
+    for (int r = 0; r < kBlock; ++r) {
+        TRITONKERN_UNROLL
+        for (int v = 0; v < N; ++v) sum[r][v] = Vec<A>{};
+    }
     for (int64_t begin = 0; begin < dim; begin += part) {
         Vec<A> partial[chains][kBlock][N] = {};
         for (int64_t d = begin; d < min(begin + part, dim); d += chains) {
@@ -78,7 +83,7 @@ TRITONKERN_INLINE void dot_tile(const A* const (&x)[kBlock], const A* y, int64_t
             TRITONKERN_UNROLL
             for (int v = 0; v < N; ++v) {
                 if constexpr (chains == 2) partial[0][r][v] += partial[1][r][v];
-                sum[r][v] = begin ? sum[r][v] + partial[0][r][v] : partial[0][r][v];
+                sum[r][v] += partial[0][r][v];
             }
         }
     }

@@ -6,6 +6,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -60,17 +61,22 @@ TRITONKERN_INLINE Vec<A> shuffle(Vec<A> a, Vec<A> b, Index index, std::integer_s
 #endif
 }
 
+// Which of the 2L lanes (a, b) goes to lane l; S is a power of two.
 template <int L, int S>
-struct Swap {  // exchanges lanes whose number differs in the bit S
+struct Swap {  // exchanges the lanes of a whose numbers differ in the bit S
     constexpr int operator()(int l) const { return l ^ S; }
 };
 template <int L, int S>
-struct KeepLow {
+struct KeepLow {  // the lanes without bit S, of a and then of b
     constexpr int operator()(int l) const { return l & S ? L + l - S : l; }
 };
 template <int L, int S>
-struct KeepHigh {
+struct KeepHigh {  // the lanes with bit S, of a and then of b
     constexpr int operator()(int l) const { return l & S ? L + l : l + S; }
+};
+template <int L, int S>
+struct Zip {  // a and b interleaved, from lane S on
+    constexpr int operator()(int l) const { return (l & 1) * L + S + l / 2; }
 };
 
 template <class A, template <int, int> class Index, int S>
@@ -81,35 +87,65 @@ TRITONKERN_INLINE Vec<A> shuffle(Vec<A> a, Vec<A> b) {
 
 }  // namespace detail
 
-// Reductions over the lanes; every lane of the result holds it. The order is fixed, so that sums are reproducible.
-template <class A, int S = kLanes<A> / 2>
-TRITONKERN_INLINE Vec<A> lane_sum(Vec<A> v) {
-    v += detail::shuffle<A, detail::Swap, S>(v, v);
-    if constexpr (S > 1) return lane_sum<A, S / 2>(v);
-    return v;
-}
-
-// NaN lanes may be lost: callers let NaN through by another way.
-template <class A, int S = kLanes<A> / 2>
-TRITONKERN_INLINE Vec<A> lane_max(Vec<A> v) {
-    const Vec<A> w = detail::shuffle<A, detail::Swap, S>(v, v);
-    v = w > v ? w : v;
-    if constexpr (S > 1) return lane_max<A, S / 2>(v);
-    return v;
-}
-
-// In-place transpose of an L x L tile: stage S swaps bit S of the row number with bit S of the lane number.
-template <class A, int S = 1>
+// Transposes an L x L tile. Every round moves the top bit of the row number to the lowest bit of the lane number and the top
+// bit of the lane number to the lowest bit of the row number; after log2(L) rounds they have changed places.
+template <class A, int Round = 1>
 TRITONKERN_INLINE void transpose(Vec<A> (&tile)[kLanes<A>]) {
     constexpr int L = kLanes<A>;
+    Vec<A> old[L];
     TRITONKERN_UNROLL
-    for (int r = 0; r < L; ++r) {
-        if (r & S) continue;
-        const Vec<A> low = tile[r], high = tile[r | S];
-        tile[r] = detail::shuffle<A, detail::KeepLow, S>(low, high);
-        tile[r | S] = detail::shuffle<A, detail::KeepHigh, S>(low, high);
+    for (int r = 0; r < L; ++r) old[r] = tile[r];
+    TRITONKERN_UNROLL
+    for (int r = 0; r < L / 2; ++r) {
+        tile[2 * r] = detail::shuffle<A, detail::Zip, 0>(old[r], old[r + L / 2]);
+        tile[2 * r + 1] = detail::shuffle<A, detail::Zip, L / 2>(old[r], old[r + L / 2]);
     }
-    if constexpr (2 * S < L) transpose<A, 2 * S>(tile);
+    if constexpr (2 * Round < L) transpose<A, 2 * Round>(tile);
+}
+
+struct Sum {
+    template <class V>
+    V operator()(V a, V b) const {
+        return a + b;
+    }
+};
+struct Maximum {  // NaN may be lost: callers let it through by another way
+    template <class V>
+    V operator()(V a, V b) const {
+        return b > a ? b : a;
+    }
+};
+
+namespace detail {
+template <class A, int S, class Op>
+TRITONKERN_INLINE Vec<A> fold(Vec<A> v, Op op) {
+    if constexpr (S > 0) {
+        return fold<A, S / 2>(op(v, shuffle<A, Swap, S>(v, v)), op);
+    } else {
+        return v;
+    }
+}
+}  // namespace detail
+
+// out[r] = op over all lanes of rows[r]. The order is fixed, so that sums are reproducible.
+template <class A, class Op>
+TRITONKERN_INLINE void reduce(const Vec<A> (&rows)[4], Op op, A (&out)[4]) {
+    constexpr int L = kLanes<A>;
+    if constexpr (L < 4) {
+        for (int r = 0; r < 4; ++r) out[r] = detail::fold<A, L / 2>(rows[r], op)[0];
+    } else {
+        // Four reductions in one: halves of two rows share a vector, then quarters of four.
+        using detail::KeepHigh, detail::KeepLow, detail::shuffle;
+        const auto merge = [&](Vec<A> a, Vec<A> b, auto bit) __attribute__((always_inline)) {
+            return op(shuffle<A, KeepLow, bit>(a, b), shuffle<A, KeepHigh, bit>(a, b));
+        };
+        const std::integral_constant<int, L / 2> half;
+        const std::integral_constant<int, L / 4> quarter;
+        const Vec<A> all = merge(merge(rows[0], rows[1], half), merge(rows[2], rows[3], half), quarter);
+        A lanes[L];
+        store(lanes, detail::fold<A, L / 8>(all, op));
+        for (int r = 0; r < 4; ++r) out[r] = lanes[r % 2 * half + r / 2 * quarter];
+    }
 }
 
 // e^x to about one ulp for x below the overflow threshold. Results under the smallest normal number are 0; NaN stays
@@ -142,6 +178,26 @@ TRITONKERN_INLINE Vec<A> exp(Vec<A> x) {
     }
     const Vec<A> power = (Vec<A>)((IntVec<A>)shifted << mantissa_bits);
     return x < smallest ? Vec<A>{} : series * power;
+}
+
+// Natural logarithm to about two ulps, for normal positive x; -inf for 0, NaN for NaN.
+//   x = 2^n m with m in [sqrt(1/2), sqrt(2));  ln m = 2 atanh((m - 1) / (m + 1)), whose argument is at most 0.172
+template <class A>
+TRITONKERN_INLINE Vec<A> log(Vec<A> x) {
+    constexpr bool single = sizeof(A) == 4;
+    using Integer = typename VecTypes<A>::Integer;
+    constexpr int mantissa_bits = single ? 23 : 52, terms = single ? 5 : 11;
+    constexpr A ln2 = A(0.693147180559945309L);
+    constexpr Integer sqrt_half_bits = single ? Integer(0x3f3504f3) : Integer(0x3fe6a09e667f3bcd);
+    const IntVec<A> exponent = ((IntVec<A>)x - sqrt_half_bits) >> mantissa_bits;
+    const Vec<A> m = (Vec<A>)((IntVec<A>)x - (exponent << mantissa_bits));
+    const Vec<A> s = (m - 1) / (m + 1), square = s * s;
+    Vec<A> series = broadcast(A(2) / (2 * terms + 1));
+    TRITONKERN_UNROLL
+    for (int k = terms - 1; k > 0; --k) series = series * square + A(2) / (2 * k + 1);
+    const Vec<A> result = __builtin_convertvector(exponent, Vec<A>) * ln2 + (s + s + s * square * series);
+    const Vec<A> finite = x > 0 ? result : broadcast(-std::numeric_limits<A>::infinity());
+    return x == x ? finite : x;
 }
 
 }  // namespace tritonkern::TRITONKERN_ISA

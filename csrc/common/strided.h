@@ -59,11 +59,11 @@ struct Sequence {
         for (int64_t d = 0; d < dim; d += 8) narrow8(row + d, out + d);
     }
 
-    void prefetch(int64_t first, int64_t last) const {
+    template <int ForWriting>
+    TRITONKERN_INLINE void prefetch(int64_t t) const {
         if (channel_stride != 1) return;
-        const int64_t per_line = kCacheLine / int64_t(sizeof(S));
-        for (int64_t t = first; t < last; ++t)
-            for (int64_t d = 0; d < dim; d += per_line) __builtin_prefetch(data + t * time_stride + d, 0, 2);
+        for (int64_t d = 0; d < dim; d += kCacheLine / int64_t(sizeof(S)))
+            __builtin_prefetch(data + t * time_stride + d, ForWriting, 2);
     }
 };
 
@@ -72,16 +72,19 @@ struct Sequence {
 template <class A>
 inline void transpose_rows(Rows<A> rows, int64_t count, int64_t dim, A* columns, int64_t stride) {
     constexpr int L = kLanes<A>;
-    for (int64_t t = 0; t < count; t += L) {
+    const auto tiles = [&](int64_t t, const auto& row) __attribute__((always_inline)) {
         for (int64_t d = 0; d < dim; d += L) {
             Vec<A> tile[L];
             TRITONKERN_UNROLL
-            for (int i = 0; i < L; ++i) tile[i] = load(rows[min(t + i, count - 1)] + d);
+            for (int i = 0; i < L; ++i) tile[i] = load(row(i) + d);
             transpose<A>(tile);
             TRITONKERN_UNROLL
             for (int i = 0; i < L; ++i) store(columns + (d + i) * stride + t, tile[i]);
         }
-    }
+    };
+    int64_t t = 0;
+    for (; t + L <= count; t += L) tiles(t, [&](int i) { return rows[t] + i * rows.stride; });
+    if (t < count) tiles(t, [&](int i) { return rows[min(t + i, count - 1)]; });
 }
 
 }  // namespace tritonkern::TRITONKERN_ISA
