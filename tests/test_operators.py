@@ -29,7 +29,8 @@ def where(request):
 
 @pytest.fixture(params=LAYOUTS)
 def inputs(request, where):
-    return [LAYOUTS[request.param](2, 7, 3, 2, 8).to(where[1]).detach() for _ in range(3)]
+    with torch.device(where[1]):
+        return [LAYOUTS[request.param](2, 7, 3, 2, 8) for _ in range(3)]
 
 
 def test_opcheck(where, inputs):
@@ -236,3 +237,7 @@ def test_direct_calls_of_the_operators_are_checked():
     ):
         with pytest.raises(ValueError):
             BWD(*bad, 1, 1, 0.3)
+
+
+def test_uninitialised_memory_is_poisoned_in_every_test():
+    assert torch.empty(100).isnan().all() and torch.empty_like(GOOD).isnan().all()

@@ -4,6 +4,7 @@ Triton's interpreter has its own process and file, `test_triton_*.py`.
 """
 
 import itertools
+import mmap
 
 import pytest
 import torch
@@ -81,6 +82,7 @@ def test_lse_is_the_log_of_the_softmax_denominator(where):
         ((2, 24, 3, 4, 32), 13),  # Chrono's head
         ((1, 40, 2, 2, 64), 13),
         ((2, 7, 2, 8), (2, 0)),  # [B, T, H, D]
+        ((2, 7, 2, 8), (2**30, 2**30)),  # attention over the whole clip
         ((1, 33, 1, 1, 16), (0, 5)),
         ((3, 5, 1, 3, 24), 13),  # shorter than the window
         ((1, 1, 4, 1, 40), 3),
@@ -280,6 +282,23 @@ def test_more_sequences_than_a_grid_axis(where):
     out = temporal_window_attention(query, query, query, 3, backend=where[0])
     last = query[:, :, -2:]
     torch.testing.assert_close(out[:, :, -2:], temporal_window_attention(last, last, last, 3, backend=where[0]))
+
+
+@pytest.mark.parametrize("far_axis", [0, 1], ids=["batch", "frames"])
+def test_offsets_beyond_32_bits(where, far_axis):
+    shape = (2, 5, 1, 1, 8)
+    strides = [40, 8, 8, 8, 1]
+    strides[far_axis] = 2**31 // (shape[far_axis] - 1)
+    span = 2**31 + 48
+    if where[1] == "cpu":  # 4 GiB of addresses, of which the kernel touches a few pages
+        memory = mmap.mmap(-1, 2 * span, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        storage = torch.frombuffer(memory, dtype=torch.float16)
+    else:
+        storage = torch.zeros(span, dtype=torch.float16, device=where[1])
+    query, key, value, grad_out = random_inputs(*shape, dtype=torch.float16, device=where[1])
+    far = storage.as_strided(shape, strides).copy_(query)
+    check(where, [far, key, value, grad_out], 3)
+    check(where, [query, far, far, grad_out], 3)
 
 
 def test_properties(where):
