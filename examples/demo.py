@@ -17,7 +17,17 @@ def main() -> None:
     with atomic_file(OUT / "scene.mp4") as file, VideoWriter(file, fps=12.0) as writer:
         for frame in scene.video:
             writer.write(frame)
-    command = [sys.executable, "-m", "tritonkern.cli", "track", str(OUT / "scene.mp4"), "--grid", "14", "--out", str(OUT)]
+    command = [
+        sys.executable,
+        "-m",
+        "tritonkern.cli",
+        "track",
+        str(OUT / "scene.mp4"),
+        "--grid",
+        "14",
+        "--out",
+        str(OUT),
+    ]
     subprocess.run(command, check=True)
     print(OUT / "overlay.mp4")
 

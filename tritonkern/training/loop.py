@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
@@ -21,8 +22,8 @@ from tritonkern.training.synthetic import generate_clip
 class TrainingPlan:
     """Everything that decides the result of a run: the same plan and steps give the same clips in the same order."""
 
-    steps: int = 4000
-    frames: int = 10
+    steps: int = 2400
+    frames: int = 8
     points: int = 256
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
@@ -40,7 +41,9 @@ class GeneratedClips(Dataset):
         return self.plan.steps
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
-        clip = generate_clip((self.plan.seed, index), frames=self.plan.frames, points=self.plan.points)
+        seed = (self.plan.seed, index)
+        speed = float(np.random.default_rng(seed).uniform(0.3, 1.3))
+        clip = generate_clip(seed, frames=self.plan.frames, points=self.plan.points, speed=speed)
         video = torch.from_numpy(clip.video).float() / 127.5 - 1
         points, occluded = torch.from_numpy(clip.points), torch.from_numpy(clip.occluded)
         # The query is a random visible frame of each point; every point shows in at least the frame that it was drawn in.
@@ -74,13 +77,17 @@ def train(
     `report(step, losses)` is called after each step. Raises `ValueError` if the checkpoint belongs to another plan.
     """
     checkpoint = output.with_suffix(".checkpoint")
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    vectors = [p for p in model.parameters() if p.ndim <= 1]
-    optimiser = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": plan.weight_decay}, {"params": vectors, "weight_decay": 0.0}],
-        lr=plan.learning_rate,
-    )
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, plan.learning_rate, plan.steps, pct_start=0.05)
+    # The visibility head reads cosines, of which small differences matter: its weights have a long way to go.
+    visibility = list(model.occ_linear.parameters())
+    rest = [p for name, p in model.named_parameters() if not name.startswith("occ_linear.")]
+    groups = [
+        {"params": [p for p in rest if p.ndim > 1], "lr": plan.learning_rate, "weight_decay": plan.weight_decay},
+        {"params": [p for p in rest if p.ndim <= 1], "lr": plan.learning_rate, "weight_decay": 0.0},
+        {"params": visibility, "lr": 30 * plan.learning_rate, "weight_decay": 0.0},
+    ]
+    optimiser = torch.optim.AdamW(groups)
+    peaks = [group["lr"] for group in groups]
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peaks, plan.steps, pct_start=0.05)
     first = 0
     if checkpoint.exists():
         saved = torch.load(checkpoint, weights_only=True)

@@ -183,7 +183,9 @@ def generate_clip(
     middle = torch.full((2,), size / 2, dtype=torch.float64)
     margin = size + size // 2
     ground = F.pad(texture(rng, margin), (0, 0, 0, 0, 0, 1), value=1.0)
-    layers = [Layer(ground, Motion(rng, frames, torch.full((2,), margin / 2, dtype=torch.float64), middle, 0.7 * speed))]
+    layers = [
+        Layer(ground, Motion(rng, frames, torch.full((2,), margin / 2, dtype=torch.float64), middle, 0.7 * speed))
+    ]
     for _ in range(int(rng.integers(2, 6))):
         side = int(rng.uniform(0.25, 0.75) * size)
         sprite = torch.cat([texture(rng, side), cut_out(rng, side)[None]])
@@ -201,7 +203,7 @@ def generate_clip(
 
 
 def photo_clips(
-    count: int = 20, *, frames: int = 24, size: int = 256, points: int = 256, seed: int = 2026, speed: float = 1.0
+    count: int = 20, *, frames: int = 24, size: int = 256, points: int = 256, seed: int = 2026, speed: float = 0.6
 ) -> Iterator[Clip]:
     """Held-out clips whose textures are photographs (scikit-image's own), which training never sees.
 

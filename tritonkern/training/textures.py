@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
@@ -42,7 +43,9 @@ def dead_leaves(rng: np.random.Generator, size: int) -> np.ndarray:
             corners = int(rng.integers(3, 7))
             angles = np.sort(rng.uniform(0, 2 * math.pi, corners))
             reach = radius * rng.uniform(0.5, 1.2, corners)
-            draw.polygon([(x + r * math.cos(a), y + r * math.sin(a)) for r, a in zip(reach, angles, strict=True)], fill=colour)
+            draw.polygon(
+                [(x + r * math.cos(a), y + r * math.sin(a)) for r, a in zip(reach, angles, strict=True)], fill=colour
+            )
         else:
             angle = rng.uniform(0, 2 * math.pi)
             end = (x + 4 * radius * math.cos(angle), y + 4 * radius * math.sin(angle))
@@ -52,17 +55,23 @@ def dead_leaves(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def procedural_texture(rng: np.random.Generator, size: int) -> Tensor:
-    """A random surface, float32 `[3, size, size]` in [0, 1]: dead leaves, coloured noise, or one shaded by the other."""
-    kind = rng.random()
-    noise = coloured_noise(rng, size)
-    if kind < 0.25:
+    """A random surface, float32 `[3, size, size]` in [0, 1]: dead leaves, coloured noise, or one shaded by the other.
+
+    Half of them are painted smaller and enlarged: photographs are rarely sharp to the pixel.
+    """
+    painted = size if rng.random() < 0.5 else int(size / rng.uniform(1.0, 3.0))
+    noise = coloured_noise(rng, painted)
+    if rng.random() < 0.25:
         surface = 0.5 + rng.uniform(0.08, 0.2) * noise
     else:
-        surface = dead_leaves(rng, size) + rng.uniform(0.0, 0.12) * noise
+        surface = dead_leaves(rng, painted) + rng.uniform(0.0, 0.12) * noise
     grey = surface.mean(-1, keepdims=True)
     surface = grey + rng.uniform(0.0, 1.0) * (surface - grey)
     surface = np.clip(surface * rng.uniform(0.5, 1.0) + rng.uniform(0.0, 0.25), 0, 1)
-    return torch.from_numpy(surface.astype(np.float32)).permute(2, 0, 1).contiguous()
+    texture = torch.from_numpy(surface.astype(np.float32)).permute(2, 0, 1).contiguous()
+    if painted == size:
+        return texture
+    return F.interpolate(texture[None], size=(size, size), mode="bilinear", align_corners=False)[0]
 
 
 def cut_out(rng: np.random.Generator, size: int) -> Tensor:
