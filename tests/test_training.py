@@ -41,7 +41,9 @@ def test_forward_inverts_inverse():
 
 
 def test_tracks_agree_with_the_picture():
-    """The colour at a visible track is the texture coordinate it started from, in every frame, to a fraction of a pixel."""
+    """The colour at a visible track is the texture coordinate it started from, in every frame, to a fraction of a
+    pixel.
+    """
     layer, side = deforming_layer(frames=8)
     colour, shown = render([layer], 8, SIZE)
     points, occluded = true_tracks([layer], shown, 200, np.random.default_rng(1))

@@ -28,8 +28,8 @@ MODELS: dict[str, Callable[[Path | None], MatchingTracker]] = {
 def _official(weights: Path | None, variant: str) -> MatchingTracker:
     if weights is None:
         raise ValueError(
-            f"weights: chrono-{variant} has no packaged weights; give the path of a Chrono checkpoint (the links stand in the "
-            "README of github.com/cvlab-kaist/Chrono), or use model='chrono-nano', which needs none"
+            f"weights: chrono-{variant} has no packaged weights; give the path of a Chrono checkpoint (the links stand "
+            "in the README of github.com/cvlab-kaist/Chrono), or use model='chrono-nano', which needs none"
         )
     return Chrono.from_checkpoint(weights, variant)
 
@@ -37,8 +37,9 @@ def _official(weights: Path | None, variant: str) -> MatchingTracker:
 def build_model(name: str, weights: Path | str | None = None) -> MatchingTracker:
     """The tracker `name` in evaluation mode, on the CPU, in float32.
 
-    `weights`: a checkpoint file; "chrono-nano" uses the packaged one if none is given. Raises `ValueError` for an unknown name,
-    missing weights, or a checkpoint that does not fit the model, and `FileNotFoundError` if the file does not exist.
+    `weights`: a checkpoint file; "chrono-nano" uses the packaged one if none is given. Raises `ValueError` for an
+    unknown name, missing weights, or a checkpoint that does not fit the model, and `FileNotFoundError` if the file
+    does not exist.
     """
     if name not in MODELS:
         raise ValueError(f"model: no model is called {name!r}; choose one of {', '.join(MODELS)}")

@@ -34,10 +34,10 @@ class ResidualBlock(nn.Module):
 class ChronoNano(MatchingTracker):
     """A small vision transformer with temporal adapters and Chrono's matching head.
 
-    A convolutional stem gives 64x64 cells of local appearance; a transformer on 16x16 tokens, with a `TemporalAdapter` after
-    each block but the last as in Chrono (Kim et al., CVPR 2025), adds what the surroundings and the neighbouring frames know;
-    both meet again at 64x64 cells, where one more adapter looks along time. Set `temporal = False` to run without the adapters
-    (for ablations).
+    A convolutional stem gives 64x64 cells of local appearance; a transformer on 16x16 tokens, with a
+    `TemporalAdapter` after each block but the last as in Chrono (Kim et al., CVPR 2025), adds what the surroundings
+    and the neighbouring frames know; both meet again at 64x64 cells, where one more adapter looks along time. Set
+    `temporal = False` to run without the adapters (for ablations).
 
     `features(video)`: float `[B, T, 256, 256, 3]` in [-1, 1] -> unit-norm float32 `[B, T, 64, 64, 128]`.
     """

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -32,7 +33,9 @@ class TrainingPlan:
 
 
 class GeneratedClips(Dataset):
-    """Clip `i` of a plan: video `[T, H, W, 3]` in [-1, 1], queries `[N, 3]` (t, y, x), points `[N, T, 2]`, occluded `[N, T]`."""
+    """Clip `i` of a plan: video `[T, H, W, 3]` in [-1, 1], queries `[N, 3]` (t, y, x), points `[N, T, 2]`, occluded
+    `[N, T]`.
+    """
 
     def __init__(self, plan: TrainingPlan):
         self.plan = plan
@@ -46,7 +49,7 @@ class GeneratedClips(Dataset):
         clip = generate_clip(seed, frames=self.plan.frames, points=self.plan.points, speed=speed)
         video = torch.from_numpy(clip.video).float() / 127.5 - 1
         points, occluded = torch.from_numpy(clip.points), torch.from_numpy(clip.occluded)
-        # The query is a random visible frame of each point; every point shows in at least the frame that it was drawn in.
+        # A query is a random visible frame of its point, which shows at least in the frame that it was drawn in.
         draw = torch.rand(occluded.shape, generator=torch.Generator().manual_seed(index))
         start = draw.masked_fill(occluded, -1).argmax(-1)
         place = points[torch.arange(len(points)), start]
@@ -73,14 +76,15 @@ def train(
 ) -> None:
     """Train `model` in place and write `output` (safetensors, float16) when done.
 
-    `output` with the suffix `.checkpoint` is written every `save_every` steps and resumes an interrupted run of the same plan;
-    `report(step, losses)` is called after each step. Raises `ValueError` if the checkpoint belongs to another plan.
+    `output` with the suffix `.checkpoint` is written every `save_every` steps and resumes an interrupted run of the
+    same plan; `report(step, losses)` is called after each step. Raises `ValueError` if the checkpoint belongs to
+    another plan.
     """
     checkpoint = output.with_suffix(".checkpoint")
     # The visibility head reads cosines, of which small differences matter: its weights have a long way to go.
     visibility = list(model.occ_linear.parameters())
     rest = [p for name, p in model.named_parameters() if not name.startswith("occ_linear.")]
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for p in rest if p.ndim > 1], "lr": plan.learning_rate, "weight_decay": plan.weight_decay},
         {"params": [p for p in rest if p.ndim <= 1], "lr": plan.learning_rate, "weight_decay": 0.0},
         {"params": visibility, "lr": 30 * plan.learning_rate, "weight_decay": 0.0},

@@ -1,4 +1,6 @@
-"""The training objective: Chrono's losses, and a classification loss over the cells that makes training from scratch work."""
+"""The training objective: Chrono's losses, and a classification loss over the cells that makes training from scratch
+work.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,8 @@ from tritonkern.models.matching import MatchingTracker
 def cell_targets(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
     """The four cells around each point and their bilinear weights.
 
-    `points` `[..., 2]` xy in cells (centres at +0.5) -> flat cell indices `[..., 4]` (int64) and weights `[..., 4]` that sum to 1.
+    `points` `[..., 2]` xy in cells (centres at +0.5) -> flat cell indices `[..., 4]` (int64) and weights `[..., 4]`
+    that sum to 1.
     """
     place = points - 0.5
     x = place[..., 0].clamp(0, width - 1)
@@ -30,11 +33,11 @@ def tracking_loss(
 ) -> dict[str, Tensor]:
     """Losses of one batch, each a scalar; their weighted sum is `total`.
 
-    `features` `[B, T, h, w, C]` of `model`, `queries` `[B, N, 3]` (t, y, x), true `points` `[B, N, T, 2]` xy in pixels and
-    `occluded` `[B, N, T]`. `points`: Huber with delta 4 px on visible
-    frames whose match lies within reach, weight 0.05; `occlusion` and `distance`: binary
-    cross-entropy of "occluded" and of "further than 6 px off" (Chrono, section 4). `cells`: cross-entropy between the softmax
-    over the cells of a frame and the bilinear position of the true point, on visible frames.
+    `features` `[B, T, h, w, C]` of `model`, `queries` `[B, N, 3]` (t, y, x), true `points` `[B, N, T, 2]` xy in
+    pixels and `occluded` `[B, N, T]`. `points`: Huber with delta 4 px on visible frames whose match lies within
+    reach, weight 0.05; `occlusion` and `distance`: binary cross-entropy of "occluded" and of "further than 6 px off"
+    (Chrono, section 4). `cells`: cross-entropy between the softmax over the cells of a frame and the bilinear
+    position of the true point, on visible frames.
     """
     height, width = features.shape[2:4]
     scale = features.new_tensor([model.resolution[1] / width, model.resolution[0] / height])

@@ -1,9 +1,9 @@
 """Videos of moving, deforming, occluding textured layers, with exact tracks.
 
-A clip is a background and a few cut-out sprites. Each layer carries a texture and a motion: a smooth similarity-plus-shear
-path and a travelling-wave deformation. Rendering asks, for each pixel, which texture coordinate lies there (`Motion.inverse`,
-closed form); a track asks where a texture coordinate went (`Motion.forward`, the fixed point of the same map), so tracks are
-exact to float precision and never estimated from the picture.
+A clip is a background and a few cut-out sprites. Each layer carries a texture and a motion: a smooth
+similarity-plus-shear path and a travelling-wave deformation. Rendering asks, for each pixel, which texture coordinate
+lies there (`Motion.inverse`, closed form); a track asks where a texture coordinate went (`Motion.forward`, the fixed
+point of the same map), so tracks are exact to float precision and never estimated from the picture.
 
 Coordinates are xy in pixels, and the centre of pixel i lies at i + 0.5.
 """
@@ -28,8 +28,9 @@ WAVES = 3
 class Clip:
     """One clip with its true tracks.
 
-    `video` uint8 `[T, H, W, 3]`; `points` float32 `[N, T, 2]` xy in pixels; `occluded` bool `[N, T]` (outside the frame counts
-    as occluded); `depth` uint8 `[T, H, W]`, the layer that shows (0 is the background, larger is nearer).
+    `video` uint8 `[T, H, W, 3]`; `points` float32 `[N, T, 2]` xy in pixels; `occluded` bool `[N, T]` (outside the
+    frame counts as occluded); `depth` uint8 `[T, H, W]`, the layer that shows (0 is the background, larger is
+    nearer).
     """
 
     name: str
@@ -40,7 +41,9 @@ class Clip:
 
 
 class Motion:
-    """Where the texture of a layer lies in each frame: texture -> screen is `matrix_t @ wave_t^-1(u - origin) + centre_t`."""
+    """Where the texture of a layer lies in each frame: texture -> screen is `matrix_t @ wave_t^-1(u - origin) +
+    centre_t`.
+    """
 
     def __init__(self, rng: np.random.Generator, frames: int, origin: Tensor, start: Tensor, speed: float):
         time = torch.arange(frames, dtype=torch.float64)
@@ -126,7 +129,9 @@ class Layer:
 
 
 def render(layers: list[Layer], frames: int, size: int) -> tuple[Tensor, Tensor]:
-    """Paint `layers` back to front. Returns colour `[T, 3, size, size]` in [0, 1] and the layer that shows `[T, size, size]`."""
+    """Paint `layers` back to front. Returns colour `[T, 3, size, size]` in [0, 1] and the layer that shows `[T, size,
+    size]`.
+    """
     centres = torch.arange(size) + 0.5
     screen = torch.stack(torch.meshgrid(centres, centres, indexing="xy"), -1).expand(frames, -1, -1, -1)
     colour = torch.zeros(frames, 3, size, size)
@@ -142,7 +147,9 @@ def render(layers: list[Layer], frames: int, size: int) -> tuple[Tensor, Tensor]
 def true_tracks(
     layers: list[Layer], shown: Tensor, count: int, rng: np.random.Generator
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`count` points that show in a random frame each, followed through the clip: points `[N, T, 2]`, occluded `[N, T]`."""
+    """`count` points that show in a random frame each, followed through the clip: points `[N, T, 2]`, occluded `[N,
+    T]`.
+    """
     frames, size = shown.shape[:2]
     start = torch.from_numpy(rng.integers(0, frames, count))
     place = torch.from_numpy(rng.uniform(0.0, size, (count, 2)))
@@ -176,8 +183,8 @@ def generate_clip(
 ) -> Clip:
     """One clip, a pure function of its arguments.
 
-    `texture(rng, size)` paints float32 `[3, size, size]` in [0, 1]; `speed` 1 moves layers by about 2 pixels a frame plus swings
-    of 16 pixels. Brightness drifts, and sensor noise is added after the tracks are known.
+    `texture(rng, size)` paints float32 `[3, size, size]` in [0, 1]; `speed` 1 moves layers by about 2 pixels a frame
+    plus swings of 16 pixels. Brightness drifts, and sensor noise is added after the tracks are known.
     """
     rng = np.random.default_rng(seed)
     middle = torch.full((2,), size / 2, dtype=torch.float64)

@@ -1,4 +1,6 @@
-"""Surfaces for synthetic videos: procedural textures with the statistics of photographs, cut-out shapes, and photographs."""
+"""Surfaces for synthetic videos: procedural textures with the statistics of photographs, cut-out shapes, and
+photographs.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "coins")
 
 
 def coloured_noise(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Noise with a power spectrum of 1 / f^2a, as natural images have, in three correlated channels; `[size, size, 3]`."""
+    """Noise with a power spectrum of 1 / f^2a, as natural images have, in three correlated channels; `[size, size,
+    3]`.
+    """
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
     frequency[0, 0] = 1 / size
     envelope = (frequency ** -rng.uniform(0.8, 1.6))[..., None]
@@ -25,7 +29,9 @@ def coloured_noise(rng: np.random.Generator, size: int) -> np.ndarray:
 
 
 def dead_leaves(rng: np.random.Generator, size: int) -> np.ndarray:
-    """Opaque shapes falling on each other, radii following a power law (Lee, Mumford & Huang, 2001); `[size, size, 3]`."""
+    """Opaque shapes falling on each other, radii following a power law (Lee, Mumford & Huang, 2001); `[size, size,
+    3]`.
+    """
     smooth = 2
     picture = Image.new("RGB", (size * smooth, size * smooth), tuple(int(c) for c in rng.integers(0, 256, 3)))
     draw = ImageDraw.Draw(picture)
