@@ -26,7 +26,7 @@ template <class S>
 struct Plan {
     using A = Accumulator<S>;
 
-    int64_t chunk, chunks, group, groups, tasks, grain, padded_dim, key_columns, weight_stride;
+    int64_t chunk, chunks, group, groups, tasks, grain, padded_dim, key_columns, weight_stride, batch;
     int threads;
 
     Plan(const TemporalWindowAttention& call, int64_t left, int64_t right, int64_t longest, int64_t halo) {
@@ -43,6 +43,8 @@ struct Plan {
         // An odd number of vectors: a power of two would put all rows of a column into the same cache sets.
         key_columns = (round_up(min(call.T, chunk + halo), kLanes<A>) + kLanes<A>) | kLanes<A>;
         weight_stride = round_up(min(call.T, left + right + kBlock), 2 * kLanes<A>);
+        // The weights of a batch should stay in the first-level cache.
+        batch = max<int64_t>(1, min<int64_t>(8, 8192 / (kBlock * weight_stride * int64_t(sizeof(A)))));
         // Waking a thread costs some microseconds; give it at least that much work.
         const int64_t work = call.B * call.T * sequences * (left + right + kBlock) * call.D;
         threads = int(max<int64_t>(1, min<int64_t>(call.num_threads, work >> 17)));
@@ -71,22 +73,42 @@ void block_rows(Rows<A> rows, int64_t first, int64_t count, const A* (&out)[kBlo
 // Brings the frames of a coming task closer while another one computes, in the order in which they lie in memory.
 template <class S>
 class Prefetcher {
+    static constexpr int kTensors = 4;
+
     const TemporalWindowAttention& call;
     const Task task;
-    int64_t t, sequence;
+    const TensorView* const tensors[kTensors];
+    const S* rows[kTensors];
+    int64_t t, sequence, h;
 
   public:
     Prefetcher(const TemporalWindowAttention& c, const Task& coming)
-        : call(c), task(coming), t(coming.begin), sequence(coming.first_sequence) {}
+        : call(c),
+          task(coming),
+          tensors{&c.query, &c.key, &c.value, &c.out},
+          t(coming.begin),
+          sequence(coming.first_sequence) {
+        locate();
+    }
 
-    TRITONKERN_INLINE void fetch_rows(int64_t rows) {
-        for (; rows > 0 && t < task.end; --rows) {
-            const int64_t n = sequence / call.H, h = sequence % call.H;
-            for (const TensorView* tensor : {&call.query, &call.key, &call.value})
-                Sequence<S>(*tensor, call.D, task.b, n, h).template prefetch<0>(t);
-            Sequence<S>(call.out, call.D, task.b, n, h).template prefetch<1>(t);
-            if (++sequence == task.first_sequence + task.sequences) sequence = task.first_sequence, ++t;
+    TRITONKERN_INLINE void fetch_rows(int64_t count) {
+        for (; count > 0 && t < task.end; --count) {
+            for (int64_t d = 0; d < call.D; d += kCacheLine / int64_t(sizeof(S))) {
+                for (int i = 0; i < kTensors - 1; ++i) __builtin_prefetch(rows[i] + d, 0, 2);
+                __builtin_prefetch(rows[kTensors - 1] + d, 1, 2);
+            }
+            for (int i = 0; i < kTensors; ++i) rows[i] += tensors[i]->stride[3];
+            ++h, ++sequence;
+            if (sequence == task.first_sequence + task.sequences) sequence = task.first_sequence, ++t, h = call.H;
+            if (h == call.H) locate();
         }
+    }
+
+  private:
+    void locate() {
+        h = sequence % call.H;
+        for (int i = 0; i < kTensors; ++i)
+            rows[i] = Sequence<S>(*tensors[i], call.D, task.b, sequence / call.H, h).data + t * tensors[i]->stride[1];
     }
 };
 
@@ -105,7 +127,7 @@ class Forward {
             query = arena.take<A>(plan.chunk * plan.padded_dim);
             rows = arena.take<A>(plan.key_columns * plan.padded_dim);
             key_columns = arena.take<A>(plan.key_columns * plan.padded_dim);
-            weights = arena.take<A>(kBlock * plan.weight_stride);
+            weights = arena.take<A>(plan.batch * kBlock * plan.weight_stride);
             out = arena.take<A>(kBlock * plan.padded_dim);
             maximum = arena.take<A>(plan.chunk + kLanes<A>);
             total = arena.take<A>(plan.chunk + kLanes<A>);
@@ -146,27 +168,41 @@ class Forward {
         const Rows<A> queries = view(call.query).rows(task.begin, task.end, scratch.query);
         const Sequence<S> out = view(call.out);
 
-        for (int64_t start = task.begin; start < task.end; start += kBlock) {
-            ahead.fetch_rows(kBlock);
-            const int64_t rows = min<int64_t>(kBlock, task.end - start);
-            const Band band(start, rows, call.T, left, right, first_key);
-            const A* query[kBlock];
-            block_rows(queries, start - task.begin, rows, query);
-            A maximum[kBlock], total[kBlock], factor[kBlock];
-            softmax(band, query, scratch.key_columns + band.first, scratch.weights, maximum, total);
-
-            A* target[kBlock];
-            for (int r = 0; r < kBlock; ++r) {
-                scratch.maximum[start - task.begin + r] = maximum[r];
-                scratch.total[start - task.begin + r] = total[r];
-                factor[r] = 1 / total[r];
-                target[r] = out.usable_in_place() && r < rows
-                                ? reinterpret_cast<A*>(out.data + (start + r) * out.time_stride)
-                                : scratch.out + r * plan.padded_dim;
+        // Blocks go in batches, step by step: a step of one block has nothing to wait for from the others.
+        const int64_t frames = task.end - task.begin, blocks = ceil_div(frames, kBlock);
+        for (int64_t first = 0; first < blocks; first += plan.batch) {
+            const int64_t count = min<int64_t>(plan.batch, blocks - first);
+            const auto rows_of = [&](int64_t block) { return min<int64_t>(kBlock, frames - block * kBlock); };
+            const auto band_of = [&](int64_t block) {
+                return Band(task.begin + block * kBlock, rows_of(block), call.T, left, right, first_key);
+            };
+            const auto weights_of = [&](int64_t block) {
+                return scratch.weights + (block - first) * kBlock * plan.weight_stride;
+            };
+            for (int64_t block = first; block < first + count; ++block) {
+                ahead.fetch_rows(kBlock);
+                const A* query[kBlock];
+                block_rows(queries, block * kBlock, rows_of(block), query);
+                scores(band_of(block), query, scratch.key_columns, weights_of(block), scratch.maximum + block * kBlock);
             }
-            band_gather(band, scratch.weights, plan.weight_stride, values, factor, target, plan.padded_dim);
-            if (!out.usable_in_place()) {
-                for (int64_t r = 0; r < rows; ++r) out.write(start + r, target[r]);
+            for (int64_t block = first; block < first + count; ++block)
+                exponentiate(band_of(block).keys, scratch.maximum + block * kBlock, weights_of(block),
+                             scratch.total + block * kBlock);
+            for (int64_t block = first; block < first + count; ++block) {
+                const int64_t start = task.begin + block * kBlock, rows = rows_of(block);
+                A factor[kBlock];
+                A* target[kBlock];
+                for (int r = 0; r < kBlock; ++r) {
+                    factor[r] = 1 / scratch.total[block * kBlock + r];
+                    target[r] = out.usable_in_place() && r < rows
+                                    ? reinterpret_cast<A*>(out.data + (start + r) * out.time_stride)
+                                    : scratch.out + r * plan.padded_dim;
+                }
+                band_gather(band_of(block), weights_of(block), plan.weight_stride, values, factor, target,
+                            plan.padded_dim);
+                if (!out.usable_in_place()) {
+                    for (int64_t r = 0; r < rows; ++r) out.write(start + r, target[r]);
+                }
             }
         }
 
@@ -178,16 +214,14 @@ class Forward {
         }
     }
 
-    // weights[r][key] = exp(score - maximum[r]) for the keys that row r sees, else 0; total[r] is their sum.
-    void softmax(const Band& band, const A* const (&query)[kBlock], const A* key_columns, A* weights,
-                 A (&maximum)[kBlock], A (&total)[kBlock]) const {
+    // weights[r][key] = score of the keys that row r sees, else -inf; maximum[r] is the largest.
+    void scores(const Band& band, const A* const (&query)[kBlock], const A* key_columns, A* weights, A* maximum) const {
         constexpr int L = kLanes<A>;
         const A scale = A(call.scale), infinity = std::numeric_limits<A>::infinity();
-        // A finite start: where all scores are -inf the weights come out as 0 and their sum too, so that the output is
-        // NaN.
+        // A finite start: where all scores are -inf the weights come out as 0, their sum too, and the output as NaN.
         Vec<A> top[kBlock];
         for (int r = 0; r < kBlock; ++r) top[r] = broadcast(std::numeric_limits<A>::lowest());
-        band_dots(band, query, key_columns, plan.key_columns, call.D, [&](int64_t key, auto& tile) {
+        band_dots(band, query, key_columns + band.first, plan.key_columns, call.D, [&](int64_t key, auto& tile) {
             constexpr int vectors = sizeof(tile[0]) / sizeof(tile[0][0]);
             TRITONKERN_UNROLL
             for (int r = 0; r < kBlock; ++r) {
@@ -200,8 +234,12 @@ class Forward {
             }
         });
         reduce<A>(top, Maximum{}, maximum);
+    }
+
+    // weights[r][key] = exp(score - maximum[r]), and their sums.
+    void exponentiate(int64_t keys, const A* maximum, A* weights, A* total) const {
         Vec<A> sum[kBlock] = {};
-        for (int64_t key = 0; key < band.keys; key += L) {
+        for (int64_t key = 0; key < keys; key += kLanes<A>) {
             TRITONKERN_UNROLL
             for (int r = 0; r < kBlock; ++r) {
                 A* p = weights + r * plan.weight_stride + key;

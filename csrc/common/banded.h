@@ -22,23 +22,29 @@ constexpr int kColumns = 2;
 struct Band {
     int64_t first, keys;  // the earliest key, counted from `origin`, and the number of keys
     int64_t low[kBlock], high[kBlock];
-    int64_t full_low, full_high;  // the keys that all rows see; none if full_low > full_high
+    int64_t shared_begin, shared_end;  // the keys that all rows see
 
     // Rows are queries start..start+rows-1 of a sequence of T frames; the rows missing from a last block see nothing.
     Band(int64_t start, int64_t rows, int64_t T, int64_t left, int64_t right, int64_t origin) {
         first = max<int64_t>(start - left, 0);
         keys = min(start + rows - 1 + right, T - 1) - first + 1;
-        full_low = 0, full_high = keys - 1;
+        shared_begin = 0, shared_end = keys;
         for (int64_t r = 0; r < kBlock; ++r) {
             low[r] = r < rows ? max<int64_t>(start + r - left, 0) - first : keys;
             high[r] = r < rows ? min(start + r + right, T - 1) - first : -1;
-            full_low = max(full_low, low[r]);
-            full_high = min(full_high, high[r]);
+            shared_begin = max(shared_begin, low[r]);
+            shared_end = min(shared_end, high[r] + 1);
         }
+        shared_end = max(shared_begin, shared_end);
         first -= origin;
     }
 
-    bool sees(int r, int64_t key) const { return low[r] <= key && key <= high[r]; }
+    // The keys that row r sees besides the shared ones, restricted to begin..end-1.
+    template <class Use>
+    TRITONKERN_INLINE void for_other_keys(int r, int64_t begin, int64_t end, const Use& use) const {
+        for (int64_t key = max(low[r], begin); key < min(min(shared_begin, high[r] + 1), end); ++key) use(key);
+        for (int64_t key = max(max(low[r], shared_end), begin); key < min(high[r] + 1, end); ++key) use(key);
+    }
 
     // All bits set in the lanes of the keys key..key+L-1 that row r sees.
     template <class A>
@@ -92,24 +98,25 @@ TRITONKERN_INLINE void dot_tile(const A* const (&x)[kBlock], const A* y, int64_t
 template <class A, int N>
 TRITONKERN_INLINE void gather_tile(const Band& band, const A* weights, int64_t weight_stride, Rows<A> x,
                                    const A (&factor)[kBlock], A* const (&out)[kBlock], int64_t d) {
+    x.data += band.first * x.stride + d;
     Vec<A> sum[kBlock][N] = {};
-    auto step = [&](int64_t key, auto everyone) __attribute__((always_inline)) {
+    TRITONKERN_UNROLL
+    for (int r = 0; r < kBlock; ++r) {
+        band.for_other_keys(r, 0, band.keys, [&](int64_t key) __attribute__((always_inline)) {
+            TRITONKERN_UNROLL
+            for (int v = 0; v < N; ++v) sum[r][v] += weights[r * weight_stride + key] * load(x[key] + v * kLanes<A>);
+        });
+    }
+    for (int64_t key = band.shared_begin; key < band.shared_end; ++key) {
         Vec<A> row[N];
         TRITONKERN_UNROLL
-        for (int v = 0; v < N; ++v) row[v] = load(x[band.first + key] + d + v * kLanes<A>);
+        for (int v = 0; v < N; ++v) row[v] = load(x[key] + v * kLanes<A>);
         TRITONKERN_UNROLL
         for (int r = 0; r < kBlock; ++r) {
-            if (everyone || band.sees(r, key)) {
-                const A weight = weights[r * weight_stride + key];
-                TRITONKERN_UNROLL
-                for (int v = 0; v < N; ++v) sum[r][v] += weight * row[v];
-            }
+            TRITONKERN_UNROLL
+            for (int v = 0; v < N; ++v) sum[r][v] += weights[r * weight_stride + key] * row[v];
         }
-    };
-    int64_t key = 0;
-    for (; key < min(band.full_low, band.keys); ++key) step(key, std::false_type{});
-    for (; key <= band.full_high; ++key) step(key, std::true_type{});
-    for (; key < band.keys; ++key) step(key, std::false_type{});
+    }
     TRITONKERN_UNROLL
     for (int r = 0; r < kBlock; ++r) {
         TRITONKERN_UNROLL
@@ -127,26 +134,30 @@ TRITONKERN_INLINE void scatter_tile(const Band& band, int64_t begin, int64_t end
         TRITONKERN_UNROLL
         for (int v = 0; v < N; ++v) row[r][v] = load(x[r] + d + v * kLanes<A>);
     }
-    auto step = [&](int64_t key, auto everyone) __attribute__((always_inline)) {
-        A* target = out + (band.first + key) * out_stride + d;
+    out += band.first * out_stride + d;
+    TRITONKERN_UNROLL
+    for (int r = 0; r < kBlock; ++r) {
+        band.for_other_keys(r, begin, end, [&](int64_t key) __attribute__((always_inline)) {
+            TRITONKERN_UNROLL
+            for (int v = 0; v < N; ++v) {
+                A* target = out + key * out_stride + v * kLanes<A>;
+                store(target, load(target) + weights[r * weight_stride + key] * row[r][v]);
+            }
+        });
+    }
+    for (int64_t key = max(band.shared_begin, begin); key < min(band.shared_end, end); ++key) {
+        A* target = out + key * out_stride;
         Vec<A> sum[N];
         TRITONKERN_UNROLL
         for (int v = 0; v < N; ++v) sum[v] = load(target + v * kLanes<A>);
         TRITONKERN_UNROLL
         for (int r = 0; r < kBlock; ++r) {
-            if (everyone || band.sees(r, key)) {
-                const A weight = weights[r * weight_stride + key];
-                TRITONKERN_UNROLL
-                for (int v = 0; v < N; ++v) sum[v] += weight * row[r][v];
-            }
+            TRITONKERN_UNROLL
+            for (int v = 0; v < N; ++v) sum[v] += weights[r * weight_stride + key] * row[r][v];
         }
         TRITONKERN_UNROLL
         for (int v = 0; v < N; ++v) store(target + v * kLanes<A>, sum[v]);
-    };
-    int64_t key = begin;
-    for (; key < min(band.full_low, end); ++key) step(key, std::false_type{});
-    for (; key < min(band.full_high + 1, end); ++key) step(key, std::true_type{});
-    for (; key < end; ++key) step(key, std::false_type{});
+    }
 }
 
 }  // namespace detail

@@ -129,7 +129,7 @@ TRITONKERN_INLINE Vec<A> fold(Vec<A> v, Op op) {
 
 // out[r] = op over all lanes of rows[r]. The order is fixed, so that sums are reproducible.
 template <class A, class Op>
-TRITONKERN_INLINE void reduce(const Vec<A> (&rows)[4], Op op, A (&out)[4]) {
+TRITONKERN_INLINE void reduce(const Vec<A> (&rows)[4], Op op, A* out) {
     constexpr int L = kLanes<A>;
     if constexpr (L < 4) {
         for (int r = 0; r < 4; ++r) out[r] = detail::fold<A, L / 2>(rows[r], op)[0];

@@ -58,13 +58,6 @@ struct Sequence {
         S* out = data + t * time_stride;
         for (int64_t d = 0; d < dim; d += 8) narrow8(row + d, out + d);
     }
-
-    template <int ForWriting>
-    TRITONKERN_INLINE void prefetch(int64_t t) const {
-        if (channel_stride != 1) return;
-        for (int64_t d = 0; d < dim; d += kCacheLine / int64_t(sizeof(S)))
-            __builtin_prefetch(data + t * time_stride + d, ForWriting, 2);
-    }
 };
 
 // columns[d * stride + t] = rows[t][d] for t < count and d < dim rounded up to whole vectors. `stride` is at least
