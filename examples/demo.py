@@ -4,7 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tritonkern.tracking.results import atomic_file
+from tritonkern.files import atomic_path
 from tritonkern.tracking.video import VideoWriter
 from tritonkern.training import photo_clips
 
@@ -14,21 +14,11 @@ OUT = Path("demo")
 def main() -> None:
     OUT.mkdir(exist_ok=True)
     (scene,) = photo_clips(1, frames=48, size=448, points=1, seed=7, speed=0.6)
-    with atomic_file(OUT / "scene.mp4") as file, VideoWriter(file, fps=12.0) as writer:
+    with atomic_path(OUT / "scene.mp4") as part, VideoWriter(part, fps=12.0) as writer:
         for frame in scene.video:
             writer.write(frame)
-    command = [
-        sys.executable,
-        "-m",
-        "tritonkern.cli",
-        "track",
-        str(OUT / "scene.mp4"),
-        "--grid",
-        "14",
-        "--out",
-        str(OUT),
-    ]
-    subprocess.run(command, check=True)
+    track = [sys.executable, "-m", "tritonkern.cli", "track"]
+    subprocess.run([*track, str(OUT / "scene.mp4"), "--grid", "14", "--out", str(OUT)], check=True)
     print(OUT / "overlay.mp4")
 
 

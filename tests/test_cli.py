@@ -124,6 +124,19 @@ class TestTrack:
         np.testing.assert_array_equal(PointTracks.load(tmp_path / "tracks.npz").queries[:, 0], 5)
 
 
+def test_train_writes_weights_that_load(tmp_path):
+    out = tmp_path / "nano.safetensors"
+    result = run("train", "--out", out, "--steps", 1)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.strip() == str(out)
+    assert not build_model("chrono-nano", out).training
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["nano.checkpoint", "nano.safetensors"]
+
+
+def test_train_wants_safetensors(call, tmp_path):
+    assert_one_line_error(call("train", "--out", tmp_path / "nano.pth"), "--out", ".safetensors")
+
+
 class TestErrors:
     def test_missing_video(self, call, tmp_path):
         result = call("track", tmp_path / "nope.mp4", "--out", tmp_path / "out")

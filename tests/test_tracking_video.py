@@ -9,9 +9,9 @@ import pytest
 from clips import rotate_display, square_clip, write_clip, write_sound
 from PIL import Image
 
+from tritonkern.files import atomic_path
 from tritonkern.tracking import PointTracks, VideoReader, VideoWriter, grid_queries, read_queries
 from tritonkern.tracking.queries import check_queries
-from tritonkern.tracking.results import atomic_path
 
 
 def frames_of(source, **options):

@@ -1,4 +1,4 @@
-"""`tritonkern track | eval | doctor | bench`. Commands import what they need when they run: --help is instant."""
+"""`tritonkern track | eval | train | doctor | bench`. A command imports what it needs when it runs."""
 
 import copy
 import errno
@@ -92,6 +92,9 @@ class Stages:
         if stage not in self._tasks:
             self._tasks[stage] = self._bars.add_task(stage, total=total)
         self._bars.update(self._tasks[stage], completed=done, total=total)
+
+    def note(self, text: str) -> None:
+        self._bars.console.print(text)
 
     def __enter__(self) -> "Stages":
         self._bars.start()
@@ -248,6 +251,39 @@ def _evaluate(
     Console().print(table)
     if out is not None:
         save_scores(out, scores)
+        typer.echo(out)
+
+
+@app.command("train")
+def train_model(
+    out: Annotated[Path, typer.Option(help="Weights to write (.safetensors).", show_default=False)],
+    steps: Annotated[int, typer.Option(help="Clips to learn from.", min=1)] = 2400,
+    seed: Annotated[int, typer.Option(help="Decides the clips and the first weights.", min=0)] = 0,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda if there is one]")] = None,
+) -> None:
+    """Train chrono-nano from scratch on generated videos. An interrupted run continues when called again."""
+    with one_line_errors():
+        if out.suffix != ".safetensors":
+            raise ValueError(f"--out must end in .safetensors, got {out}")
+        _make_writable_folder(out.parent)
+
+        import torch
+
+        from tritonkern.models import ChronoNano
+        from tritonkern.tracking.predictor import choose_device
+        from tritonkern.training import TrainingPlan, train
+
+        torch.manual_seed(seed)
+        model = ChronoNano().to(choose_device(device))
+        plan = TrainingPlan(steps=steps, seed=seed)
+        with Stages() as stages:
+
+            def report(step: int, losses: dict[str, float]) -> None:
+                stages("training", step, steps)
+                if step % 50 == 0:
+                    stages.note(f"step {step}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
+
+            train(model, out, plan, report=report)
         typer.echo(out)
 
 

@@ -10,10 +10,10 @@ from os import PathLike
 
 import torch
 
+from tritonkern.files import atomic_path
 from tritonkern.models.matching import MatchingTracker, TrackerOutput
 from tritonkern.tracking.metrics import QUERY_MODES, mean_metrics, tapvid_metrics
 from tritonkern.tracking.predictor import Progress
-from tritonkern.tracking.results import atomic_path
 from tritonkern.tracking.tapvid import TapVidClip, tapvid_queries
 
 

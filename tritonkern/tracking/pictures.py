@@ -7,7 +7,8 @@ from os import PathLike
 import numpy as np
 from PIL import Image, ImageDraw
 
-from tritonkern.tracking.results import PointTracks, atomic_path
+from tritonkern.files import atomic_path
+from tritonkern.tracking.results import PointTracks
 from tritonkern.tracking.video import VideoReader, VideoWriter
 
 _TAIL_FRAMES = 12

@@ -51,7 +51,7 @@ class PointTracker:
         weights: str | Path | None = None,
         device: str | torch.device | None = None,
     ) -> None:
-        self.device = _device(device)
+        self.device = choose_device(device)
         if isinstance(model, str):
             model = build_model(model, weights)
         elif weights is not None:
@@ -185,7 +185,7 @@ def _resize(frame: np.ndarray, resolution: tuple[int, int]) -> Tensor:
     return resized[0].permute(1, 2, 0)
 
 
-def _device(device: str | torch.device | None) -> torch.device:
+def choose_device(device: str | torch.device | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:

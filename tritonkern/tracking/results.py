@@ -1,14 +1,12 @@
 """What tracking gives, and how it is kept in files that are either complete or not there."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from os import PathLike
-from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
+
+from tritonkern.files import atomic_path
 
 _FIELDS = ("tracks", "visibility", "queries", "fps", "size")
 
@@ -77,18 +75,3 @@ class PointTracks:
             fps=float(fields["fps"]),
             size=(width, height),
         )
-
-
-@contextmanager
-def atomic_path(path: str | PathLike[str]) -> Iterator[Path]:
-    """A hidden name in the folder of `path` for a file that takes the name `path` only once it is complete.
-
-    On any error, or Ctrl-C, the file is removed, and what stood at `path` before stays as it was.
-    """
-    path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        yield part
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
+from tritonkern.files import atomic_path
 from tritonkern.models.matching import MatchingTracker
 from tritonkern.training.losses import tracking_loss
 from tritonkern.training.synthetic import generate_clip
@@ -54,16 +54,6 @@ class GeneratedClips(Dataset):
         start = draw.masked_fill(occluded, -1).argmax(-1)
         place = points[torch.arange(len(points)), start]
         return video, torch.stack([start.float(), place[:, 1], place[:, 0]], -1), points, occluded
-
-
-def write_atomically(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a file beside `path`, then give it that name: a reader never meets half a file."""
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        write(unfinished)
-        os.replace(unfinished, path)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def train(
@@ -110,8 +100,11 @@ def train(
             "optimiser": optimiser.state_dict(),
             "schedule": schedule.state_dict(),
         }
-        write_atomically(checkpoint, lambda path: torch.save(state, path))
+        with atomic_path(checkpoint) as part:
+            torch.save(state, part)
 
+    # The frames arrive with channels last; so convolutions need no copies.
+    model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     device = next(model.parameters()).device
     clips = torch.utils.data.Subset(GeneratedClips(plan), range(first, plan.steps))
     model.train()
@@ -131,4 +124,5 @@ def train(
     model.eval()
     weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
     metadata = {"model": type(model).__name__, "plan": json.dumps(asdict(plan))}
-    write_atomically(output, lambda path: save_file(weights, path, metadata))
+    with atomic_path(output) as part:
+        save_file(weights, part, metadata)
