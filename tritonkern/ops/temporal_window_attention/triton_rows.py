@@ -1,0 +1,125 @@
+"""Rows of flattened time: which frame of which sequence they are, and where they lie in memory.
+
+Sequences (batch, position, head) are laid end to end, head fastest, and row `sequence * T + frame` of that line is one
+vector of D numbers. Row numbers inside a program count from the first frame of the sequence that holds its first row.
+`T`, `N` and `H` are what `divisor` makes of these sizes, and a tensor is its pointer and four strides.
+"""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from tritonkern.ops.temporal_window_attention import configs
+
+# Strides arrive divided by this: the compiler then knows that rows start on 16 bytes, whatever B, T, N and H are.
+UNIT = tl.constexpr(8)
+
+
+@triton.jit
+def divide(x, divisor):
+    """x // divisor for 0 <= x < 2**31, without the thirty instructions of a division; see `divisor`."""
+    _, multiplier, shift = divisor
+    return (tl.umulhi(x.to(tl.uint32) * 2, multiplier.to(tl.uint32)) >> shift.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def origin(first, T, N, H):
+    """Frame of a flattened row, and what `locate` needs to find rows that count from the start of its sequence."""
+    sequence = divide(first, T)
+    position = divide(sequence, H)
+    b = divide(position, N)
+    return first - sequence * T[0], (T, N, H, b, position - b * N[0], sequence - position * H[0])
+
+
+@triton.jit
+def locate(row, place):
+    """Batch, position, head and frame of rows that count from the start of the sequence of `place`."""
+    T, N, H, b0, n0, h0 = place
+    sequence = divide(row, T)
+    position = divide(h0 + sequence, H)
+    b = divide(n0 + position, N)
+    return b0 + b, n0 + position - b * N[0], h0 + sequence - position * H[0], row - sequence * T[0]
+
+
+@triton.jit
+def pointers(tensor, row, place, BLOCK_D: tl.constexpr):
+    """Addresses `[rows, BLOCK_D]`. Counted in units of 8 numbers, 32 bits reach over 2**34 of them."""
+    pointer, stride_b, stride_t, stride_n, stride_h = tensor
+    b, n, h, t = locate(row, place)
+    units = b * stride_b + t * stride_t + n * stride_n + h * stride_h
+    return (pointer + units.to(tl.int64) * UNIT)[:, None] + tl.arange(0, BLOCK_D)[None, :]
+
+
+@triton.jit
+def inside(present, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    mask = present[:, None]
+    if D < BLOCK_D:
+        mask = mask & (tl.arange(0, BLOCK_D) < D)[None, :]
+    return mask
+
+
+@triton.jit
+def load(tensor, row, present, place, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Tile `[rows, BLOCK_D]`, zero in rows that are not present and beyond D."""
+    return tl.load(pointers(tensor, row, place, BLOCK_D), mask=inside(present, D, BLOCK_D), other=0.0)
+
+
+@triton.jit
+def store(tensor, row, tile, present, place, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    tile = tile.to(tensor[0].dtype.element_ty)
+    tl.store(pointers(tensor, row, place, BLOCK_D), tile, mask=inside(present, D, BLOCK_D))
+
+
+@triton.jit
+def contiguous(pointer, T, N, H, D: tl.constexpr):
+    """A contiguous `[B, T, N, H, D]` tensor with its strides."""
+    return pointer, T * N * H * (D // UNIT), N * H * (D // UNIT), H * (D // UNIT), D // UNIT
+
+
+@triton.jit
+def number(row, place):
+    """Place of each row in a contiguous `[B, T, N, H]` tensor."""
+    b, n, h, t = locate(row, place)
+    return ((b * place[0][0] + t) * place[1][0] + n) * place[2][0] + h
+
+
+@triton.jit
+def reach(t0, count, T, before, after):
+    """From the first row that shares a window with any of `count` rows to one past the last."""
+    last = t0 + count - 1
+    last_t = last - divide(last, T) * T[0]
+    return t0 - tl.minimum(before, t0), last + tl.minimum(after, T[0] - 1 - last_t) + 1
+
+
+@triton.jit
+def window(row, T, before, after):
+    """First and last row that share a window with each row, cut at the ends of its clip."""
+    t = row - divide(row, T) * T[0]
+    return row - tl.minimum(before, t), row + tl.minimum(after, T[0] - 1 - t)
+
+
+@triton.jit
+def visible(other, first, last):
+    """Which of the other rows `[1, others]` lie between first and last `[rows, 1]`, in one unsigned comparison."""
+    return (other[None, :] - first[:, None]).to(tl.uint32) <= (last - first).to(tl.uint32)[:, None]
+
+
+@functools.lru_cache(maxsize=256)
+def divisor(d: int) -> tuple[int, int, int]:
+    """d and what `divide` needs: x // d == x * ceil(2**(31 + s) / d) >> (31 + s) for x < 2**31 and d <= 2**s."""
+    shift = (d - 1).bit_length()
+    return d, -(-(1 << (31 + shift)) // d), shift
+
+
+def readable(x: Tensor) -> tuple[Tensor, list[int]]:
+    """The tensor and its strides in UNITs; a copy of it if rows are strided inside, not aligned or out of reach."""
+    strides = [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
+    span = sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True))
+    aligned = strides[-1] == 1 and x.data_ptr() % 16 == 0 and not any(s % UNIT.value for s in strides[:-1])
+    if not aligned or span >= configs.MAX_ELEMENTS:
+        x = x.clone(memory_format=torch.contiguous_format)
+        strides = list(x.stride())
+    return x, [stride // UNIT.value for stride in strides[:-1]]
