@@ -70,32 +70,29 @@ void block_rows(Rows<A> rows, int64_t first, int64_t count, const A* (&out)[kBlo
     for (int r = 0; r < kBlock; ++r) out[r] = rows[first + min<int64_t>(r, count - 1)];
 }
 
-// Brings the frames of a coming task closer while another one computes, in the order in which they lie in memory.
-template <class S>
+// Brings the frames of a coming task closer while another one computes, in the order in which they lie in memory. Rows of one
+// sequence alone would be a pattern with large steps, which hardware does not foresee. First `reads` tensors, then `writes`.
+template <class S, int Reads, int Writes>
 class Prefetcher {
-    static constexpr int kTensors = 4;
+    static constexpr int kTensors = Reads + Writes;
 
     const TemporalWindowAttention& call;
     const Task task;
-    const TensorView* const tensors[kTensors];
+    const TensorView* const (&tensors)[kTensors];
     const S* rows[kTensors];
     int64_t t, sequence, h;
 
   public:
-    Prefetcher(const TemporalWindowAttention& c, const Task& coming)
-        : call(c),
-          task(coming),
-          tensors{&c.query, &c.key, &c.value, &c.out},
-          t(coming.begin),
-          sequence(coming.first_sequence) {
+    Prefetcher(const TemporalWindowAttention& c, const Task& coming, const TensorView* const (&views)[kTensors])
+        : call(c), task(coming), tensors(views), t(coming.begin), sequence(coming.first_sequence) {
         locate();
     }
 
     TRITONKERN_INLINE void fetch_rows(int64_t count) {
         for (; count > 0 && t < task.end; --count) {
             for (int64_t d = 0; d < call.D; d += kCacheLine / int64_t(sizeof(S))) {
-                for (int i = 0; i < kTensors - 1; ++i) __builtin_prefetch(rows[i] + d, 0, 2);
-                __builtin_prefetch(rows[kTensors - 1] + d, 1, 2);
+                for (int i = 0; i < Reads; ++i) __builtin_prefetch(rows[i] + d, 0, 2);
+                for (int i = Reads; i < kTensors; ++i) __builtin_prefetch(rows[i] + d, 1, 2);
             }
             for (int i = 0; i < kTensors; ++i) rows[i] += tensors[i]->stride[3];
             ++h, ++sequence;
@@ -115,6 +112,7 @@ class Prefetcher {
 template <class S>
 class Forward {
     using A = Accumulator<S>;
+    using Ahead = Prefetcher<S, 3, 1>;
 
     const TemporalWindowAttention& call;
     const int64_t left, right;
@@ -142,22 +140,21 @@ class Forward {
           plan(c, left, right, /*longest=*/c.D <= 32 ? 128 : 64, /*halo=*/left + right) {}
 
     void run() const {
+        const TensorView* const tensors[] = {&call.query, &call.key, &call.value, &call.out};
         Arena count{nullptr};
         Scratch(plan, count);
-        parallel_for(plan.tasks, plan.grain, plan.threads, count.used,
-                     [this](int64_t first, int64_t last, Arena arena) {
-                         const Scratch scratch(plan, arena);
-                         for (int64_t i = first; i < last; ++i) {
-                             const Task task(call, plan, i);
-                             Prefetcher<S> ahead(call, Task(call, plan, min(i + 1, last - 1)));
-                             for (int64_t s = 0; s < task.sequences; ++s)
-                                 sequence(task, task.first_sequence + s, ahead, scratch);
-                         }
-                     });
+        parallel_for(plan.tasks, plan.grain, plan.threads, count.used, [&](int64_t first, int64_t last, Arena arena) {
+            const Scratch scratch(plan, arena);
+            for (int64_t i = first; i < last; ++i) {
+                const Task task(call, plan, i);
+                Ahead ahead(call, Task(call, plan, min(i + 1, last - 1)), tensors);
+                for (int64_t s = 0; s < task.sequences; ++s) sequence(task, task.first_sequence + s, ahead, scratch);
+            }
+        });
     }
 
   private:
-    void sequence(const Task& task, int64_t index, Prefetcher<S>& ahead, const Scratch& scratch) const {
+    void sequence(const Task& task, int64_t index, Ahead& ahead, const Scratch& scratch) const {
         const int64_t n = index / call.H, h = index % call.H;
         const auto view = [&](const TensorView& tensor) { return Sequence<S>(tensor, call.D, task.b, n, h); };
         const int64_t first_key = max<int64_t>(task.begin - left, 0), last_key = min(task.end + right, call.T);
@@ -255,6 +252,7 @@ class Forward {
 template <class S>
 class Backward {
     using A = Accumulator<S>;
+    using Ahead = Prefetcher<S, 4, 3>;
 
     const TemporalWindowAttention& call;
     const int64_t left, right;
@@ -287,21 +285,22 @@ class Backward {
           plan(c, left, right, /*longest=*/max<int64_t>(128, 4 * (left + right)), /*halo=*/2 * (left + right)) {}
 
     void run() const {
+        const TensorView* const tensors[] = {&call.query,      &call.key,      &call.value,     &call.grad_out,
+                                             &call.grad_query, &call.grad_key, &call.grad_value};
         Arena count{nullptr};
         Scratch(plan, left + right, count);
-        parallel_for(plan.tasks, plan.grain, plan.threads, count.used,
-                     [this](int64_t first, int64_t last, Arena arena) {
-                         const Scratch scratch(plan, left + right, arena);
-                         for (int64_t i = first; i < last; ++i) {
-                             const Task task(call, plan, i);
-                             for (int64_t s = 0; s < task.sequences; ++s)
-                                 sequence(task, task.first_sequence + s, scratch);
-                         }
-                     });
+        parallel_for(plan.tasks, plan.grain, plan.threads, count.used, [&](int64_t first, int64_t last, Arena arena) {
+            const Scratch scratch(plan, left + right, arena);
+            for (int64_t i = first; i < last; ++i) {
+                const Task task(call, plan, i);
+                Ahead ahead(call, Task(call, plan, min(i + 1, last - 1)), tensors);
+                for (int64_t s = 0; s < task.sequences; ++s) sequence(task, task.first_sequence + s, ahead, scratch);
+            }
+        });
     }
 
   private:
-    void sequence(const Task& task, int64_t index, const Scratch& scratch) const {
+    void sequence(const Task& task, int64_t index, Ahead& ahead, const Scratch& scratch) const {
         const int64_t n = index / call.H, h = index % call.H;
         const auto view = [&](const TensorView& tensor) { return Sequence<S>(tensor, call.D, task.b, n, h); };
         const int64_t first_query = max<int64_t>(task.begin - right, 0), last_query = min(task.end + left, call.T);
@@ -319,6 +318,7 @@ class Backward {
         std::memset(scratch.grad_key, 0, owned * sizeof(A));
         std::memset(scratch.grad_value, 0, owned * sizeof(A));
         for (int64_t start = first_query; start < last_query; start += kBlock) {
+            ahead.fetch_rows(kBlock);
             const int64_t rows = min<int64_t>(kBlock, last_query - start);
             const Band band(start, rows, call.T, left, right, first_key);
             const A *query[kBlock], *grad_out[kBlock];
