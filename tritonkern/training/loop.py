@@ -24,6 +24,7 @@ class TrainingPlan:
     """Everything that decides the result of a run: the same plan and steps give the same clips in the same order."""
 
     steps: int = 2400
+    easy_steps: int = 800
     frames: int = 8
     points: int = 256
     learning_rate: float = 1e-3
@@ -45,7 +46,9 @@ class GeneratedClips(Dataset):
 
     def __getitem__(self, index: int) -> tuple[torch.Tensor, ...]:
         seed = (self.plan.seed, index)
-        speed = float(np.random.default_rng(seed).uniform(0.3, 1.3))
+        # Slow motion first: a match must be near right before the points can be pulled into place.
+        fastest = 1.3 if index < self.plan.easy_steps else 3.0
+        speed = float(np.random.default_rng(seed).uniform(0.3, fastest))
         clip = generate_clip(seed, frames=self.plan.frames, points=self.plan.points, speed=speed)
         video = torch.from_numpy(clip.video).float() / 127.5 - 1
         points, occluded = torch.from_numpy(clip.points), torch.from_numpy(clip.occluded)
