@@ -4,11 +4,10 @@ JOBS ?= 2
 OPS ?=
 BIN := .venv/bin
 
-.PHONY: demo test check gpu bench aot format clean
+.PHONY: demo test check format bench gpu aot clean
 
 .venv/ready: pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade pip
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	touch $@
 
@@ -40,6 +39,15 @@ format: .venv/built
 ## Benchmarks on this machine, with peers; OPS=name chooses an operation.
 bench: .venv/built
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(if $(OPS),-k "$(OPS)")
+
+## On a machine with a GPU, with the Python that has its PyTorch: tests on the device, benchmarks, roofline table.
+gpu:
+	$(PYTHON) setup.py --quiet build_ext --inplace
+	$(PYTHON) benchmarks/gpu.py $(OPS)
+
+## Compile every Triton kernel for every target and every tile (the tests compile a part of them).
+aot: .venv/built
+	TRITONKERN_AOT=all $(BIN)/python -m pytest --quiet tests/test_triton_aot.py
 
 clean:
 	rm -rf .venv build tritonkern/_cpp*.so
