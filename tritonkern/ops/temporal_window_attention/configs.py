@@ -1,15 +1,15 @@
 """Tile sizes and warps of the Triton kernels by (head dim, window, dtype); one table serves all architectures.
 
-Estimate, not measured: no GPU was at hand. Known from ahead-of-time compilation (tests/test_triton_aot.py) is that
-nothing spills on sm_80, sm_90, sm_100 and gfx942; the tiles are the largest of those tried for which that holds, except
-that narrow windows take 32 rows of key and value at a time: 64 + 12 rows then cost 96 columns of scores, not 128.
+Estimate, not measured: no GPU was at hand. Known from ahead-of-time compilation (tests/test_triton_aot.py, Triton 3.9)
+is that nothing spills on sm_80, sm_90, sm_100 and gfx942; the tiles are the largest of those tried for which that holds,
+except that narrow windows take 32 rows of key and value at a time: 64 + 12 rows then cost 96 columns of scores, not 128.
 
 Estimates for query `[B * N = 4096, T = 64, H = 8, D = 64]` in bfloat16, which is 2.1 million rows of 128 bytes:
 forward reads 3 and writes 1 tensor and 4 bytes of log-sum-exp a row, 1.08 GB, 0.23 ms at 4.8 TB/s; backward reads 5 and
 writes 3, 2.16 GB, 0.45 ms. Tiles of 64 rows lie exactly on clips of 64 frames, so there is no halo. Other lengths read
 up to 12 rows of key and value more for every 64, from L2 where a neighbour has just brought them. On sm_90 the forward
-kernel takes 92 registers and 24 KiB of shared memory, five programs on a multiprocessor with up to 24 KiB under way
-each; 4.8 TB/s and a latency of 800 ns ask for 29 KiB in all. The backward kernel takes 162 registers, three programs.
+kernel takes 94 registers and 24 KiB of shared memory, five programs on a multiprocessor with up to 24 KiB under way
+each; 4.8 TB/s and a latency of 800 ns ask for 29 KiB in all. The backward kernel takes 160 registers, three programs.
 """
 
 from __future__ import annotations

@@ -6,8 +6,8 @@ its own. Neighbouring programs read neighbouring addresses, as head and position
 
 Output and gradients come in two ways. On tensor cores ("by tile"), rows meet tiles of other rows and a mask leaves the
 window. Zero times NaN is NaN, so that one bad frame would poison its tile, far beyond its window; a program whose
-result is not finite drops it and goes the other way. That way ("by distance"), a row meets one frame distance after the other
-and nothing outside its window. It is also how float64 and exact float32 go, which tensor cores do not have everywhere.
+result is not finite drops it and goes the other way. There ("by distance"), a row meets one frame distance after the
+other and nothing outside its window. It is also how float64 and exact float32 go; no tensor core has both everywhere.
 
 Scores stay in natural units: where one weight is all of a row's, backward then finds it to be exactly 1.
 """
@@ -20,19 +20,18 @@ from torch import Tensor
 from tritonkern.ops.temporal_window_attention import configs
 from tritonkern.ops.temporal_window_attention import triton_rows as flat
 
-_SIZES = ["T", "T_multiplier", "T_shift", "N", "N_multiplier", "N_shift", "H", "H_multiplier", "H_shift", "rows"]
-_OPTIONS = ["left", "right", "scale"]
-
-
-def _never_specialize(tensors: str) -> list[str]:
-    """Arguments that must not make Triton compile again when they are 1 or a multiple of 16."""
-    return _SIZES + _OPTIONS + [f"stride_{tensor}{axis}" for tensor in tensors for axis in "btnh"]
+# Left to itself Triton compiles again whenever an argument becomes 1 or a multiple of 16, and on AMD when a tensor
+# passes 2 GiB; there its addressing of smaller ones also takes more scalar registers than the backward kernel has.
+# These are all arguments but the constants at the end.
+_FORWARD_ARGUMENTS = range(30)
+_BACKWARD_ARGUMENTS = range(38)
 
 
 @triton.jit
 def _poisoned(tile):
-    """True if any entry is not finite (or if finite ones overflow when added up)."""
-    return tl.sum(tl.sum(tile, 1) * 0.0, 0) != 0.0
+    """True if any entry is not finite."""
+    # One sum over both axes: a sum of row sums crashes Triton 3.6 on sm_100.
+    return tl.sum(tile * 0.0) != 0.0
 
 
 @triton.jit
@@ -96,7 +95,7 @@ def _forward_by_distance(
     tl.store(lse + flat.number(row, place), highest + tl.log(weights), mask=present)
 
 
-@triton.jit(do_not_specialize=_never_specialize("qkv"))
+@triton.jit(do_not_specialize=_FORWARD_ARGUMENTS)
 def forward_kernel(
     query, key, value, out, lse,
     T: tl.int32, T_multiplier: tl.uint32, T_shift: tl.uint32, N: tl.int32, N_multiplier: tl.uint32, N_shift: tl.uint32,
@@ -244,7 +243,7 @@ def _key_value_gradient_by_distance(
     flat.store(grad_value, row, total_v, present, place, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=_never_specialize("gqkvo"))
+@triton.jit(do_not_specialize=_BACKWARD_ARGUMENTS)
 def backward_kernel(
     grad_out, query, key, value, out, lse, grad_query, grad_key, grad_value,
     T: tl.int32, T_multiplier: tl.uint32, T_shift: tl.uint32, N: tl.int32, N_multiplier: tl.uint32, N_shift: tl.uint32,
@@ -254,7 +253,6 @@ def backward_kernel(
     stride_qb: tl.int32, stride_qt: tl.int32, stride_qn: tl.int32, stride_qh: tl.int32,
     stride_kb: tl.int32, stride_kt: tl.int32, stride_kn: tl.int32, stride_kh: tl.int32,
     stride_vb: tl.int32, stride_vt: tl.int32, stride_vn: tl.int32, stride_vh: tl.int32,
-    stride_ob: tl.int32, stride_ot: tl.int32, stride_on: tl.int32, stride_oh: tl.int32,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TENSOR_CORES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
     BLOCK_OTHERS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -267,7 +265,7 @@ def backward_kernel(
     query = (query, stride_qb, stride_qt, stride_qn, stride_qh)
     key = (key, stride_kb, stride_kt, stride_kn, stride_kh)
     value = (value, stride_vb, stride_vt, stride_vn, stride_vh)
-    out = (out, stride_ob, stride_ot, stride_on, stride_oh)
+    out = flat.contiguous(out, T, N, H, D)
     grad_query = flat.contiguous(grad_query, T, N, H, D)
     grad_key = flat.contiguous(grad_key, T, N, H, D)
     grad_value = flat.contiguous(grad_value, T, N, H, D)
@@ -347,6 +345,6 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, each `[B, T, N, H, D]`; out and lse are what `forward` returned."""
     grads = query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
-    inputs = grad_out, query, key, value, out
-    _launch(backward_kernel, inputs, (lse.contiguous(),), grads, configs.backward_tiles, left, right, scale)
+    inputs, saved = (grad_out, query, key, value), (out.contiguous(), lse.contiguous())
+    _launch(backward_kernel, inputs, saved, grads, configs.backward_tiles, left, right, scale)
     return grads

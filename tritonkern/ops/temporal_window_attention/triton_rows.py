@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tritonkern.ops.temporal_window_attention import configs
 
-# Strides arrive divided by this: the compiler then knows that rows start on 16 bytes, whatever B, T, N and H are.
+# Strides arrive divided by this: `readable` makes all rows of a tensor start on 16 bytes.
 UNIT = tl.constexpr(8)
 
 
@@ -46,11 +46,12 @@ def locate(row, place):
 
 @triton.jit
 def pointers(tensor, row, place, BLOCK_D: tl.constexpr):
-    """Addresses `[rows, BLOCK_D]`. Counted in units of 8 numbers, 32 bits reach over 2**34 of them."""
+    """Addresses `[rows, BLOCK_D]`; rows start on 16 bytes. In units of 8 numbers, 32 bits reach over 2**34 of them."""
     pointer, stride_b, stride_t, stride_n, stride_h = tensor
     b, n, h, t = locate(row, place)
     units = b * stride_b + t * stride_t + n * stride_n + h * stride_h
-    return (pointer + units.to(tl.int64) * UNIT)[:, None] + tl.arange(0, BLOCK_D)[None, :]
+    rows = pointer + units.to(tl.int64) * UNIT
+    return tl.multiple_of(rows[:, None] + tl.arange(0, BLOCK_D)[None, :], (1, 16))
 
 
 @triton.jit
