@@ -1,10 +1,10 @@
 """Builds `tritonkern._cpp`, the CPU kernels: every kernel file is compiled once for each instruction set, by ninja.
 
-Needs a C++17 compiler (GCC >= 9 or clang >= 11), never PyTorch. Where the build is impossible the package installs without
-the extension and leaves the reason in `tritonkern/_cpp_build_error.txt`, which `tritonkern doctor` shows.
+Needs a C++17 compiler (GCC >= 9 or clang >= 11), never PyTorch. Where the build is impossible the package installs
+without the extension and leaves the reason in `tritonkern/_cpp_build_error.txt`, which `tritonkern doctor` shows.
 
-Environment: CXX chooses the compiler; CXXFLAGS and LDFLAGS are appended; TRITONKERN_WERROR=1 turns warnings into errors;
-TRITONKERN_REQUIRE_CPP=1 makes a failed build an error.
+Environment: CXX chooses the compiler; CXXFLAGS and LDFLAGS are appended; TRITONKERN_WERROR=1 turns warnings into
+errors; TRITONKERN_REQUIRE_CPP=1 makes a failed build an error.
 """
 
 import os
@@ -55,7 +55,8 @@ def ninja_file(output: Path, build_dir: Path) -> str:
     import pybind11
 
     cxx = find_compiler()
-    common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-Wall", "-Wextra", "-Wno-psabi", f"-I{ROOT / 'csrc'}"]
+    common = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", f"-I{ROOT / 'csrc'}"]
+    common += ["-Wall", "-Wextra", "-Wno-psabi"]
     if os.environ.get("TRITONKERN_WERROR") == "1":
         common.append("-Werror")
     common += shlex.split(os.environ.get("CXXFLAGS", ""))
@@ -131,4 +132,5 @@ class NinjaBuild(build_ext):
         return [name for name in outputs + reasons if Path(name).exists()]
 
 
-setup(ext_modules=[Extension("tritonkern._cpp", sources=[], optional=True)], cmdclass={"build_ext": NinjaBuild})
+if __name__ == "__main__":
+    setup(ext_modules=[Extension("tritonkern._cpp", sources=[], optional=True)], cmdclass={"build_ext": NinjaBuild})

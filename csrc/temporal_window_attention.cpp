@@ -141,7 +141,7 @@ class Forward {
 
     void run() const {
         const TensorView* const tensors[] = {&call.query, &call.key, &call.value, &call.out};
-        Arena count{nullptr};
+        Arena count;
         Scratch(plan, count);
         parallel_for(plan.tasks, plan.grain, plan.threads, count.used, [&](int64_t first, int64_t last, Arena arena) {
             const Scratch scratch(plan, arena);
@@ -287,7 +287,7 @@ class Backward {
     void run() const {
         const TensorView* const tensors[] = {&call.query,      &call.key,      &call.value,     &call.grad_out,
                                              &call.grad_query, &call.grad_key, &call.grad_value};
-        Arena count{nullptr};
+        Arena count;
         Scratch(plan, left + right, count);
         parallel_for(plan.tasks, plan.grain, plan.threads, count.used, [&](int64_t first, int64_t last, Arena arena) {
             const Scratch scratch(plan, left + right, arena);

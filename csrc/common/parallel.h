@@ -28,14 +28,14 @@ constexpr T max(T a, T b) {
     return a > b ? a : b;
 }
 
-// Cuts typed buffers out of a thread's scratch memory; with a null base it only counts.
+// Cuts typed buffers out of a thread's scratch memory; without memory it only counts.
 struct Arena {
-    char* base;
+    char* base = nullptr;
     int64_t used = 0;
 
     template <class A>
     A* take(int64_t count) {
-        A* p = reinterpret_cast<A*>(base + used);
+        A* p = base ? reinterpret_cast<A*>(base + used) : nullptr;
         used += round_up(count * int64_t(sizeof(A)), kCacheLine);
         return p;
     }

@@ -24,13 +24,17 @@ template <class A>
 struct VecTypes {
     using Integer = std::conditional_t<sizeof(A) == 4, int32_t, int64_t>;
     typedef A Vec __attribute__((vector_size(TRITONKERN_VECTOR_BYTES)));
+    using Unsigned = std::make_unsigned_t<Integer>;
     typedef Integer IntVec __attribute__((vector_size(TRITONKERN_VECTOR_BYTES)));
+    typedef Unsigned BitsVec __attribute__((vector_size(TRITONKERN_VECTOR_BYTES)));  // overflow is defined
     typedef A Unaligned __attribute__((vector_size(TRITONKERN_VECTOR_BYTES), aligned(sizeof(A)), may_alias));
 };
 template <class A>
 using Vec = typename VecTypes<A>::Vec;
 template <class A>
 using IntVec = typename VecTypes<A>::IntVec;
+template <class A>
+using BitsVec = typename VecTypes<A>::BitsVec;
 template <class A>
 constexpr int kLanes = TRITONKERN_VECTOR_BYTES / int(sizeof(A));
 
@@ -51,13 +55,13 @@ TRITONKERN_INLINE Vec<A> broadcast(A x) {
 
 namespace detail {
 
-// Lane l of the result is lane index(l) of the 2L lanes (a, b).
+// Lane l of the result is lane Index{}(l) of the 2L lanes (a, b).
 template <class A, class Index, int... I>
-TRITONKERN_INLINE Vec<A> shuffle(Vec<A> a, Vec<A> b, Index index, std::integer_sequence<int, I...>) {
+TRITONKERN_INLINE Vec<A> shuffle(Vec<A> a, Vec<A> b, std::integer_sequence<int, I...>) {
 #ifdef __clang__
     return __builtin_shufflevector(a, b, Index{}(I)...);
 #else
-    return __builtin_shuffle(a, b, IntVec<A>{index(I)...});
+    return __builtin_shuffle(a, b, IntVec<A>{Index{}(I)...});
 #endif
 }
 
@@ -82,7 +86,7 @@ struct Zip {  // a and b interleaved, from lane S on
 template <class A, template <int, int> class Index, int S>
 TRITONKERN_INLINE Vec<A> shuffle(Vec<A> a, Vec<A> b) {
     constexpr int L = kLanes<A>;
-    return shuffle<A>(a, b, Index<L, S>{}, std::make_integer_sequence<int, L>{});
+    return shuffle<A, Index<L, S>>(a, b, std::make_integer_sequence<int, L>{});
 }
 
 }  // namespace detail
@@ -176,7 +180,7 @@ TRITONKERN_INLINE Vec<A> exp(Vec<A> x) {
         coefficient *= A(k);
         series = series * r + coefficient;
     }
-    const Vec<A> power = (Vec<A>)((IntVec<A>)shifted << mantissa_bits);
+    const Vec<A> power = (Vec<A>)((BitsVec<A>)shifted << mantissa_bits);
     return x < smallest ? Vec<A>{} : series * power;
 }
 
@@ -185,12 +189,12 @@ TRITONKERN_INLINE Vec<A> exp(Vec<A> x) {
 template <class A>
 TRITONKERN_INLINE Vec<A> log(Vec<A> x) {
     constexpr bool single = sizeof(A) == 4;
-    using Integer = typename VecTypes<A>::Integer;
+    using Unsigned = typename VecTypes<A>::Unsigned;
     constexpr int mantissa_bits = single ? 23 : 52, terms = single ? 5 : 11;
     constexpr A ln2 = A(0.693147180559945309L);
-    constexpr Integer sqrt_half_bits = single ? Integer(0x3f3504f3) : Integer(0x3fe6a09e667f3bcd);
-    const IntVec<A> exponent = ((IntVec<A>)x - sqrt_half_bits) >> mantissa_bits;
-    const Vec<A> m = (Vec<A>)((IntVec<A>)x - (exponent << mantissa_bits));
+    constexpr Unsigned sqrt_half_bits = single ? Unsigned(0x3f3504f3) : Unsigned(0x3fe6a09e667f3bcd);
+    const IntVec<A> exponent = (IntVec<A>)((BitsVec<A>)x - sqrt_half_bits) >> mantissa_bits;
+    const Vec<A> m = (Vec<A>)((BitsVec<A>)x - ((BitsVec<A>)exponent << mantissa_bits));
     const Vec<A> s = (m - 1) / (m + 1), square = s * s;
     Vec<A> series = broadcast(A(2) / (2 * terms + 1));
     TRITONKERN_UNROLL

@@ -1,4 +1,4 @@
-"""The call into the C++ kernels. PyTorch comes first, so that the extension shares the OpenMP runtime that it has loaded."""
+"""The call into the C++ kernels. PyTorch is imported first, so that the extension shares its OpenMP runtime."""
 
 import torch
 from torch import Tensor
@@ -8,10 +8,8 @@ from tritonkern import _cpp
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
-def forward(
-    query: Tensor, key: Tensor, value: Tensor, left: int, right: int, scale: float
-) -> tuple[Tensor, Tensor]:
-    """Output [B, T, N, H, D] in the input's dtype and log-sum-exp [B, T, N, H] in the accumulator's, both contiguous."""
+def forward(query: Tensor, key: Tensor, value: Tensor, left: int, right: int, scale: float) -> tuple[Tensor, Tensor]:
+    """Output [B, T, N, H, D] and log-sum-exp [B, T, N, H] (float32, for float64 float64), both contiguous."""
     shape = query.shape
     out = query.new_empty(shape)
     lse = query.new_empty(shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
@@ -43,7 +41,7 @@ def backward(
     right: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, contiguous, in the input's dtype. `out` is not read: the window's sum is at hand."""
+    """Gradients of query, key and value, contiguous. `out` is not read: the kernel sums p * dp over the window."""
     shape = query.shape
     grad_query, grad_key, grad_value = (query.new_empty(shape) for _ in range(3))
     if grad_query.numel():

@@ -1,0 +1,162 @@
+"""The C++ extension as it is built and loaded: threads, instruction sets, sanitizers, and life without a compiler."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+_cpp = pytest.importorskip("tritonkern._cpp", reason="the C++ extension was not built", exc_type=ImportError)
+
+
+def run_python(code: str, **environment: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def compiler() -> str:
+    found = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+    if not found:
+        pytest.skip("no C++ compiler")
+    return found
+
+
+def test_shares_the_openmp_runtime_of_torch():
+    maps = run_python(
+        "import torch, tritonkern\n"
+        "x = torch.randn(64, 24, 4, 32)\n"
+        "torch.set_num_threads(2)\n"
+        "x.exp(), tritonkern.temporal_window_attention(x, x, x, backend='cpp')\n"
+        "print(open('/proc/self/maps').read())"
+    )
+    assert "_cpp." in maps
+    runtimes = set(re.findall(r"\S*/lib(?:gomp|omp|iomp5)[^/\s]*\.so\S*", maps))
+    assert len(runtimes) == 1, runtimes
+
+
+CHECK = """
+import torch
+from tritonkern import _cpp
+from tritonkern.ops.temporal_window_attention import cpp, reference
+
+assert _cpp.isa() == {isa!r}, _cpp.isa()
+torch.manual_seed(0)
+for dtype in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    for shape, left, right in (((2, 24, 1, 4, 32), 6, 6), ((1, 7, 3, 2, 24), 6, 2), ((1, 150, 1, 1, 72), 20, 0)):
+        query, key, value, grad = (torch.randn(shape).to(dtype) for _ in range(4))
+        exact = [x.double() for x in (query, key, value)]
+        scale = shape[-1] ** -0.5
+        out, lse = cpp.forward(query, key, value, left, right, scale)
+        expected, expected_lse = reference.forward(*exact, left, right, scale)
+        grads = cpp.backward(grad, query, key, value, out, lse, left, right, scale)
+        expected_grads = reference.backward(grad.double(), *exact, expected, expected_lse, left, right, scale)
+        bound = 16 * torch.finfo(dtype).eps
+        for got, want in zip((out, lse, *grads), (expected, expected_lse, *expected_grads), strict=True):
+            error = (got.double() - want).abs().max() / want.abs().max()
+            assert error <= bound, (dtype, shape, float(error))
+"""
+
+
+@pytest.mark.parametrize("isa", _cpp.isas())
+def test_every_instruction_set_is_right(isa):
+    run_python(CHECK.format(isa=isa), TRITONKERN_CPU_ISA=isa)
+
+
+def test_unknown_instruction_set_names_the_usable_ones():
+    code = "from tritonkern import _cpp\ntry:\n    _cpp.isa()\nexcept RuntimeError as error:\n    print(error)"
+    message = run_python(code, TRITONKERN_CPU_ISA="sse9")
+    assert "sse9" in message and "baseline" in message
+
+
+def test_float16_conversion_is_exact_without_instructions_for_it(tmp_path):
+    """All halves widened, and floats around every rounding boundary narrowed, against the hardware's conversion."""
+    source = tmp_path / "conversion.cpp"
+    source.write_text(
+        r"""
+#include "common/dtype.h"
+#include <cmath>
+#include <cstdio>
+using namespace tritonkern::TRITONKERN_ISA;
+int main() {
+    std::FILE* out = std::fopen("halves.bin", "wb");
+    for (uint32_t bits = 0; bits < 65536; ++bits) {
+        const float wide = widen(Float16{uint16_t(bits)});
+        const float next = widen(Float16{uint16_t(bits + 1)});
+        const float middle = 0.5f * wide + 0.5f * next;
+        const float tests[] = {wide, middle, std::nextafter(middle, wide), std::nextafter(middle, next)};
+        for (float x : tests) {
+            Float16 half;
+            narrow(x, &half);
+            std::fwrite(&x, 4, 1, out);
+            std::fwrite(&half, 2, 1, out);
+        }
+    }
+    std::fclose(out);
+}
+"""
+    )
+    flags = ["-std=c++17", "-O1", f"-I{ROOT / 'csrc'}", "-DTRITONKERN_ISA=baseline"]
+    subprocess.run([compiler(), *flags, str(source), "-o", str(tmp_path / "conversion")], check=True)
+    subprocess.run([str(tmp_path / "conversion")], check=True, cwd=tmp_path)
+
+    import numpy as np
+
+    rows = np.fromfile(tmp_path / "halves.bin", dtype=np.dtype([("wide", "<f4"), ("half", "<f2")]))
+    halves = np.arange(65536, dtype=np.uint16).view(np.float16)
+    with np.errstate(over="ignore", invalid="ignore"):
+        assert np.array_equal(rows["wide"][::4], halves.astype(np.float32), equal_nan=True)
+        assert np.array_equal(rows["half"], rows["wide"].astype(np.float16), equal_nan=True)
+        assert np.array_equal(np.signbit(rows["half"]), np.signbit(rows["wide"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("isa", _cpp.isas())
+def test_sanitizers_find_nothing(isa, tmp_path):
+    setup = {"__name__": "setup", "__file__": str(ROOT / "setup.py")}
+    exec(compile((ROOT / "setup.py").read_text(), "setup.py", "exec"), setup)
+    command = [compiler(), "-std=c++17", "-O1", "-g1", "-Wno-psabi", f"-I{ROOT / 'csrc'}", f"-DTRITONKERN_ISA={isa}"]
+    command += ["-fsanitize=address,undefined", "-fno-sanitize-recover=all", *setup["instruction_sets"]()[isa]]
+    sources = [ROOT / "csrc" / "temporal_window_attention.cpp", ROOT / "tests" / "kernel_memory_driver.cpp"]
+    built = subprocess.run(
+        [*command, *map(str, sources), "-lgomp", "-o", str(tmp_path / "driver")], capture_output=True, text=True
+    )
+    if built.returncode and re.search(r"cannot find .*(asan|ubsan)", built.stderr):
+        pytest.skip("the compiler has no sanitizers")
+    assert built.returncode == 0, built.stderr
+    # The pool of threads of OpenMP lives until the process ends.
+    environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0"}
+    done = subprocess.run([str(tmp_path / "driver")], capture_output=True, text=True, env=environment, timeout=500)
+    assert done.returncode == 0, done.stderr
+    assert "calls" in done.stdout
+
+
+def test_installs_without_a_compiler(tmp_path):
+    pytest.importorskip("setuptools", minversion="77")
+    source = tmp_path / "source"
+    names = ("csrc", "tritonkern", "setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+    for name in names:
+        entry = ROOT / name
+        if entry.is_dir():
+            shutil.copytree(entry, source / name, ignore=shutil.ignore_patterns("*.so", "__pycache__", "_cpp_build*"))
+        elif entry.exists():
+            shutil.copy(entry, source / name)
+    environment = {**os.environ, "CXX": str(tmp_path / "no-such-compiler")}
+    environment.pop("TRITONKERN_REQUIRE_CPP", None)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation"]
+    done = subprocess.run(
+        [*command, "--wheel-dir", str(tmp_path), str(source)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        names_inside = wheel.namelist()
+        assert not [name for name in names_inside if name.endswith(".so")]
+        reason = wheel.read("tritonkern/_cpp_build_error.txt").decode()
+    assert "no-such-compiler" in reason and "install" in reason.lower()
