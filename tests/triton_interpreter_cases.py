@@ -21,12 +21,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
     ("shape", "window"),
     [
         ((2, 7, 3, 2, 8), 3),  # many clips in a tile, tiles that cut through clips
-        ((1, 14, 1, 3, 32), 13),
+        ((1, 8, 1, 2, 32), 13),
         ((2, 3, 1, 2, 16), 13),  # shorter than the window
         ((3, 1, 2, 1, 24), 3),
         ((1, 9, 1, 1, 40), (2, 4)),
-        ((1, 5, 1, 1, 256), 5),
-        ((1, 4, 1, 2, 200), 3),
+        ((1, 4, 1, 1, 256), 3),
+        ((1, 3, 1, 1, 200), 3),
     ],
     ids=str,
 )
@@ -72,7 +72,10 @@ def test_tensor_cores_with_tf32(monkeypatch):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides(layout):
-    check(WHERE, [LAYOUTS[layout](x) for x in random_inputs(2, 21, 3, 2, 24, dtype=torch.float16)], (3, 2))
+    tensors = random_inputs(2, 21, 3, 2, 24, dtype=torch.float16)
+    if not layout.startswith("expanded") and layout != "all_one_number":
+        tensors = [x[:1, :5] for x in tensors]
+    check(WHERE, [LAYOUTS[layout](x) for x in tensors], (3, 2))
 
 
 @pytest.mark.parametrize("shape", [(0, 5, 2, 2, 8), (2, 0, 2, 2, 8), (2, 5, 0, 2, 8), (2, 5, 2, 0, 8)])

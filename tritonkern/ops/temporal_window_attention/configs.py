@@ -1,8 +1,8 @@
-"""Tile sizes and warps of the Triton kernels by (head dim, window, dtype); one table serves all architectures.
+"""Tile sizes and warps of the Triton kernels by (head dim, window, dtype, architecture), and their limits.
 
 Estimate, not measured: no GPU was at hand. Known from ahead-of-time compilation (tests/test_triton_aot.py, Triton 3.9)
-is that nothing spills on sm_80, sm_90, sm_100 and gfx942; the tiles are the largest of those tried for which that holds,
-except that narrow windows take 32 rows of key and value at a time: 64 + 12 rows then cost 96 columns of scores, not 128.
+is that nothing spills on sm_80, sm_90, sm_100 and gfx942. The tiles are the largest of those tried that do not spill,
+but narrow windows take 32 rows of key and value at a time: 64 + 12 rows then cost 96 columns of scores, not 128.
 
 Estimates for query `[B * N = 4096, T = 64, H = 8, D = 64]` in bfloat16, which is 2.1 million rows of 128 bytes:
 forward reads 3 and writes 1 tensor and 4 bytes of log-sum-exp a row, 1.08 GB, 0.23 ms at 4.8 TB/s; backward reads 5 and
@@ -39,8 +39,9 @@ class Tiles(NamedTuple):
 # Widest head: (block_rows, block_others, num_warps, num_stages)
 _FORWARD = {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (64, 16, 8, 2)}
 _FORWARD_WIDE_WINDOW = {64: (128, 64, 8, 2), 128: (64, 32, 8, 2), 256: (64, 16, 8, 2)}
-_FORWARD_TF32 = {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 16, 8, 2)}
-_BACKWARD = {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 16, 8, 1)}
+_FORWARD_TF32 = {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 16, 8, 1)}
+_BACKWARD = {64: (64, 32, 4, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)}
+_BACKWARD_AMD = {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 16, 8, 1)}
 _BACKWARD_TF32 = {32: (32, 32, 4, 1), 64: (32, 16, 4, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)}
 
 
@@ -49,31 +50,35 @@ def block_d(head_dim: int) -> int:
     return max(16, 1 << (head_dim - 1).bit_length())
 
 
-def forward_tiles(head_dim: int, window: int, dtype: torch.dtype, tf32: bool) -> Tiles:
-    """Tiles of the forward kernel; `window` in frames, `tf32` as `tf32_allowed` says."""
-    table = _FORWARD if window <= NARROW else _FORWARD_WIDE_WINDOW
-    return _choose(table, _FORWARD_TF32, head_dim, dtype, tf32)
+def forward_tiles(head_dim: int, window: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of the forward kernel; `window` in frames."""
+    return _choose(_FORWARD if window <= NARROW else _FORWARD_WIDE_WINDOW, _FORWARD_TF32, head_dim, dtype)
 
 
-def backward_tiles(head_dim: int, window: int, dtype: torch.dtype, tf32: bool) -> Tiles:
+def backward_tiles(head_dim: int, window: int, dtype: torch.dtype) -> Tiles:
     """Tiles of the backward kernel, which are the same for every window."""
-    return _choose(_BACKWARD, _BACKWARD_TF32, head_dim, dtype, tf32)
+    return _choose(_BACKWARD_AMD if on_amd() else _BACKWARD, _BACKWARD_TF32, head_dim, dtype)
 
 
-def _choose(half: dict, single: dict, head_dim: int, dtype: torch.dtype, tf32: bool) -> Tiles:
+def _choose(half: dict, single: dict, head_dim: int, dtype: torch.dtype) -> Tiles:
     width = block_d(head_dim)
     # Eight numbers of every tile a thread with four warps; float64 takes two registers each.
     rows = (512 if dtype == torch.float64 else 1024) // width
-    if dtype == torch.float64 or (dtype == torch.float32 and not tf32):
+    if dtype == torch.float64 or (dtype == torch.float32 and not tf32_allowed()):
         return Tiles(False, rows, 16, rows, 4, 1)
     table = single if dtype == torch.float32 else half
     block_rows, block_others, num_warps, num_stages = table[min(w for w in table if w >= width)]
     return Tiles(True, block_rows, block_others, rows, num_warps, num_stages)
 
 
+def on_amd() -> bool:
+    """Whether this PyTorch is built for ROCm."""
+    return torch.version.hip is not None
+
+
 def tf32_allowed() -> bool:
     """Whether the user lets float32 products be rounded to TF32: PyTorch's setting, off unless asked for."""
-    if torch.version.hip is not None:
+    if on_amd():
         return False
     matmul = torch.backends.cuda.matmul
     # From PyTorch 2.9 on; there the older flag raises once the newer one has been set.

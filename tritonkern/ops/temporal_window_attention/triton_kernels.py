@@ -313,7 +313,7 @@ def _launch(kernel, inputs, saved, outputs, choose, left: int, right: int, scale
         )
     left, right = min(left, T - 1), min(right, T - 1)
     inputs, strides = zip(*(flat.readable(x) for x in inputs), strict=True)
-    tiles = choose(D, left + right + 1, inputs[0].dtype, configs.tf32_allowed())
+    tiles = choose(D, left + right + 1, inputs[0].dtype)
     with torch.cuda.device_of(outputs[0]):
         kernel[(triton.cdiv(rows, tiles.block_rows),)](
             *inputs, *saved, *outputs, *flat.divisor(T), *flat.divisor(N), *flat.divisor(H), rows, left, right, scale,
