@@ -9,7 +9,7 @@
 #include <string>
 
 #include "common/memory.h"
-#include "temporal_window_attention.h"
+#include "temporal_window_attention/call.h"
 
 namespace py = pybind11;
 

@@ -4,7 +4,7 @@
 #include <cstring>
 #include <vector>
 
-#include "temporal_window_attention.h"
+#include "temporal_window_attention/call.h"
 
 using namespace tritonkern;
 

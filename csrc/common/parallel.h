@@ -5,13 +5,13 @@
 #include <cstdlib>
 #include <new>
 
+#include "common/memory.h"
+
 // Called by name rather than through `#pragma omp`: GCC would emit the same call, but clang would pull in LLVM's
 // runtime, whose second pool of threads would compete with that of PyTorch.
 extern "C" void GOMP_parallel(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);
 
 namespace tritonkern::TRITONKERN_ISA {
-
-constexpr int64_t kCacheLine = 64;
 
 constexpr int64_t round_up(int64_t n, int64_t multiple) {
     return (n + multiple - 1) / multiple * multiple;
@@ -67,6 +67,7 @@ void parallel_for(int64_t tasks, int64_t grain, int num_threads, int64_t scratch
             if (first >= s.tasks) break;
             s.body(first, min(first + s.grain, s.tasks), Arena{own});
         }
+        end_of_stream();
     };
     if (threads == 1) {
         work(&shared);

@@ -53,10 +53,19 @@ struct Sequence {
         return {scratch, padded};
     }
 
-    // Writes frame t of a tensor whose channels are contiguous.
-    void write(int64_t t, const A* row) const {
+    // Writes frame t of a tensor whose channels are contiguous; past the caches, if it consists of whole cache lines.
+    void write(int64_t t, const A* row, bool past_caches) const {
         S* out = data + t * time_stride;
-        for (int64_t d = 0; d < dim; d += 8) narrow8(row + d, out + d);
+        if (past_caches) {
+            constexpr int64_t per_line = kCacheLine / int64_t(sizeof(S));
+            for (int64_t d = 0; d < dim; d += per_line) {
+                alignas(kCacheLine) S line[per_line];
+                for (int64_t i = 0; i < per_line; i += 8) narrow8(row + d + i, line + i);
+                stream_line(line, out + d);
+            }
+        } else {
+            for (int64_t d = 0; d < dim; d += 8) narrow8(row + d, out + d);
+        }
     }
 };
 
