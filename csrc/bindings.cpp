@@ -85,14 +85,12 @@ TensorView result_view(uintptr_t data, const Shape& shape, int dtype) {
 }
 
 TemporalWindowAttention describe(int dtype, const Shape& shape, int64_t left, int64_t right, double scale,
-                                 int num_threads, const PyTensor& query, const PyTensor& key, const PyTensor& value,
-                                 uintptr_t lse) {
+                                 int num_threads, const PyTensor& query, const PyTensor& key, const PyTensor& value) {
     TemporalWindowAttention call{};
     call.dtype = static_cast<DType>(dtype);
     call.B = shape[0], call.T = shape[1], call.N = shape[2], call.H = shape[3], call.D = shape[4];
     call.left = left, call.right = right, call.scale = scale, call.num_threads = num_threads;
     call.query = view(query), call.key = view(key), call.value = view(value);
-    call.lse = reinterpret_cast<void*>(lse);
     return call;
 }
 
@@ -118,7 +116,8 @@ PYBIND11_MODULE(_cpp, m) {
         "temporal_window_attention_forward",
         [](int dtype, const Shape& shape, int64_t left, int64_t right, double scale, int num_threads,
            const PyTensor& query, const PyTensor& key, const PyTensor& value, uintptr_t out, uintptr_t lse) {
-            auto call = describe(dtype, shape, left, right, scale, num_threads, query, key, value, lse);
+            auto call = describe(dtype, shape, left, right, scale, num_threads, query, key, value);
+            call.lse = reinterpret_cast<void*>(lse);
             call.out = result_view(out, shape, dtype);
             kernels().forward(call);
         },
@@ -126,9 +125,9 @@ PYBIND11_MODULE(_cpp, m) {
     m.def(
         "temporal_window_attention_backward",
         [](int dtype, const Shape& shape, int64_t left, int64_t right, double scale, int num_threads,
-           const PyTensor& query, const PyTensor& key, const PyTensor& value, uintptr_t lse, const PyTensor& grad_out,
+           const PyTensor& query, const PyTensor& key, const PyTensor& value, const PyTensor& grad_out,
            uintptr_t grad_query, uintptr_t grad_key, uintptr_t grad_value) {
-            auto call = describe(dtype, shape, left, right, scale, num_threads, query, key, value, lse);
+            auto call = describe(dtype, shape, left, right, scale, num_threads, query, key, value);
             call.grad_out = view(grad_out);
             call.grad_query = result_view(grad_query, shape, dtype);
             call.grad_key = result_view(grad_key, shape, dtype);

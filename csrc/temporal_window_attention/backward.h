@@ -1,4 +1,4 @@
-// Gradients of temporal window attention. With p recomputed from the scores and lse, and dp_ij = grad_out_i . v_j:
+// Gradients of temporal window attention. With p recomputed from the scores, and dp_ij = grad_out_i . v_j:
 //
 //   ds_ij = scale * p_ij * (dp_ij - sum_k p_ik dp_ik)
 //   grad_query_i = sum_j ds_ij k_j,   grad_key_j = sum_i ds_ij q_i,   grad_value_j = sum_i p_ij grad_out_i
@@ -22,7 +22,8 @@ class Backward {
     const bool streams;  // results bypass the caches
 
     struct Scratch {
-        A *query, *grad_out, *rows, *key_columns, *value_columns, *grad_key, *grad_value, *weights, *grad_scores, *out;
+        A *query, *grad_out, *rows, *key_columns, *value_columns, *grad_key, *grad_value, *weights, *grad_scores,
+            *total, *out;
 
         // A stretch of keys needs the queries that see them, and those queries need all the keys that they see.
         Scratch(const Plan<S>& plan, int64_t reach, Arena& arena) {
@@ -33,8 +34,9 @@ class Backward {
             value_columns = arena.take<A>(plan.key_columns * plan.padded_dim);
             grad_key = arena.take<A>(plan.chunk * plan.padded_dim);
             grad_value = arena.take<A>(plan.chunk * plan.padded_dim);
-            weights = arena.take<A>(kBlock * plan.weight_stride);
-            grad_scores = arena.take<A>(kBlock * plan.weight_stride);
+            weights = arena.take<A>(plan.batch * kBlock * plan.weight_stride);
+            grad_scores = arena.take<A>(plan.batch * kBlock * plan.weight_stride);
+            total = arena.take<A>(plan.batch * kBlock);
             out = arena.take<A>(kBlock * plan.padded_dim);
         }
     };
@@ -78,31 +80,69 @@ class Backward {
         transpose_rows(keys, last_key - first_key, call.D, scratch.key_columns, plan.key_columns);
         const Rows<A> queries = view(call.query).rows(first_query, last_query, scratch.query);
         const Rows<A> grad_outs = view(call.grad_out).rows(first_query, last_query, scratch.grad_out);
-        const A* lse = static_cast<const A*>(call.lse) + (task.b * call.T * call.N + n) * call.H + h;
 
         const int64_t owned = (task.end - task.begin) * plan.padded_dim;
         std::memset(scratch.grad_key, 0, owned * sizeof(A));
         std::memset(scratch.grad_value, 0, owned * sizeof(A));
-        for (int64_t start = first_query; start < last_query; start += kBlock) {
-            ahead.fetch_rows(kBlock, streams ? 0 : 3);
-            const int64_t rows = min<int64_t>(kBlock, last_query - start);
-            const Band band(start, rows, call.T, left, right, first_key);
-            const A *query[kBlock], *grad_out[kBlock];
-            A row_lse[kBlock];
-            block_rows(queries, start - first_query, rows, query);
-            block_rows(grad_outs, start - first_query, rows, grad_out);
-            for (int64_t r = 0; r < kBlock; ++r) row_lse[r] = lse[(start + min(r, rows - 1)) * call.N * call.H];
-
-            softmax_gradient(band, query, grad_out, row_lse, scratch);
-            write_grad_query(band, start, rows, task, keys, view(call.grad_query), scratch);
-            // The accumulators hold the keys task.begin..task.end-1 only.
-            const int64_t shift = task.begin - first_key;
-            const int64_t begin = max<int64_t>(shift - band.first, 0);
-            const int64_t end = min(task.end - first_key - band.first, band.keys);
-            band_scatter(band, begin, end, scratch.grad_scores, plan.weight_stride, query,
-                         scratch.grad_key - shift * plan.padded_dim, plan.padded_dim, plan.padded_dim);
-            band_scatter(band, begin, end, scratch.weights, plan.weight_stride, grad_out,
-                         scratch.grad_value - shift * plan.padded_dim, plan.padded_dim, plan.padded_dim);
+        // Blocks go in batches, step by step: a step of one block has nothing to wait for from the others.
+        const int64_t frames = last_query - first_query, blocks = ceil_div(frames, kBlock);
+        for (int64_t first = 0; first < blocks; first += plan.batch) {
+            const int64_t last = min(first + plan.batch, blocks);
+            const auto rows_of = [&](int64_t block) { return min<int64_t>(kBlock, frames - block * kBlock); };
+            const auto band_of = [&](int64_t block) {
+                return Band(first_query + block * kBlock, rows_of(block), call.T, left, right, first_key);
+            };
+            const auto weights_of = [&](int64_t block) {
+                return scratch.weights + (block - first) * kBlock * plan.weight_stride;
+            };
+            const auto grad_scores_of = [&](int64_t block) {
+                return scratch.grad_scores + (block - first) * kBlock * plan.weight_stride;
+            };
+            for (int64_t block = first; block < last; ++block) {
+                ahead.fetch_rows(kBlock, streams ? 0 : 3);
+                const A* query[kBlock];
+                block_rows(queries, block * kBlock, rows_of(block), query);
+                A maximum[kBlock];
+                scores(plan, band_of(block), query, scratch.key_columns, A(call.scale), weights_of(block), maximum);
+                exponentiate(plan, band_of(block).keys, maximum, weights_of(block),
+                             scratch.total + (block - first) * kBlock);
+            }
+            for (int64_t block = first; block < last; ++block) {
+                const A* grad_out[kBlock];
+                block_rows(grad_outs, block * kBlock, rows_of(block), grad_out);
+                const Band band = band_of(block);
+                band_dots(band, grad_out, scratch.value_columns + band.first, plan.key_columns, call.D,
+                          [&](int64_t key, auto& tile) {
+                              constexpr int vectors = sizeof(tile[0]) / sizeof(tile[0][0]);
+                              TRITONKERN_UNROLL
+                              for (int r = 0; r < kBlock; ++r) {
+                                  TRITONKERN_UNROLL
+                                  for (int v = 0; v < vectors; ++v)
+                                      store(grad_scores_of(block) + r * plan.weight_stride + key + v * kLanes<A>,
+                                            tile[r][v]);
+                              }
+                          });
+            }
+            for (int64_t block = first; block < last; ++block)
+                softmax_gradient(band_of(block), scratch.total + (block - first) * kBlock, weights_of(block),
+                                 grad_scores_of(block));
+            for (int64_t block = first; block < last; ++block)
+                write_grad_query(band_of(block), first_query + block * kBlock, rows_of(block), task, keys,
+                                 view(call.grad_query), grad_scores_of(block), scratch.out);
+            for (int64_t block = first; block < last; ++block) {
+                const A *query[kBlock], *grad_out[kBlock];
+                block_rows(queries, block * kBlock, rows_of(block), query);
+                block_rows(grad_outs, block * kBlock, rows_of(block), grad_out);
+                // The accumulators hold the keys task.begin..task.end-1 only.
+                const Band band = band_of(block);
+                const int64_t shift = task.begin - first_key;
+                const int64_t begin = max<int64_t>(shift - band.first, 0);
+                const int64_t end = min(task.end - first_key - band.first, band.keys);
+                band_scatter(band, begin, end, grad_scores_of(block), plan.weight_stride, query,
+                             scratch.grad_key - shift * plan.padded_dim, plan.padded_dim, plan.padded_dim);
+                band_scatter(band, begin, end, weights_of(block), plan.weight_stride, grad_out,
+                             scratch.grad_value - shift * plan.padded_dim, plan.padded_dim, plan.padded_dim);
+            }
         }
         for (int64_t t = task.begin; t < task.end; ++t) {
             view(call.grad_key).write(t, scratch.grad_key + (t - task.begin) * plan.padded_dim, streams);
@@ -110,68 +150,49 @@ class Backward {
         }
     }
 
-    // weights = p, grad_scores = scale * p * (dp - sum of p dp) with dp = grad_out . value, for the keys that each row
-    // sees. p is normalised once more: lse was rounded, and a sum of p a little off 1 would not cancel against dp.
-    void softmax_gradient(const Band& band, const A* const (&query)[kBlock], const A* const (&grad_out)[kBlock],
-                          const A (&lse)[kBlock], const Scratch& scratch) const {
+    // From grad_scores = dp to scale * p * (dp - sum of p dp). The weights come from the scores anew and are normalised here:
+    // lse was rounded, and a sum of p a little off 1 would not cancel against dp.
+    void softmax_gradient(const Band& band, const A* total, A* weights, A* grad_scores) const {
         constexpr int L = kLanes<A>;
         const A scale = A(call.scale);
-        const int64_t stride = plan.weight_stride;
-        Vec<A> sum[kBlock] = {}, dot[kBlock] = {};
-        A total[kBlock], mean[kBlock];
-        band_dots(band, query, scratch.key_columns + band.first, plan.key_columns, call.D,
-                  [&](int64_t key, auto& tile) {
-                      constexpr int vectors = sizeof(tile[0]) / sizeof(tile[0][0]);
-                      TRITONKERN_UNROLL
-                      for (int r = 0; r < kBlock; ++r) {
-                          TRITONKERN_UNROLL
-                          for (int v = 0; v < vectors; ++v) {
-                              const Vec<A> weight =
-                                  band.mask<A>(r, key + v * L) ? exp<A>(tile[r][v] * scale - lse[r]) : Vec<A>{};
-                              store(scratch.weights + r * stride + key + v * L, weight);
-                              sum[r] += weight;
-                          }
-                      }
-                  });
-        reduce<A>(sum, Sum{}, total);
-        for (int r = 0; r < kBlock; ++r) {
-            for (int64_t key = r * stride; key < r * stride + band.keys; key += L)
-                store(scratch.weights + key, load(scratch.weights + key) / total[r]);
+        Vec<A> dot[kBlock] = {};
+        for (int64_t key = 0; key < band.keys; key += L) {
+            TRITONKERN_UNROLL
+            for (int r = 0; r < kBlock; ++r) {
+                const int64_t at = r * plan.weight_stride + key;
+                const Vec<A> weight = load(weights + at) / total[r];
+                store(weights + at, weight);
+                dot[r] += band.mask<A>(r, key) ? weight * load(grad_scores + at) : Vec<A>{};
+            }
         }
-        band_dots(
-            band, grad_out, scratch.value_columns + band.first, plan.key_columns, call.D, [&](int64_t key, auto& tile) {
-                constexpr int vectors = sizeof(tile[0]) / sizeof(tile[0][0]);
-                TRITONKERN_UNROLL
-                for (int r = 0; r < kBlock; ++r) {
-                    TRITONKERN_UNROLL
-                    for (int v = 0; v < vectors; ++v) {
-                        const int64_t at = r * stride + key + v * L;
-                        store(scratch.grad_scores + at, tile[r][v]);
-                        dot[r] += band.mask<A>(r, key + v * L) ? load(scratch.weights + at) * tile[r][v] : Vec<A>{};
-                    }
-                }
-            });
+        A mean[kBlock];
         reduce<A>(dot, Sum{}, mean);
-        for (int r = 0; r < kBlock; ++r) {
-            for (int64_t key = r * stride; key < r * stride + band.keys; key += L) {
-                A* grad = scratch.grad_scores + key;
-                store(grad, load(scratch.weights + key) * (load(grad) - mean[r]) * scale);
+        for (int64_t key = 0; key < band.keys; key += L) {
+            TRITONKERN_UNROLL
+            for (int r = 0; r < kBlock; ++r) {
+                const int64_t at = r * plan.weight_stride + key;
+                store(grad_scores + at, load(weights + at) * (load(grad_scores + at) - mean[r]) * scale);
             }
         }
     }
 
     void write_grad_query(const Band& band, int64_t start, int64_t rows, const Task& task, Rows<A> keys,
-                          const Sequence<S>& grad_query, const Scratch& scratch) const {
+                          const Sequence<S>& grad_query, const A* grad_scores, A* out) const {
         const int64_t begin = max(start, task.begin), end = min(start + rows, task.end);
         if (begin >= end) return;
-        A* target[kBlock];
+        const bool direct = grad_query.usable_in_place() && !streams;
         A factor[kBlock];
+        A* target[kBlock];
         for (int r = 0; r < kBlock; ++r) {
-            target[r] = scratch.out + r * plan.padded_dim;
             factor[r] = 1;
+            target[r] = direct && begin <= start + r && start + r < end
+                            ? reinterpret_cast<A*>(grad_query.data + (start + r) * grad_query.time_stride)
+                            : out + r * plan.padded_dim;
         }
-        band_gather(band, scratch.grad_scores, plan.weight_stride, keys, factor, target, plan.padded_dim);
-        for (int64_t t = begin; t < end; ++t) grad_query.write(t, target[t - start], streams);
+        band_gather(band, grad_scores, plan.weight_stride, keys, factor, target, plan.padded_dim);
+        if (!direct) {
+            for (int64_t t = begin; t < end; ++t) grad_query.write(t, target[t - start], streams);
+        }
     }
 };
 

@@ -12,8 +12,8 @@ struct TemporalWindowAttention {
     double scale;
     int num_threads;
     TensorView query, key, value;
-    void* lse;                                    // [B, T, N, H], contiguous, in the type of the accumulator
     TensorView out;                               // forward
+    void* lse;                                    // forward: [B, T, N, H], contiguous, in the type of the accumulator
     TensorView grad_out;                          // backward
     TensorView grad_query, grad_key, grad_value;  // backward
 };

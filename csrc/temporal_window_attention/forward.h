@@ -82,10 +82,11 @@ class Forward {
                 ahead.fetch_rows(kBlock, streams ? 0 : 1);
                 const A* query[kBlock];
                 block_rows(queries, block * kBlock, rows_of(block), query);
-                scores(band_of(block), query, scratch.key_columns, weights_of(block), scratch.maximum + block * kBlock);
+                scores(plan, band_of(block), query, scratch.key_columns, A(call.scale), weights_of(block),
+                       scratch.maximum + block * kBlock);
             }
             for (int64_t block = first; block < first + count; ++block)
-                exponentiate(band_of(block).keys, scratch.maximum + block * kBlock, weights_of(block),
+                exponentiate(plan, band_of(block).keys, scratch.maximum + block * kBlock, weights_of(block),
                              scratch.total + block * kBlock);
             for (int64_t block = first; block < first + count; ++block) {
                 const int64_t start = task.begin + block * kBlock, rows = rows_of(block);
@@ -110,43 +111,6 @@ class Forward {
                 store(scratch.maximum + t, load(scratch.maximum + t) + log<A>(load(scratch.total + t)));
             lse[(task.begin + t) * call.N * call.H] = scratch.maximum[t];
         }
-    }
-
-    // weights[r][key] = score of the keys that row r sees, else -inf; maximum[r] is the largest.
-    void scores(const Band& band, const A* const (&query)[kBlock], const A* key_columns, A* weights, A* maximum) const {
-        constexpr int L = kLanes<A>;
-        const A scale = A(call.scale), infinity = std::numeric_limits<A>::infinity();
-        // A finite start: where all scores are -inf the weights come out as 0, their sum too, and the output as NaN.
-        Vec<A> top[kBlock];
-        for (int r = 0; r < kBlock; ++r) top[r] = broadcast(std::numeric_limits<A>::lowest());
-        band_dots(band, query, key_columns + band.first, plan.key_columns, call.D, [&](int64_t key, auto& tile) {
-            constexpr int vectors = sizeof(tile[0]) / sizeof(tile[0][0]);
-            TRITONKERN_UNROLL
-            for (int r = 0; r < kBlock; ++r) {
-                TRITONKERN_UNROLL
-                for (int v = 0; v < vectors; ++v) {
-                    const Vec<A> score = band.mask<A>(r, key + v * L) ? tile[r][v] * scale : broadcast(-infinity);
-                    store(weights + r * plan.weight_stride + key + v * L, score);
-                    top[r] = score > top[r] ? score : top[r];
-                }
-            }
-        });
-        reduce<A>(top, Maximum{}, maximum);
-    }
-
-    // weights[r][key] = exp(score - maximum[r]), and their sums.
-    void exponentiate(int64_t keys, const A* maximum, A* weights, A* total) const {
-        Vec<A> sum[kBlock] = {};
-        for (int64_t key = 0; key < keys; key += kLanes<A>) {
-            TRITONKERN_UNROLL
-            for (int r = 0; r < kBlock; ++r) {
-                A* p = weights + r * plan.weight_stride + key;
-                const Vec<A> weight = exp<A>(load(p) - maximum[r]);
-                store(p, weight);
-                sum[r] += weight;
-            }
-        }
-        reduce<A>(sum, Sum{}, total);
     }
 };
 

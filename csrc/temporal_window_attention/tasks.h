@@ -12,7 +12,7 @@ template <class S>
 struct Plan {
     using A = Accumulator<S>;
 
-    int64_t chunk, chunks, group, groups, tasks, grain, padded_dim, key_columns, weight_stride, batch;
+    int64_t chunk, chunks, group, groups, tasks, grain, dim, padded_dim, key_columns, weight_stride, batch;
     int threads;
 
     Plan(const TemporalWindowAttention& call, int64_t left, int64_t right, int64_t longest, int64_t halo) {
@@ -25,6 +25,7 @@ struct Plan {
         group = min(sequences, max<int64_t>(1, group_bytes / (chunk * call.D * int64_t(sizeof(S)))));
         groups = ceil_div(sequences, group);
         tasks = call.B * chunks * groups;
+        dim = call.D;
         padded_dim = round_up(call.D, kLanes<A>);
         // An odd number of vectors: a power of two would put all rows of a column into the same cache sets.
         key_columns = (round_up(min(call.T, chunk + halo), kLanes<A>) + kLanes<A>) | kLanes<A>;
@@ -113,5 +114,46 @@ class Prefetcher {
     const S* row[Reads + Writes];
     int64_t t, sequence, h;
 };
+
+// weights[r][key] = score of the keys that row r sees, else -inf; maximum[r] is the largest. The scores are rounded here, once,
+// for the maximum and for the exponential alike: fused into the subtraction of one, a large score would miss the other.
+template <class S, class A = Accumulator<S>>
+void scores(const Plan<S>& plan, const Band& band, const A* const (&query)[kBlock], const A* key_columns, A scale,
+            A* weights, A* maximum) {
+    constexpr int L = kLanes<A>;
+    constexpr A infinity = std::numeric_limits<A>::infinity();
+    // A finite start: where all scores are -inf the weights come out as 0, their sum too, and the output as NaN.
+    Vec<A> top[kBlock];
+    for (int r = 0; r < kBlock; ++r) top[r] = broadcast(std::numeric_limits<A>::lowest());
+    band_dots(band, query, key_columns + band.first, plan.key_columns, plan.dim, [&](int64_t key, auto& tile) {
+        constexpr int vectors = sizeof(tile[0]) / sizeof(tile[0][0]);
+        TRITONKERN_UNROLL
+        for (int r = 0; r < kBlock; ++r) {
+            TRITONKERN_UNROLL
+            for (int v = 0; v < vectors; ++v) {
+                const Vec<A> score = band.mask<A>(r, key + v * L) ? tile[r][v] * scale : broadcast(-infinity);
+                store(weights + r * plan.weight_stride + key + v * L, score);
+                top[r] = score > top[r] ? score : top[r];
+            }
+        }
+    });
+    reduce<A>(top, Maximum{}, maximum);
+}
+
+// weights[r][key] = exp(score - maximum[r]), and their sums.
+template <class S, class A = Accumulator<S>>
+void exponentiate(const Plan<S>& plan, int64_t keys, const A* maximum, A* weights, A* total) {
+    Vec<A> sum[kBlock] = {};
+    for (int64_t key = 0; key < keys; key += kLanes<A>) {
+        TRITONKERN_UNROLL
+        for (int r = 0; r < kBlock; ++r) {
+            A* p = weights + r * plan.weight_stride + key;
+            const Vec<A> weight = exp<A>(load(p) - maximum[r]);
+            store(p, weight);
+            sum[r] += weight;
+        }
+    }
+    reduce<A>(sum, Sum{}, total);
+}
 
 }  // namespace tritonkern::TRITONKERN_ISA

@@ -1,0 +1,38 @@
+"""The compiled CPU kernels (csrc/bindings.cpp). Pointers are integers, strides count elements."""
+
+from collections.abc import Sequence
+
+_Tensor = tuple[int, Sequence[int]]
+
+def isa() -> str: ...
+def isas() -> list[str]: ...
+def temporal_window_attention_forward(
+    dtype: int,
+    shape: Sequence[int],
+    left: int,
+    right: int,
+    scale: float,
+    num_threads: int,
+    query: _Tensor,
+    key: _Tensor,
+    value: _Tensor,
+    out: int,
+    lse: int,
+    /,
+) -> None: ...
+def temporal_window_attention_backward(
+    dtype: int,
+    shape: Sequence[int],
+    left: int,
+    right: int,
+    scale: float,
+    num_threads: int,
+    query: _Tensor,
+    key: _Tensor,
+    value: _Tensor,
+    grad_out: _Tensor,
+    grad_query: int,
+    grad_key: int,
+    grad_value: int,
+    /,
+) -> None: ...
