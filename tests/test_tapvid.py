@@ -161,6 +161,56 @@ def test_a_pickle_that_asks_for_more_than_arrays_is_refused(tmp_path, payload, m
     assert not target.exists()
 
 
+def opcodes(name):
+    """A hand-written pickle that tries to reach memory behind the arrays that it builds itself."""
+
+    def function(module, attribute):
+        return f"c{module}\n{attribute}\n".encode()
+
+    def text(value):
+        return b"\x8c" + bytes([len(value)]) + value.encode()
+
+    def state(dtype, contents):
+        made = function("numpy", "dtype") + text(dtype) + b"\x85R"
+        return b"(K\x01K\x04\x85" + made + b"\x89" + contents + b"t"
+
+    empty = function("numpy.core.multiarray", "_reconstruct") + function("numpy", "ndarray") + b"K\x00\x85C\x01b\x87R"
+    objects = empty + state("O", b"](" + b"".join(map(text, "abcd")) + b"e") + b"bq\x00"
+    numbers = empty + state("u8", b"C\x20" + b"A" * 32) + b"bq\x00"
+    again = b"h\x00" + state("u8", b"C\x20" + b"B" * 32) + b"b"
+    dtype = function("numpy", "dtype") + text("u8") + b"\x85R"
+    view = function("numpy.core.numeric", "_frombuffer") + b"(h\x00" + dtype + b"K\x04\x85" + text("C") + b"tR"
+    scalar = function("numpy.core.multiarray", "scalar") + dtype + b"h\x00\x86R"
+    return (
+        b"\x80\x04]"
+        + {
+            "leak a pointer": objects + b"a" + view + b"a",
+            "leak one in a scalar": objects + b"a" + scalar + b"a",
+            "write a pointer": objects + b"a" + view + b"K\x00K\x01sa",
+            "use after free": numbers + b"a" + view + b"a" + again + b"a" + objects + b"a",
+            "fill twice": numbers + b"a" + again + b"a",
+        }[name]
+        + b"."
+    )
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("leak a pointer", "the contents of an array must be bytes, got _Array"),
+        ("leak one in a scalar", "the contents of an array must be bytes, got _Array"),
+        ("write a pointer", "the contents of an array must be bytes, got _Array"),
+        ("use after free", "the contents of an array must be bytes, got _Array"),
+        ("fill twice", "an array is filled twice"),
+    ],
+)
+def test_a_pickle_cannot_reach_the_memory_of_its_arrays(tmp_path, name, message):
+    path = tmp_path / "hostile.pkl"
+    path.write_bytes(opcodes(name))
+    with pytest.raises(ValueError, match=re.escape(f"{path}: not a readable pickle of arrays: {message}")):
+        load_arrays(path)
+
+
 def test_damaged_files_are_named(tmp_path):
     whole = pickle.dumps([example()])
     for index, content in enumerate([b"", whole[: len(whole) // 2], b"\x89PNG\r\n", b"version https://git-lfs"]):

@@ -44,9 +44,15 @@ class _DType:
 
 
 class _Array(np.ndarray):
-    """An empty array that takes its contents from the pickle; NumPy checks that they fit shape and dtype."""
+    """An empty array that takes its contents from the pickle, once; NumPy checks that they fit shape and dtype."""
+
+    _filled = False
 
     def __setstate__(self, state: tuple) -> None:
+        # New contents free the memory of the old ones, whoever else may look at it.
+        if self._filled:
+            raise pickle.UnpicklingError("an array is filled twice")
+        self._filled = True
         version, shape, dtype, is_fortran, data = state
         super().__setstate__((version, shape, dtype.dtype, is_fortran, data))
 
@@ -55,12 +61,19 @@ def _reconstruct(kind: str, shape: tuple, code: bytes) -> np.ndarray:
     return np.ndarray.__new__(_Array, (0,), np.uint8)
 
 
-def _frombuffer(data: bytes, dtype: _DType, shape: tuple, order: Any) -> np.ndarray:
-    return np.frombuffer(data, dtype.dtype).reshape(shape, order=order)
+def _frombuffer(data: bytes | bytearray, dtype: _DType, shape: tuple, order: Any) -> np.ndarray:
+    return np.frombuffer(_plain_bytes(data), dtype.dtype).reshape(shape, order=order)
 
 
 def _scalar(dtype: _DType, data: bytes) -> np.generic:
-    return np.frombuffer(data, dtype.dtype)[0]
+    return np.frombuffer(_plain_bytes(data), dtype.dtype)[0]
+
+
+def _plain_bytes(data: Any) -> bytes:
+    # Any other buffer may be an array of the same pickle: one of objects, seen as numbers, is its pointers.
+    if type(data) not in (bytes, bytearray):
+        raise pickle.UnpicklingError(f"the contents of an array must be bytes, got {type(data).__name__}")
+    return bytes(data)
 
 
 def _encode(text: str, encoding: str) -> bytes:
