@@ -1,5 +1,8 @@
 """The temporal adapter and Chrono against a plain float64 form and the official code; its checkpoints."""
 
+import sys
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -8,6 +11,7 @@ from oracle import eager
 from safetensors.torch import save_file
 
 from tritonkern.models.adapter import TemporalAdapter
+from tritonkern.models.checkpoints import read_state_dict
 from tritonkern.models.chrono import Chrono
 from tritonkern.models.dinov2 import DINOv2Config
 
@@ -228,6 +232,39 @@ def test_unreadable_checkpoints(tmp_path):
             (tmp_path / name).write_bytes(content)
             with pytest.raises(ValueError, match="is not a readable"):
                 Chrono.from_checkpoint(tmp_path / name)
+
+
+@pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+@pytest.mark.parametrize("zipped", [True, False])
+def test_damaged_checkpoints_are_named(tmp_path, zipped):
+    path = tmp_path / "weights.pth"
+    torch.save({"a": torch.zeros(3), "b": torch.ones(2)}, path, _use_new_zipfile_serialization=zipped)
+    whole = path.read_bytes()
+    texts = [b"hello world\n", b"version https://git-lfs.github.com/spec/v1\n", b"}", b"404: Not Found"]
+    generator = np.random.default_rng(0)
+    flipped = []
+    for _ in range(100):
+        data = np.frombuffer(whole, np.uint8).copy()
+        data[generator.integers(len(data), size=4)] = generator.integers(256, size=4)
+        flipped.append(data.tobytes())
+    refused = 0
+    for content in texts + flipped:
+        path.write_bytes(content)
+        try:
+            read_state_dict(path)
+        except ValueError as error:
+            assert str(path) in str(error)
+            refused += 1
+    assert refused > 20
+
+
+def test_missing_safetensors_says_what_to_install(monkeypatch, tmp_path):
+    path = tmp_path / "weights.safetensors"
+    path.touch()
+    monkeypatch.setitem(sys.modules, "safetensors", None)
+    with pytest.raises(ModuleNotFoundError, match=r'safetensors: pip install "tritonkern\[track\]"') as error:
+        read_state_dict(path)
+    assert error.value.name == "safetensors"
 
 
 @needs_official

@@ -7,6 +7,7 @@ import torch
 from safetensors import safe_open
 
 from tritonkern.models.chrono_nano import ChronoNano
+from tritonkern.training import loop
 from tritonkern.training.loop import GeneratedClips, TrainingPlan, train
 from tritonkern.training.losses import cell_targets, tracking_loss
 from tritonkern.training.synthetic import Layer, Motion, generate_clip, photo_clips, render, true_tracks
@@ -153,3 +154,31 @@ def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path):
         assert json.loads(file.metadata()["plan"])["steps"] == 4
     with pytest.raises(ValueError, match="another plan"):
         train(small_model(), tmp_path / "parts.safetensors", replace(PLAN, steps=5))
+
+
+def test_a_damaged_checkpoint_says_to_delete_it(tmp_path):
+    train(small_model(), tmp_path / "nano.safetensors", replace(PLAN, steps=1))
+    checkpoint = tmp_path / "nano.checkpoint"
+    whole = checkpoint.read_bytes()
+    for content in (b"", whole[: len(whole) // 2], b"not a checkpoint\n"):
+        checkpoint.write_bytes(content)
+        with pytest.raises(ValueError, match="nano.checkpoint is damaged, .* delete it"):
+            train(small_model(), tmp_path / "nano.safetensors", PLAN)
+    torch.save(small_model().state_dict(), checkpoint)
+    with pytest.raises(ValueError, match="nano.checkpoint is no checkpoint of a training run: delete it"):
+        train(small_model(), tmp_path / "nano.safetensors", PLAN)
+
+
+def test_the_seed_decides_the_query_frames(monkeypatch):
+    clip = generate_clip(0, frames=PLAN.frames, points=PLAN.points, speed=1.0)
+    monkeypatch.setattr(loop, "generate_clip", lambda *_, **__: clip)
+
+    def frames(seed, index):
+        return GeneratedClips(replace(PLAN, seed=seed))[index][1][:, 0]
+
+    # The packaged weights were trained with seed 0, whose draws are those of the clip's number.
+    draw = torch.rand(clip.occluded.shape, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(frames(0, 1), draw.masked_fill(torch.from_numpy(clip.occluded), -1).argmax(-1).float())
+    assert not torch.equal(frames(1, 1), frames(0, 1))
+    assert not torch.equal(frames(1, 0), frames(0, 1))
+    frames(2**64 - 1, 0)

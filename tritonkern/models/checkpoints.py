@@ -5,6 +5,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,38 +22,56 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 
     Raises:
         FileNotFoundError: no such file.
+        ModuleNotFoundError: a .safetensors file, and the package safetensors is not installed.
         ValueError: the file is damaged, holds Python objects that PyTorch does not load safely, or holds no weights.
     """
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"no weights file at {path}")
     if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error)
-        if "GLOBAL" not in reason:
-            raise ValueError(f"{path} is not a readable PyTorch file; was the download cut short?") from error
-        raise ValueError(
-            f"{path} holds Python objects beside its tensors, which only running its code could load. If you trust its "
-            "origin, write its tensors out once: "
-            "torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pth')"
-        ) from error
-    except (RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is not a readable PyTorch file; was the download cut short?") from error
+        return _read_safetensors(path)
+    state = read_pytorch(path)
     for wrapper in _WRAPPERS:
         if isinstance(state, Mapping) and isinstance(state.get(wrapper), Mapping):
             state = state[wrapper]
     if not isinstance(state, Mapping) or not state or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(f"{path} holds no state dict: a mapping from parameter names to tensors is needed")
     return dict(state)
+
+
+def read_pytorch(path: Path) -> Any:
+    """What `torch.save` wrote: tensors, on the CPU, in built-in containers. Nothing in the file is executed.
+
+    Raises:
+        OSError: the file cannot be opened.
+        ValueError: the file is damaged, or holds Python objects that PyTorch does not load safely.
+    """
+    with open(path, "rb") as file:
+        try:
+            return torch.load(file, map_location="cpu", weights_only=True)
+        # Damaged bytes make torch.load fail with nearly any exception class (KeyError, IndexError, AssertionError).
+        except Exception as error:
+            if not isinstance(error, pickle.UnpicklingError) or "GLOBAL" not in str(error):
+                raise ValueError(f"{path} is not a readable PyTorch file; was the download cut short?") from error
+            raise ValueError(
+                f"{path} holds Python objects beside its tensors, which only running its code could load. If you trust "
+                "its origin, write its tensors out once: "
+                "torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pth')"
+            ) from error
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(
+            f'{path} needs the package {error.name}: pip install "tritonkern[track]"', name=error.name
+        ) from error
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a readable safetensors file: {error}") from error
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:

@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch.utils.data import DataLoader, Dataset
 
 from tritonkern.files import atomic_path
+from tritonkern.models.checkpoints import read_pytorch
 from tritonkern.models.matching import MatchingTracker
 from tritonkern.training.losses import tracking_loss
 from tritonkern.training.synthetic import generate_clip
@@ -53,7 +54,9 @@ class GeneratedClips(Dataset):
         video = torch.from_numpy(clip.video).float() / 127.5 - 1
         points, occluded = torch.from_numpy(clip.points), torch.from_numpy(clip.occluded)
         # A query is a random visible frame of its point, which shows at least in the frame that it was drawn in.
-        draw = torch.rand(occluded.shape, generator=torch.Generator().manual_seed(index))
+        # Seed 0, of the packaged weights, numbers its generators by the clip alone; 63 bits are what a generator takes.
+        generator = torch.Generator().manual_seed((self.plan.seed * 1_000_003 + index) % 2**63)
+        draw = torch.rand(occluded.shape, generator=generator)
         start = draw.masked_fill(occluded, -1).argmax(-1)
         place = points[torch.arange(len(points)), start]
         return video, torch.stack([start.float(), place[:, 1], place[:, 0]], -1), points, occluded
@@ -70,8 +73,8 @@ def train(
     """Train `model` in place and write `output` (safetensors, float16) when done.
 
     `output` with the suffix `.checkpoint` is written every `save_every` steps and resumes an interrupted run of the
-    same plan; `report(step, losses)` is called after each step. Raises `ValueError` if the checkpoint belongs to
-    another plan.
+    same plan; `report(step, losses)` is called after each step. Raises `ValueError` if the checkpoint is damaged or
+    belongs to another plan.
     """
     checkpoint = output.with_suffix(".checkpoint")
     # The visibility head reads cosines, of which small differences matter: its weights have a long way to go.
@@ -87,7 +90,7 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peaks, plan.steps, pct_start=0.05)
     first = 0
     if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
+        saved = _read_checkpoint(checkpoint)
         if saved["plan"] != asdict(plan):
             raise ValueError(f"{checkpoint} belongs to another plan ({saved['plan']}); delete it or give another --out")
         model.load_state_dict(saved["model"])
@@ -129,3 +132,13 @@ def train(
     metadata = {"model": type(model).__name__, "plan": json.dumps(asdict(plan))}
     with atomic_path(output) as part:
         save_file(weights, part, metadata)
+
+
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    try:
+        saved = read_pytorch(path)
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged, so that the run cannot continue: delete it to start anew") from error
+    if not isinstance(saved, dict) or not saved.keys() >= {"plan", "step", "model", "optimiser", "schedule"}:
+        raise ValueError(f"{path} is no checkpoint of a training run: delete it, or give another --out")
+    return saved
