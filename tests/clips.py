@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritonkern.models.matching import MatchingTracker
+from tritonkern.tracking import VideoWriter
 
 
 class ColourTracker(MatchingTracker):
@@ -66,6 +67,16 @@ def write_clip(
                 frame.pts, frame.time_base = times[index], Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
+    return path
+
+
+def write_cut_clip(path: Path) -> Path:
+    """An mp4 of 20 frames that was cut in the middle, its index at the front: the frames before the cut play."""
+    with VideoWriter(path, 10) as writer:
+        for frame in np.random.default_rng(0).integers(0, 255, (20, 64, 96, 3), dtype=np.uint8):
+            writer.write(frame)
+    data = path.read_bytes()
+    path.write_bytes(data[: len(data) // 2])
     return path
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from clips import ColourTracker, square_clip, write_clip, write_sound
+from clips import ColourTracker, square_clip, write_clip, write_cut_clip, write_sound
 
 from tritonkern import tracking
 from tritonkern.cli import main
@@ -117,6 +117,12 @@ class TestTrack:
         second = run("track", video, "--out", tmp_path, "--queries", tmp_path / "tracks.npz")
         assert second.returncode == 0, second.stderr
         assert PointTracks.load(tmp_path / "tracks.npz").tracks.shape == (2, 8, 2)
+
+    def test_a_warning_is_one_line(self, tmp_path):
+        result = run("track", write_cut_clip(tmp_path / "cut.mp4"), "--out", tmp_path / "out", "--grid", 2)
+        assert result.returncode == 0, result.stderr
+        (line,) = (line for line in result.stderr.splitlines() if "warn" in line.lower())
+        assert line.startswith("tritonkern: warning: ") and "cut.mp4 announces 20 frames and ends after " in line
 
     def test_query_frame(self, tmp_path, video):
         result = run("track", video, "--out", tmp_path, "--grid", 2, "--query-frame", 5)

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import tritonkern.training
+from tritonkern import tracking
 from tritonkern.cli import app
 from tritonkern.models import ChronoNano
 from tritonkern.models.matching import MatchingTracker, TrackerOutput
@@ -53,6 +54,11 @@ class Recorder(MatchingTracker):
         tracks = queries[:, :, None, [2, 1]].repeat(1, 1, features.shape[1], 1)
         occlusion, expected_distance = (torch.full(tracks.shape[:3], logit) for logit in self.logits)
         return TrackerOutput(tracks, occlusion, expected_distance)
+
+
+def test_evaluation_is_part_of_the_tracking_package():
+    names = {"evaluate", "read_tapvid", "TapVidClip", "tapvid_metrics"}
+    assert names <= set(tracking.__all__) and all(hasattr(tracking, name) for name in names)
 
 
 def test_standing_still_by_hand_first():

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from tritonkern.models import matching
-from tritonkern.models.matching import MatchingTracker
+from tritonkern.models.matching import MatchingTracker, TrackerOutput
 
 
 class Tracker(MatchingTracker):
@@ -245,3 +245,11 @@ def test_bad_features():
         Tracker().track(torch.zeros(2, 3, 4, 5), torch.zeros(2, 1, 3))
     with pytest.raises(ValueError, match="at least one frame"):
         Tracker().track(torch.zeros(2, 0, 3, 4, 5), torch.zeros(2, 1, 3))
+
+
+def test_visible():
+    # (1 - sigmoid(occlusion)) * (1 - sigmoid(expected_distance)): 0.5 * 1, 0.73 * 0.73, 0.73 * 0.5, nothing known.
+    occlusion = torch.tensor([[[0.0, -1.0, -1.0, torch.nan]]])
+    expected_distance = torch.tensor([[[-torch.inf, -1.0, 0.0, -9.0]]])
+    output = TrackerOutput(torch.zeros(1, 1, 4, 2), occlusion, expected_distance)
+    assert output.visible.tolist() == [[[True, True, False, False]]]

@@ -37,6 +37,18 @@ def jpeg(frame):
     return file.getvalue()
 
 
+def png(frame):
+    file = io.BytesIO()
+    Image.fromarray(frame).save(file, "PNG")
+    return file.getvalue()
+
+
+def cut_pixel_chunk(png_bytes):
+    """A PNG whose pixel chunk is said to be short, so that what follows it is no chunk."""
+    start = png_bytes.index(b"IDAT")
+    return png_bytes[: start - 4] + b"\0\0\0\4" + png_bytes[start:]
+
+
 def assert_reads(clip, source, name):
     assert isinstance(clip, TapVidClip) and clip.name == name
     assert type(clip.video) is type(clip.points) is type(clip.occluded) is np.ndarray
@@ -248,6 +260,10 @@ GOOD = example()
         ),
         (
             {"video": [jpeg(GOOD["video"][0])[:700]] * 3},
+            "field 'video', frame 0: the JPEG bytes cannot be decoded",
+        ),
+        (
+            {"video": [cut_pixel_chunk(png(GOOD["video"][0]))] * 3},
             "field 'video', frame 0: the JPEG bytes cannot be decoded",
         ),
         ({"occluded": GOOD["occluded"].astype(np.uint8)}, "field 'occluded': must be bool, got uint8"),

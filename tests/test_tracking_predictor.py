@@ -128,6 +128,9 @@ class TestPointTracker:
             tracker(square_clip(), grid=2, queries=np.array([[0, 1, 1]]))
         with pytest.raises(ValueError, match="device must be cpu or cuda, got 'tpu9'"):
             PointTracker(ColourTracker(), device="tpu9")
+        for device in ("meta", "mps", torch.device("xpu")):
+            with pytest.raises(ValueError, match=f"device must be cpu or cuda, got '{device}'"):
+                PointTracker(ColourTracker(), device=device)
         with pytest.raises(ValueError, match="weights goes with the name"):
             PointTracker(ColourTracker(), weights="a.safetensors")
         with pytest.raises(ValueError, match="nonsense"):

@@ -2,11 +2,14 @@
 
 import errno
 import os
+import re
+import struct
+import warnings
 
 import av
 import numpy as np
 import pytest
-from clips import rotate_display, square_clip, write_clip, write_sound
+from clips import rotate_display, square_clip, write_clip, write_cut_clip, write_sound
 from PIL import Image
 
 from tritonkern.files import atomic_path
@@ -96,6 +99,11 @@ class TestReading:
         assert reader.frame_count == 12
         np.testing.assert_array_equal(list(reader.frames()), clip)
 
+    def test_names_with_digits_that_are_no_numbers(self, tmp_path):
+        for name in ("1", "1²2", "²"):
+            Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+        assert len(frames_of(tmp_path)) == 3
+
     def test_folder_of_unequal_images(self, tmp_path):
         for index, width in enumerate([40, 40, 42]):
             Image.new("RGB", (width, 30)).save(tmp_path / f"{index}.png")
@@ -161,6 +169,36 @@ class TestUnreadable:
         with pytest.raises(ValueError, match="1.png cannot be read as an image"):
             frames_of(tmp_path)
 
+    @pytest.mark.parametrize(
+        ("suffix", "before", "after"),
+        [
+            # A pixel chunk that is too short: what follows it is no chunk.
+            ("png", b".{4}IDAT", b"\0\0\0\4IDAT"),
+            ("bmp", struct.pack("<ii", 8, 8), struct.pack("<ii", 1 << 28, 8)),
+            # The entry of the width.
+            ("tif", struct.pack("<HHII", 256, 4, 1, 8), struct.pack("<HHII", 256, 4, 1, 1 << 28)),
+            ("ppm", b"255", b"2x5"),
+        ],
+    )
+    def test_damaged_image(self, tmp_path, suffix, before, after):
+        path = tmp_path / f"0.{suffix}"
+        Image.new("RGB", (8, 8), (1, 2, 3)).save(path)
+        damaged, count = re.subn(before, after, path.read_bytes(), flags=re.DOTALL)
+        assert count == 1
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=f"0.{suffix} cannot be read as an image"):
+            VideoReader(path)
+
+    def test_cut_short(self, tmp_path):
+        path = write_cut_clip(tmp_path / "a.mp4")
+        with pytest.warns(RuntimeWarning, match=r"a.mp4 announces 20 frames and ends after (\d+)") as warned:
+            count = len(frames_of(path))
+        assert 0 < count < 20 and str(warned[0].message).split(" and ends after ")[1].startswith(f"{count}:")
+        assert warned[0].filename == __file__
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert len(frames_of(path, max_frames=count)) == count
+
     def test_damaged_in_the_middle(self, tmp_path):
         path = write_clip(tmp_path / "a.mov", square_clip(), codec="png", pix_fmt="rgb24")
         data = path.read_bytes()
@@ -200,6 +238,28 @@ class TestWriting:
         with pytest.raises(OSError) as raised, VideoWriter("/dev/full", 10) as writer:
             writer.write(square_clip()[0])
         assert raised.value.errno == errno.ENOSPC
+
+
+def damaged_archives(folder, **arrays):
+    """One file for each way in which reading an archive fails."""
+    path = folder / "damaged.npz"
+    np.savez_compressed(path, **arrays)
+    whole = path.read_bytes()
+    central, end = whole.rindex(b"PK\x01\x02"), whole.rindex(b"PK\x05\x06")
+    first = whole.index(b"PK\x01\x02")
+    local = 30 + struct.unpack_from("<H", whole, 26)[0] + struct.unpack_from("<H", whole, 28)[0]
+    changes = {
+        "zlib.error": (local, b"\xff\xff\xff"),
+        "NotImplementedError": (first + 10, b"\x63\x00"),
+        "BadZipFile": (central, b"XXXX"),
+        "OSError": (end + 16, b"\xff\xff\xff\x0f"),
+    }
+    for offset, data in changes.values():
+        path.write_bytes(whole[:offset] + data + whole[offset + len(data) :])
+        yield path
+    with open(path, "wb") as file:
+        np.save(file, np.zeros((1, 3)))
+    yield path
 
 
 class TestQueries:
@@ -244,6 +304,11 @@ class TestQueries:
         (tmp_path / "text.npz").write_text("0,1,2")
         with pytest.raises(ValueError, match="text.npz does not hold"):
             read_queries(tmp_path / "text.npz")
+
+    def test_damaged_npz(self, tmp_path):
+        for path in damaged_archives(tmp_path, queries=[[0, 1.5, 2]]):
+            with pytest.raises(ValueError, match=f"{path.name} does not hold an array named queries"):
+                read_queries(path)
 
     def test_other_files(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="q.csv does not exist"):
@@ -318,6 +383,12 @@ class TestResults:
         np.testing.assert_array_equal(table[..., 1], np.arange(5)[None].repeat(3, 0))
         np.testing.assert_allclose(table[..., 2:4], tracks.tracks, atol=5.1e-4)
         np.testing.assert_array_equal(table[..., 4], tracks.visibility)
+
+    def test_damaged(self, tmp_path, tracks):
+        fields = {name: getattr(tracks, name) for name in ("tracks", "visibility", "queries", "fps", "size")}
+        for path in damaged_archives(tmp_path, **fields):
+            with pytest.raises(ValueError, match="damaged.npz is not a tracks file"):
+                PointTracks.load(path)
 
     def test_not_tracks(self, tmp_path):
         np.savez(tmp_path / "a.npz", tracks=1)

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import metadata, util
@@ -40,9 +41,14 @@ def main() -> None:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn what a user can cause and mend into one line on stderr and exit code 2; Ctrl-C into exit code 130."""
+    """Turn what a user can cause and mend into one line on stderr and exit code 2; Ctrl-C into exit code 130.
+
+    A warning is one line on stderr, too.
+    """
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.showwarning = _show_warning
+            yield
     except KeyboardInterrupt:
         _fail("interrupted: nothing unfinished was kept", 130)
     except ModuleNotFoundError as error:
@@ -68,6 +74,10 @@ def one_line_errors() -> Iterator[None]:
         if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):
             raise
         _fail("the memory is full: use --max-frames, fewer points, or another --device")
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    sys.stderr.write(f"tritonkern: warning: {' '.join(str(message).split())}\n")
 
 
 def _fail(message: str, code: int = 2) -> None:

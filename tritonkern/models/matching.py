@@ -15,10 +15,7 @@ _COST_VOLUME_LIMIT = 1 << 26
 
 
 class TrackerOutput(NamedTuple):
-    """What a tracker predicts for N queries in a clip of T frames.
-
-    A point counts as visible when `(1 - sigmoid(occlusion)) * (1 - sigmoid(expected_distance)) >= 0.5`.
-    """
+    """What a tracker predicts for N queries in a clip of T frames."""
 
     tracks: Tensor
     """[B, N, T, 2] positions (x, y) in pixels of the model's raster; pixel i has its centre at i + 0.5."""
@@ -26,6 +23,11 @@ class TrackerOutput(NamedTuple):
     """[B, N, T] logits of the point being hidden."""
     expected_distance: Tensor
     """[B, N, T] logits of the predicted position being far from the true one."""
+
+    @property
+    def visible(self) -> Tensor:
+        """[B, N, T] bool: `(1 - sigmoid(occlusion)) * (1 - sigmoid(expected_distance)) >= 0.5`."""
+        return (1 - self.occlusion.sigmoid()) * (1 - self.expected_distance.sigmoid()) >= 0.5
 
 
 class MatchingTracker(nn.Module):

@@ -17,19 +17,26 @@ except ModuleNotFoundError as error:
         f'tritonkern.tracking needs the package {error.name}: pip install "tritonkern[track]"', name=error.name
     ) from error
 
+from tritonkern.tracking.evaluation import evaluate
+from tritonkern.tracking.metrics import tapvid_metrics
 from tritonkern.tracking.pictures import draw_points, write_overlay
 from tritonkern.tracking.predictor import PointTracker
 from tritonkern.tracking.queries import grid_queries, read_queries
 from tritonkern.tracking.results import PointTracks
+from tritonkern.tracking.tapvid import TapVidClip, read_tapvid
 from tritonkern.tracking.video import VideoReader, VideoWriter
 
 __all__ = [
     "PointTracker",
     "PointTracks",
+    "TapVidClip",
     "VideoReader",
     "VideoWriter",
     "draw_points",
+    "evaluate",
     "grid_queries",
     "read_queries",
+    "read_tapvid",
+    "tapvid_metrics",
     "write_overlay",
 ]

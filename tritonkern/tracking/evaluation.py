@@ -136,12 +136,11 @@ def _score(model: MatchingTracker, clip: TapVidClip, modes: tuple[str, ...]) -> 
     for mode in modes:
         queries, tracks = tapvid_queries(clip, mode)
         output = model.track(features, torch.from_numpy(queries)[None].to(device, torch.float32))
-        visibility = (1 - output.occlusion[0].sigmoid()) * (1 - output.expected_distance[0].sigmoid())
         scores[mode] = tapvid_metrics(
             queries[:, 0],
             clip.occluded[tracks],
             clip.points[tracks],
-            (visibility < 0.5).cpu().numpy(),
+            (~output.visible[0]).cpu().numpy(),
             output.tracks[0].double().cpu().numpy(),
             mode,
         )

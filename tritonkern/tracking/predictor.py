@@ -144,9 +144,8 @@ class PointTracker:
                 local = queries[group]
                 local[:, 0] = query_index[group] - first
                 output = self.model.track(torch.cat([shown, encode(span)])[None], local[None].to(self.device))
-                visible = (1 - output.occlusion.sigmoid()) * (1 - output.expected_distance.sigmoid()) >= 0.5
                 tracks[group, span.start : span.stop] = output.tracks[0, :, len(shown) :].cpu().numpy()
-                visibility[group, span.start : span.stop] = visible[0, :, len(shown) :].cpu().numpy()
+                visibility[group, span.start : span.stop] = output.visible[0, :, len(shown) :].cpu().numpy()
             report("tracking", done, steps)
         return tracks, visibility
 
@@ -186,12 +185,19 @@ def _resize(frame: np.ndarray, resolution: tuple[int, int]) -> Tensor:
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
+    """The device to compute on: "cpu", "cuda" (also "cuda:1"), or where None, the GPU if there is one.
+
+    Raises:
+        ValueError: another device, or no GPU where one is asked for.
+    """
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         chosen = torch.device(device)
     except RuntimeError:
-        raise ValueError(f"device must be cpu or cuda, got {device!r}") from None
+        chosen = None
+    if chosen is None or chosen.type not in ("cpu", "cuda"):
+        raise ValueError(f"device must be cpu or cuda, got {str(device)!r}")
     if chosen.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("device cuda: this PyTorch finds no GPU; use cpu, or install a GPU build of PyTorch")
     return chosen

@@ -7,7 +7,6 @@ centre of the first pixel is (0.5, 0.5).
 import csv
 from os import PathLike
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -72,12 +71,13 @@ def _read_csv(path: Path) -> np.ndarray:
 
 
 def _read_npz(path: Path) -> np.ndarray:
-    try:
-        with np.load(path, allow_pickle=False) as archive:
-            queries = archive["queries"]
-    except (KeyError, ValueError, TypeError, EOFError, BadZipFile) as error:
-        raise ValueError(f"{path} does not hold an array named queries with t, x, y in each row") from error
-    return queries
+    with open(path, "rb") as file:
+        try:
+            with np.load(file, allow_pickle=False) as archive:
+                return archive["queries"]
+        # Damaged bytes make NumPy fail with nearly any exception class (zlib.error, NotImplementedError, OSError).
+        except Exception as error:
+            raise ValueError(f"{path} does not hold an array named queries with t, x, y in each row") from error
 
 
 def check_queries(queries: np.ndarray, size: tuple[int, int], frame_count: int) -> np.ndarray:

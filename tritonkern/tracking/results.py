@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 from os import PathLike
-from zipfile import BadZipFile
 
 import numpy as np
 
@@ -60,13 +59,16 @@ class PointTracks:
         """Read what `save_npz` wrote.
 
         Raises:
-            ValueError: the file is not a tracks file.
+            OSError: the file cannot be opened.
+            ValueError: it is not a tracks file, or is damaged.
         """
-        try:
-            with np.load(path, allow_pickle=False) as archive:
-                fields = {name: archive[name] for name in _FIELDS}
-        except (KeyError, ValueError, TypeError, EOFError, BadZipFile) as error:
-            raise ValueError(f"{path} is not a tracks file: it needs the arrays {', '.join(_FIELDS)}") from error
+        with open(path, "rb") as file:
+            try:
+                with np.load(file, allow_pickle=False) as archive:
+                    fields = {name: archive[name] for name in _FIELDS}
+            # Damaged bytes make NumPy fail with nearly any exception class (zlib.error, NotImplementedError, OSError).
+            except Exception as error:
+                raise ValueError(f"{path} is not a tracks file: it needs the arrays {', '.join(_FIELDS)}") from error
         width, height = fields["size"].tolist()
         return cls(
             tracks=fields["tracks"],

@@ -160,7 +160,7 @@ def _frame(where: str, frame: Any) -> np.ndarray:
     if isinstance(frame, bytes):
         try:
             image = Image.open(io.BytesIO(frame)).convert("RGB")
-        except (OSError, Image.DecompressionBombError) as error:
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise ValueError(f"{where}: the JPEG bytes cannot be decoded ({error})") from error
     else:
         pixels = np.asarray(frame)

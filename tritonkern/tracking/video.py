@@ -4,6 +4,7 @@ Everything streams: one full-size frame is alive at a time, whatever the length 
 """
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from fractions import Fraction
@@ -96,6 +97,8 @@ class VideoReader:
     def frames(self, max_frames: int | None = None) -> Iterator[np.ndarray]:
         """Decode from the start: uint8 RGB frames `[H, W, 3]`, at most `max_frames` of them.
 
+        A file that ends before the number of frames that it announces gives a `RuntimeWarning`.
+
         Raises:
             ValueError: a frame cannot be decoded, or has another size than the first one.
         """
@@ -152,6 +155,13 @@ class VideoReader:
                 raise ValueError(
                     f"frame {index} of {self.name} cannot be decoded ({error.strerror}): {remedy}"
                 ) from error
+            if index < stream.frames:
+                # At the level of the loop over `frames()`.
+                warnings.warn(
+                    f"{self.name} announces {stream.frames} frames and ends after {index}: is the file complete?",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
 
 
 class VideoWriter:
@@ -213,7 +223,7 @@ class VideoWriter:
 
 
 def _natural_order(path: Path) -> list[tuple[int, str]]:
-    return [(int(part), "") if part.isdigit() else (0, part) for part in re.split(r"(\d+)", path.name)]
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name)]
 
 
 def _rgb(frame: av.VideoFrame) -> np.ndarray:
@@ -234,8 +244,9 @@ def _read_image(path: Path) -> np.ndarray:
             if image.has_transparency_data:
                 return _over_black(np.asarray(image.convert("RGBA")))
             return np.asarray(image.convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read as an image: is it complete?") from error
+    # Pillow's answers to damage; the size in a damaged header is often gigantic.
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} cannot be read as an image ({error}): is it complete?") from error
 
 
 def _over_black(rgba: np.ndarray) -> np.ndarray:
