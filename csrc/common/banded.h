@@ -124,8 +124,9 @@ TRITONKERN_INLINE void gather_tile(const Band& band, const A* weights, int64_t w
     }
 }
 
+// The band is a copy: stores through `out` cannot change it, so that its numbers stay in registers.
 template <class A, int N>
-TRITONKERN_INLINE void scatter_tile(const Band& band, int64_t begin, int64_t end, const A* weights,
+TRITONKERN_INLINE void scatter_tile(const Band band, int64_t begin, int64_t end, const A* weights,
                                     int64_t weight_stride, const A* const (&x)[kBlock], A* out, int64_t out_stride,
                                     int64_t d) {
     Vec<A> row[kBlock][N];
@@ -145,7 +146,8 @@ TRITONKERN_INLINE void scatter_tile(const Band& band, int64_t begin, int64_t end
             }
         });
     }
-    for (int64_t key = max(band.shared_begin, begin); key < min(band.shared_end, end); ++key) {
+    const int64_t shared_end = min(band.shared_end, end);
+    for (int64_t key = max(band.shared_begin, begin); key < shared_end; ++key) {
         A* target = out + key * out_stride;
         Vec<A> sum[N];
         TRITONKERN_UNROLL
