@@ -33,6 +33,12 @@ def inputs(request, where):
         return [LAYOUTS[request.param](2, 7, 3, 2, 8) for _ in range(3)]
 
 
+def test_forward_mode_is_refused_not_silently_zero():
+    x = torch.randn(1, 5, 2, 8)
+    with pytest.raises(NotImplementedError, match="forward-mode"):
+        torch.func.jvp(lambda q: temporal_window_attention(q, q, q, 3), (x,), (x,))
+
+
 def test_opcheck(where, inputs):
     options = (2, 1, 0.3, where[0])
     out, lse = FWD(*inputs, *options)

@@ -19,6 +19,7 @@ from oracle import (
 )
 
 from tritonkern import temporal_window_attention
+from tritonkern.ops import _backends
 from tritonkern.ops.temporal_window_attention import op, reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -106,9 +107,27 @@ def test_scale(where, scale):
     check(where, random_inputs(1, 17, 2, 1, 16, device=where[1]), 5, scale)
 
 
-def test_large_scores_do_not_overflow(where):
+@pytest.mark.parametrize("size", [300, 1e5])
+def test_large_scores_do_not_overflow(where, size):
+    """At 1e5 the rounding error of a score alone is far beyond what exp can take."""
     query, key, value, grad_out = random_inputs(1, 20, 1, 2, 32, device=where[1])
-    check(where, [query * 300, key * 300, value, grad_out], 5)
+    check(where, [query * size, key * size, value, grad_out], 5)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_cpp_rounds_once_to_nearest_even(dtype):
+    """What is stored in 16 bits is the float32 result, rounded once: PyTorch's conversion of it, to the bit."""
+    if _backends.unavailable("temporal_window_attention", "cpp", torch.device("cpu")) is not None:
+        pytest.skip("no C++ kernels here")
+    inputs = [x.to(dtype) for x in random_inputs(2, 19, 3, 2, 40)]
+    *half, grad_out = (x.requires_grad_() for x in inputs)
+    full = [x.detach().float().requires_grad_() for x in half]
+    out = temporal_window_attention(*half, 5, backend="cpp")
+    exact = temporal_window_attention(*full, 5, backend="cpp")
+    assert torch.equal(out, exact.to(dtype))
+    gradients = torch.autograd.grad(out, half, grad_out)
+    for gradient, one in zip(gradients, torch.autograd.grad(exact, full, grad_out.float()), strict=True):
+        assert torch.equal(gradient, one.to(dtype))
 
 
 LAYOUTS = {

@@ -52,6 +52,7 @@ def temporal_window_attention(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
+        NotImplementedError: an input carries a forward-mode tangent.
         ValueError: shapes or devices that do not fit together, a window that is even or negative, or a backend that
             cannot run this call (the message lists every backend with its reason and the way out).
 
@@ -66,6 +67,7 @@ def temporal_window_attention(
         scale = query.shape[-1] ** -0.5
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}; use .item() on a tensor")
+    _refuse_forward_mode(query, key, value)
 
     attend = _window_op.temporal_window_attention_fwd
     if query.dim() == 5:
@@ -94,6 +96,16 @@ def window_extent(window: int | tuple[int, int]) -> tuple[int, int]:
         raise TypeError(f"window must be an odd int or a pair of ints (left, right), got {window!r}")
     _window_op.check_window(left, right)
     return left, right
+
+
+def _refuse_forward_mode(*tensors: Tensor) -> None:
+    """PyTorch takes the tangent of an operator without a forward-mode rule for zero, silently; better no answer."""
+    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
+        return
+    if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            "temporal_window_attention has no forward-mode derivative (jvp); use reverse mode (torch.autograd.grad)"
+        )
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -210,7 +210,7 @@ def generate_clip(
 
 
 def photo_clips(
-    count: int = 20, *, frames: int = 24, size: int = 256, points: int = 256, seed: int = 2026, speed: float = 0.6
+    count: int = 20, *, frames: int = 24, size: int = 256, points: int = 256, seed: int = 2026, speed: float = 0.75
 ) -> Iterator[Clip]:
     """Held-out clips whose textures are photographs (scikit-image's own), which training never sees.
 
