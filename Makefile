@@ -12,7 +12,7 @@ BIN := .venv/bin
 	touch $@
 
 # The extension is rebuilt when a C++ file is newer than the last build; ninja compiles only what changed.
-.venv/built: .venv/ready $(wildcard csrc/*.cpp csrc/common/*.h)
+.venv/built: .venv/ready $(wildcard csrc/*.cpp csrc/*/*.h)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
@@ -29,12 +29,12 @@ check: .venv/built
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/common/*.h
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*/*.h tests/*.cpp
 
 format: .venv/built
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/common/*.h
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*/*.h tests/*.cpp
 
 ## Benchmarks on this machine, with peers; OPS=name chooses an operation.
 bench: .venv/built

@@ -111,7 +111,8 @@ def test_forward(compare, device, shape):
     calls = {OURS: functools.partial(ours, *inputs)}
     calls |= {name: functools.partial(peer, *inputs) for name, peer in peers(device, shape.query[1]).items()}
     # Two tensors read and two written: as many bytes as query, key, value and out.
-    source, target = (torch.zeros(2, *shape.query, dtype=dtype, device=device) for _ in range(2))
+    # Written before, as pages that nobody wrote to are all one page of zeros, and never leave the cache.
+    source, target = (torch.ones(2, *shape.query, dtype=dtype, device=device) for _ in range(2))
 
     def copy():
         target.copy_(source)
