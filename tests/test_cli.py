@@ -210,7 +210,14 @@ class TestErrors:
     @pytest.mark.parametrize(("stage", "slow"), [("tracking", "slow_model"), ("writing", "slow_drawing")])
     def test_interrupt(self, tmp_path, video, stage, slow):
         command = [sys.executable, "-c", program(**{slow: 20}), "track", str(video), "--out", str(tmp_path / "out")]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        # A shell starts background jobs with Ctrl-C ignored, and tests may run in one.
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+        )
         while f"{stage} now" not in process.stdout.readline():
             assert process.poll() is None
         time.sleep(0.5)
