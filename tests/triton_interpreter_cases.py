@@ -119,3 +119,11 @@ def test_division_by_multiplication(divisor):
         if 0 <= x < 2**31:
             assert (2 * x * multiplier >> 32) >> shift == x // divisor
     assert 0 < multiplier < 2**32
+
+
+def test_saved_tensors_may_come_back_misaligned():
+    from tritonkern.ops.temporal_window_attention.triton_kernels import _aligned
+
+    moved = torch.arange(33, dtype=torch.float32)[1:].view(1, 4, 1, 1, 8)
+    assert moved.data_ptr() % 16 != 0 and _aligned(moved).data_ptr() % 16 == 0
+    assert torch.equal(_aligned(moved), moved)

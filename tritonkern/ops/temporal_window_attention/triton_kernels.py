@@ -324,6 +324,12 @@ def _launch(kernel, inputs, saved, outputs, choose, left: int, right: int, scale
         )  # fmt: skip
 
 
+def _aligned(x: Tensor) -> Tensor:
+    """The tensor, contiguous and on the 16 bytes that the kernels count on; whoever saves it may have moved it."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
+
+
 def forward(query: Tensor, key: Tensor, value: Tensor, left: int, right: int, scale: float) -> tuple[Tensor, Tensor]:
     """`[B, T, N, H, D]` three times -> out `[B, T, N, H, D]` and the log-sum-exp of the scores `[B, T, N, H]`."""
     out = query.new_empty(query.shape)
@@ -345,6 +351,6 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, each `[B, T, N, H, D]`; out and lse are what `forward` returned."""
     grads = query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
-    inputs, saved = (grad_out, query, key, value), (out.contiguous(), lse.contiguous())
+    inputs, saved = (grad_out, query, key, value), (_aligned(out), _aligned(lse))
     _launch(backward_kernel, inputs, saved, grads, configs.backward_tiles, left, right, scale)
     return grads
