@@ -50,4 +50,4 @@ aot: .venv/built
 	TRITONKERN_AOT=all $(BIN)/python -m pytest --quiet tests/test_triton_aot.py
 
 clean:
-	rm -rf .venv build tritonkern/_cpp*.so
+	rm -rf .venv build demo tritonkern/_cpp*.so
