@@ -3,9 +3,15 @@
 Importing this package loads neither Triton nor a device; a backend is loaded at its first call.
 """
 
-from tritonkern.functional import temporal_window_attention
+from tritonkern.functional import correlation_soft_argmax, soft_argmax_2d, temporal_window_attention
 from tritonkern.nn import TemporalWindowAttention
 
 __version__ = "0.1.0"
 
-__all__ = ["TemporalWindowAttention", "__version__", "temporal_window_attention"]
+__all__ = [
+    "TemporalWindowAttention",
+    "__version__",
+    "correlation_soft_argmax",
+    "soft_argmax_2d",
+    "temporal_window_attention",
+]

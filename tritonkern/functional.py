@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from tritonkern.ops import _backends
+from tritonkern.ops.correlation_soft_argmax import op as _match_op
 from tritonkern.ops.temporal_window_attention import op as _window_op
 
 
@@ -67,13 +70,119 @@ def temporal_window_attention(
         scale = query.shape[-1] ** -0.5
     elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number or None, got {type(scale).__name__}; use .item() on a tensor")
-    _refuse_forward_mode(query, key, value)
+    _refuse_forward_mode("temporal_window_attention", query, key, value)
 
     attend = _window_op.temporal_window_attention_fwd
     if query.dim() == 5:
         return attend(query, key, value, left, right, scale, backend)[0]
     query, key, value = query.unsqueeze(2), key.unsqueeze(2), value.unsqueeze(2)
     return attend(query, key, value, left, right, scale, backend)[0].squeeze(2)
+
+
+class Match(NamedTuple):
+    """Where each of N queries is found in each of T frames, and statistics of its correlation with the whole frame."""
+
+    points: Tensor
+    """[B, N, T, 2] (x, y) in cells of the feature map; cell i has its centre at i + 0.5."""
+    mean: Tensor
+    """[B, N, T], as max and min: over all cells of the frame, of the correlation without the temperature."""
+    max: Tensor
+    min: Tensor
+
+
+def correlation_soft_argmax(
+    query: Tensor,
+    features: Tensor,
+    *,
+    temperature: float = 20.0,
+    radius: float = 5.0,
+    cosine: bool = False,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Match:
+    """Finds every query in every frame of a feature map, without storing the cost volume.
+
+    ``cost[n, t, y, x] = query[n] . features[t, y, x]``; the softmax of ``temperature * cost`` over a frame has its
+    largest value at some cell (the first one, where several are equal), and the point is the mean of the centres of the
+    cells strictly closer than `radius` to that cell, weighted by the softmax::
+
+        radius=2         . . . . .
+                         . x x x .       x: cells that take part, # the best one; those beyond the grid do not exist
+                         . x # x .
+                         . x x x .
+                         . . . . .
+
+    Memory grows with N times T, never with N times the number of cells. The first derivative is supported; a second
+    one raises RuntimeError. As the best cell moves in steps, the gradient is that of a fixed set of cells. The
+    gradients of `max` and `min` go to the first extremal cell (`torch.amax` shares them out among equal cells).
+
+    Args:
+        query: ``[B, N, C]``.
+        features: ``[B, T, h, w, C]`` of query's dtype and device, any strides: the patch tokens of a vision transformer
+            are used where they lie. float64, float32, bfloat16 or float16; B, N and T may be 0. Sums are kept in
+            float32 (float64 for float64). Autocast does not apply: matching in bfloat16 would round the softmax's
+            logits to steps of a tenth.
+        temperature: factor from correlation to softmax logit, positive.
+        radius: in cells, positive; may exceed the grid.
+        cosine: whether query and features are divided by ``sqrt(max(sum of squares, eps))`` along C first.
+        eps: see `cosine`; without it, unused.
+        backend: ``"cpp"``, ``"triton"`` or ``"reference"``; None chooses by device.
+
+    Returns:
+        `Match` of float32 tensors (float64 for float64). A NaN or infinity in a frame's features reaches that frame's
+        results alone; one in a query that query's alone.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        NotImplementedError: an input carries a forward-mode tangent.
+        ValueError: shapes or devices that do not fit together, an option that is not positive, or a backend that cannot
+            run this call (the message lists every backend with its reason and the way out).
+
+    It is the matching head of Chrono (Kim et al., CVPR 2025), LocoTrack (Cho et al., ECCV 2024) and TAPIR (Doersch et
+    al., ICCV 2023); the disc around the arg max comes from TAPIR.
+    """
+    _backends.check_name(backend)
+    _match_op.check_tensors(query, features)
+    for name, x in (("temperature", temperature), ("radius", radius), ("eps", eps)):
+        _check_number(name, x)
+    if not isinstance(cosine, bool):
+        raise TypeError(f"cosine must be a bool, got {type(cosine).__name__}")
+    _match_op.check_options(temperature, radius, eps)
+    _refuse_forward_mode("correlation_soft_argmax", query, features)
+    return Match(*_match_op.correlation_soft_argmax_fwd(query, features, temperature, radius, cosine, eps, backend)[:4])
+
+
+def soft_argmax_2d(
+    cost_volume: Tensor, *, temperature: float = 20.0, radius: float = 5.0, backend: str | None = None
+) -> Tensor:
+    """The softmax-weighted mean position around the maximum of every frame of a given cost volume.
+
+    The second half of `correlation_soft_argmax`, for trackers that filter their cost volume in between (LocoTrack,
+    TAPIR). One pass over the cost volume, in place of a softmax, masks and products of its size.
+
+    Args:
+        cost_volume: ``[..., h, w]``, any strides; float64, float32, bfloat16 or float16.
+        temperature, radius, backend: as in `correlation_soft_argmax`.
+
+    Returns:
+        ``[..., 2]`` (x, y) in cells, centres at + 0.5, float32 (float64 for float64). A frame with a NaN, +infinity or
+        nothing but -infinity gives NaN.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `correlation_soft_argmax`.
+    """
+    _backends.check_name(backend)
+    _match_op.check_cost_volume(cost_volume)
+    for name, x in (("temperature", temperature), ("radius", radius)):
+        _check_number(name, x)
+    _match_op.check_options(temperature, radius)
+    _refuse_forward_mode("soft_argmax_2d", cost_volume)
+    return _match_op.soft_argmax_2d_fwd(cost_volume, temperature, radius, backend)[0]
+
+
+def _check_number(name: str, x: float) -> None:
+    if isinstance(x, bool) or not isinstance(x, (int, float)):
+        raise TypeError(f"{name} must be a number, got {type(x).__name__}; use .item() on a tensor")
 
 
 def window_extent(window: int | tuple[int, int]) -> tuple[int, int]:
@@ -98,13 +207,13 @@ def window_extent(window: int | tuple[int, int]) -> tuple[int, int]:
     return left, right
 
 
-def _refuse_forward_mode(*tensors: Tensor) -> None:
+def _refuse_forward_mode(operation: str, *tensors: Tensor) -> None:
     """PyTorch takes the tangent of an operator without a forward-mode rule for zero, silently; better no answer."""
     if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
         return
     if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in tensors):
         raise NotImplementedError(
-            "temporal_window_attention has no forward-mode derivative (jvp); use reverse mode (torch.autograd.grad)"
+            f"{operation} has no forward-mode derivative (jvp); use reverse mode (torch.autograd.grad)"
         )
 
 
