@@ -4,11 +4,12 @@ Importing this package loads neither Triton nor a device; a backend is loaded at
 """
 
 from tritonkern.functional import correlation_soft_argmax, soft_argmax_2d, temporal_window_attention
-from tritonkern.nn import TemporalWindowAttention
+from tritonkern.nn import CorrelationSoftArgmax, TemporalWindowAttention
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CorrelationSoftArgmax",
     "TemporalWindowAttention",
     "__version__",
     "correlation_soft_argmax",

@@ -1,0 +1,127 @@
+"""The matching head of refiner-free point trackers: correlation, soft-argmax, visibility from the statistics."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from tritonkern.functional import correlation_soft_argmax
+
+
+class TrackerOutput(NamedTuple):
+    """What a tracker predicts for N queries in a clip of T frames."""
+
+    tracks: Tensor
+    """[B, N, T, 2] positions (x, y) in pixels of the model's raster; pixel i has its centre at i + 0.5."""
+    occlusion: Tensor
+    """[B, N, T] logits of the point being hidden."""
+    expected_distance: Tensor
+    """[B, N, T] logits of the predicted position being far from the true one."""
+
+    @property
+    def visible(self) -> Tensor:
+        """[B, N, T] bool: `(1 - sigmoid(occlusion)) * (1 - sigmoid(expected_distance)) >= 0.5`."""
+        return (1 - self.occlusion.sigmoid()) * (1 - self.expected_distance.sigmoid()) >= 0.5
+
+
+class CorrelationSoftArgmax(nn.Module):
+    """Finds query points in every frame of a feature map, and says how sure it is.
+
+    The feature at the query is compared with every cell of every frame. The position is the mean of the cell centres
+    strictly closer than `radius` cells to the best match, weighted by a softmax of the similarity; occlusion and
+    expected distance are linear in the mean, maximum and minimum similarity of the frame, through which no gradient
+    flows. The parameters are those of Chrono's head (`occ_linear`). No cost volume is stored
+    (`tritonkern.correlation_soft_argmax`), so that any number of queries fits into one call.
+
+    Args:
+        resolution: (height, width) in pixels of the raster that queries and tracks are measured in.
+        temperature: factor from similarity to softmax logit, positive.
+        radius: of the soft-argmax in cells, positive; may exceed the grid.
+
+    Paper: Kim et al., "Exploring Temporally-Aware Features for Point Tracking", CVPR 2025.
+    """
+
+    def __init__(self, resolution: tuple[int, int], temperature: float = 20.0, radius: float = 5.0) -> None:
+        super().__init__()
+        self.resolution = resolution
+        self.temperature = temperature
+        self.radius = radius
+        self.occ_linear = nn.Linear(3, 2)
+
+    def forward(self, features: Tensor, queries: Tensor) -> TrackerOutput:
+        """Queries are independent of each other.
+
+        Args:
+            features: `[B, T, h, w, C]`, unit norm along C, any strides; float64, float32, bfloat16 or float16. They are
+                never copied; the features at the queries are rounded to their dtype.
+            queries: `[B, N, 3]` floating-point rows (t, y, x): frame index, then raster pixels (pixel i has its centre
+                at i + 0.5). A query outside the clip or the raster is matched with the nearest feature inside. In
+                frame round(t), half to even, the position is the query itself.
+
+        Returns:
+            `TrackerOutput` of float32 tensors (float64 for float64 features) for all T frames, before and after the
+            query's own. Autocast does not apply: bfloat16 would round the logits of the softmax to steps of about 0.1.
+
+        Raises:
+            TypeError: `queries` is not floating point, or `features` of another dtype.
+            ValueError: a shape is not the above.
+        """
+        if features.ndim != 5:
+            raise ValueError(f"features must be [B, T, h, w, C], got {list(features.shape)}")
+        if 0 in features.shape[1:]:
+            raise ValueError(f"features must hold at least one frame, cell and channel, got {list(features.shape)}")
+        if not queries.is_floating_point():
+            raise TypeError(f"queries must be floating point, got {queries.dtype}; use queries.float()")
+        if queries.ndim != 3 or queries.shape[2] != 3 or queries.shape[0] != features.shape[0]:
+            raise ValueError(
+                f"queries must be [{features.shape[0]}, N, 3] with rows (t, y, x), got {list(queries.shape)}"
+            )
+        (height, width), (frames, rows, columns) = self.resolution, features.shape[1:4]
+        with torch.autocast(features.device.type, enabled=False):
+            query = self.query_features(features, queries).to(features.dtype)
+            match = correlation_soft_argmax(query, features, temperature=self.temperature, radius=self.radius)
+            statistics = torch.stack([match.mean, match.max, match.min], dim=-1).detach()
+            logits = self.occ_linear(statistics.to(self.occ_linear.weight.dtype)).to(match.points.dtype)
+
+            # [B, N, T, 2]; torch.round is half to even, as in the official code
+            pixels = match.points * match.points.new_tensor([width / columns, height / rows])
+            t, place = queries[..., 0], queries[..., None, [2, 1]].to(pixels.dtype)
+            own_frame = t[..., None].round() == torch.arange(frames, device=t.device)
+            return TrackerOutput(torch.where(own_frame[..., None], place, pixels), logits[..., 0], logits[..., 1])
+
+    def query_features(self, features: Tensor, queries: Tensor) -> Tensor:
+        """The features `[B, N, C]` of `[B, T, h, w, C]` at `queries` `[B, N, 3]` (t, y, x), trilinearly interpolated.
+
+        In float32 (float64 for float64 features).
+        """
+        rows, columns = features.shape[2:4]
+        t, y, x = queries.to(torch.promote_types(features.dtype, torch.float32)).unbind(-1)
+        return _sample(features, t, y * (rows / self.resolution[0]), x * (columns / self.resolution[1]))
+
+    def extra_repr(self) -> str:
+        return f"resolution={self.resolution}, temperature={self.temperature}, radius={self.radius}"
+
+
+def _sample(features: Tensor, t: Tensor, y: Tensor, x: Tensor) -> Tensor:
+    """Trilinear samples `[B, n, C]` of `[B, T, h, w, C]` at positions `[B, n]`, clamped at the border.
+
+    t counts frames (frame i lies at i), y and x are cells (cell i has its centre at i + 0.5). Gathered by hand, because
+    the backward pass of the 5-D `grid_sample` is not deterministic on CUDA, and because it would copy the features.
+    """
+    index = [torch.arange(len(features), device=t.device).view(-1, 1, 1, 1, 1)]
+    weight = torch.ones_like(t)[..., None, None, None]
+    for pair, position, size in zip(
+        ((2, 1, 1), (1, 2, 1), (1, 1, 2)), (t, y - 0.5, x - 0.5), features.shape[1:4], strict=True
+    ):
+        position = position.clamp(0, size - 1)
+        # A NaN position must poison its own weights, not become an index out of bounds.
+        low = position.detach().floor().nan_to_num(0).long()
+        high = (low + 1).clamp(max=size - 1)
+        fraction = position - low
+        index.append(torch.stack([low, high], -1).view(*t.shape, *pair))
+        weight = weight * torch.stack([1 - fraction, fraction], -1).view(*t.shape, *pair)
+    # [B, n, 2, 2, 2, C]
+    corners = features[tuple(index)]
+    return (weight[..., None] * corners).sum((2, 3, 4))
