@@ -21,14 +21,14 @@ needs_official = pytest.mark.skipif(not OFFICIAL_DIR, reason="TRITONKERN_OFFICIA
 
 class _LocalAttentionMask:
     def __init__(self, window_left, window_right):
-        self.left, self.right = window_left, window_right
+        self.window_left, self.window_right = window_left, window_right
 
 
 def _memory_efficient_attention(query, key, value, attn_bias):
     """xformers' layout [B, T, H, D] and window, on any device and dtype."""
     frames = torch.arange(query.shape[1])
     distance = frames[None, :] - frames[:, None]
-    mask = (distance >= -attn_bias.left) & (distance <= attn_bias.right)
+    mask = (distance >= -attn_bias.window_left) & (distance <= attn_bias.window_right)
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
 

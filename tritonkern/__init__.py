@@ -4,6 +4,7 @@ Importing this package loads neither Triton nor a device; a backend is loaded at
 """
 
 from tritonkern.functional import correlation_soft_argmax, soft_argmax_2d, temporal_window_attention
+from tritonkern.integrations import patch
 from tritonkern.nn import CorrelationSoftArgmax, TemporalWindowAttention
 
 __version__ = "0.1.0"
@@ -13,6 +14,7 @@ __all__ = [
     "TemporalWindowAttention",
     "__version__",
     "correlation_soft_argmax",
+    "patch",
     "soft_argmax_2d",
     "temporal_window_attention",
 ]

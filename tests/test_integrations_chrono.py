@@ -1,0 +1,146 @@
+"""`tritonkern.patch` on Chrono: on a structural twin everywhere, on the official repository where it is at hand."""
+
+import sys
+
+import pytest
+import torch
+from chrono_like import Tracker
+from official import needs_official, official  # noqa: F401
+from torch import nn
+
+import tritonkern
+from tritonkern.integrations.chrono import without_xformers
+
+
+def randomise(model):
+    """New adapters add nothing; these do."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    return model.eval()
+
+
+def clip(frames=4, queries=7, size=64):
+    video = torch.rand(1, frames, size, size, 3) * 2 - 1
+    times = torch.arange(queries) % frames
+    return video, torch.cat([times[None, :, None].float(), torch.rand(1, queries, 2) * size], -1)
+
+
+@pytest.fixture
+def tracker():
+    with without_xformers():
+        yield randomise(Tracker())
+
+
+def assert_same(actual, expected):
+    torch.testing.assert_close(actual["tracks"], expected["tracks"], atol=1e-3, rtol=0)
+    for name in ("occlusion", "expected_dist"):
+        torch.testing.assert_close(actual[name], expected[name], atol=1e-5, rtol=0)
+
+
+def test_same_results_and_weights(tracker):
+    video, queries = clip()
+    keys = list(tracker.state_dict())
+    expected = tracker(video, queries)
+    handle = tritonkern.patch(tracker)
+    try:
+        actual = tracker(video, queries)
+        assert list(tracker.state_dict()) == keys
+    finally:
+        handle.restore()
+    assert_same(actual, expected)
+    assert torch.equal(tracker(video, queries)["tracks"], expected["tracks"])
+    assert not any("forward" in module.__dict__ for module in tracker.modules())
+
+
+def test_same_gradients(tracker):
+    video, queries = clip()
+    frozen = [name for name, parameter in tracker.named_parameters() if name.startswith("dino.")]
+    tracker.dino.requires_grad_(False)
+
+    def gradients():
+        tracker.zero_grad(set_to_none=True)
+        output = tracker(video, queries)
+        (output["tracks"].square().mean() + output["occlusion"].sum()).backward()
+        return {name: parameter.grad for name, parameter in tracker.named_parameters()}
+
+    expected = gradients()
+    with tritonkern.patch(tracker):
+        actual = gradients()
+    assert all(actual[name] is None for name in frozen)
+    for name, grad in expected.items():
+        if grad is not None:
+            assert grad.abs().max() > 0 or "mask_token" in name
+            torch.testing.assert_close(actual[name], grad, atol=2e-4 * grad.abs().max().item(), rtol=0, msg=name)
+
+
+def test_handle_lists_what_it_replaced(tracker):
+    class Lightning(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.model = tracker
+
+    with tritonkern.patch(Lightning()) as handle:
+        assert "model.adapter.0.attn_temp.forward" in handle.replaced
+        assert "model.tracks_from_cost_volume" in handle.replaced
+        assert handle.replaced[0] in repr(handle)
+        assert tracker.tracks_from_cost_volume.__func__ is not Tracker.tracks_from_cost_volume
+    assert tracker.tracks_from_cost_volume.__func__ is Tracker.tracks_from_cost_volume
+    assert "restored" in repr(handle)
+    handle.restore()
+
+
+def test_other_models_are_left_alone(tracker):
+    other = Tracker()
+    with tritonkern.patch(tracker):
+        assert other.tracks_from_cost_volume.__func__ is Tracker.tracks_from_cost_volume
+
+
+def test_replaced_methods_run(tracker, monkeypatch):
+    """None of the model's own matching or of xformers is called by a patched model."""
+    video, queries = clip()
+    with tritonkern.patch(tracker):
+        monkeypatch.delitem(sys.modules, "xformers.ops")
+        monkeypatch.setattr(Tracker, "tracks_from_cost_volume", None)
+        tracker(video, queries)
+
+
+def test_errors(tracker):
+    with pytest.raises(ValueError, match="model holds no tracker that tritonkern knows: Linear"):
+        tritonkern.patch(nn.Linear(2, 2))
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got str"):
+        tritonkern.patch("chrono")
+    with tritonkern.patch(tracker), pytest.raises(ValueError, match="restore"):
+        tritonkern.patch(tracker)
+
+
+def test_stand_in_for_xformers_leaves_no_trace():
+    before = {name for name in sys.modules if name.startswith("xformers")}
+    with without_xformers():
+        from xformers.ops import fmha, memory_efficient_attention
+
+        with pytest.raises(ImportError):
+            from xformers.ops import unbind  # noqa: F401
+    assert {name for name in sys.modules if name.startswith("xformers")} == before
+    # [B, T, H, D], seven frames back and none ahead
+    query, key, value = torch.randn(3, 2, 9, 3, 8)
+    mask = fmha.attn_bias.LocalAttentionFromBottomRightMask(window_left=7, window_right=0)
+    expected = tritonkern.temporal_window_attention(query, key, value, (7, 0))
+    assert torch.equal(memory_efficient_attention(query, key, value, attn_bias=mask), expected)
+
+
+@needs_official
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:xFormers", "ignore:CUDA is not available")
+def test_official(official, monkeypatch):  # noqa: F811
+    hub = official("dinov2", "dinov2.hub.backbones")
+    monkeypatch.setattr(torch.hub, "load", lambda repo_or_dir, model: getattr(hub, model)(pretrained=False))
+    model = official("Chrono", "models.locotrack_model").LocoTrack(dino_size="small")
+    randomise(model.adapter), randomise(model.occ_linear)
+    video, queries = clip(frames=2, queries=70, size=256)
+    with torch.no_grad():
+        expected = model(video, queries)
+        with tritonkern.patch(model) as handle:
+            actual = model(video, queries)
+    assert len(handle.replaced) == 11 + 2
+    assert_same(actual, expected)

@@ -1,0 +1,81 @@
+"""Drop-in speed-ups of other people's trackers: `tritonkern.patch(model)` replaces methods of that one model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import MethodType, TracebackType
+from typing import Any
+
+from torch import nn
+
+from tritonkern.integrations import chrono
+
+Replacement = tuple[str, nn.Module, str, Callable[..., Any]]
+"""Path of a module inside the model, the module, the method's name, and the function that takes the method's place."""
+
+_MISSING = object()
+
+
+class Patch:
+    """What `tritonkern.patch` did to a model. `restore` undoes it; as a context manager it does so at the end."""
+
+    def __init__(self, replacements: list[Replacement]) -> None:
+        self.replaced = [f"{path}.{method}" if path else method for path, _, method, _ in replacements]
+        """Dotted names of the replaced methods, such as ``"model.forward_dino"``."""
+        self._undo: list[tuple[nn.Module, str, Any]] = []
+        for _, module, method, function in replacements:
+            self._undo.append((module, method, module.__dict__.get(method, _MISSING)))
+            setattr(module, method, MethodType(function, module))
+
+    def restore(self) -> None:
+        """Give the model its own methods back. A second call does nothing."""
+        while self._undo:
+            module, method, before = self._undo.pop()
+            if before is _MISSING:
+                delattr(module, method)
+            else:
+                setattr(module, method, before)
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.restore()
+
+    def __repr__(self) -> str:
+        state = ", ".join(self.replaced) if self._undo else "restored"
+        return f"<tritonkern.Patch: {state}>"
+
+
+def patch(model: nn.Module) -> Patch:
+    """Make a public tracker's model faster where it stands; its weights, state dict and results stay what they are.
+
+    Recognised by structure, also inside wrappers such as a Lightning module:
+
+    - Chrono (cvlab-kaist/Chrono, commit 153b2f2); see `tritonkern.integrations.chrono`.
+
+    Methods are replaced on the instances found in `model`; classes, modules and other models are left alone. A patched
+    model can be trained, moved and saved by its state dict; restore it before pickling the module itself.
+
+    Returns:
+        A handle that lists what was `replaced` and can `restore()` it.
+
+    Raises:
+        TypeError: `model` is no `torch.nn.Module`.
+        ValueError: nothing in `model` is recognised, or it is patched already.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    replacements = list(chrono.replacements(model))
+    if not replacements:
+        raise ValueError(
+            f"model holds no tracker that tritonkern knows: {type(model).__name__} and its submodules are not the "
+            "model of cvlab-kaist/Chrono; pass the model itself, uncompiled and not wrapped by FSDP"
+        )
+    for path, module, method, _ in replacements:
+        if method in module.__dict__:
+            where = f"{path}.{method}" if path else method
+            raise ValueError(f"model already has a replaced method, {where}; restore() the earlier patch first")
+    return Patch(replacements)
