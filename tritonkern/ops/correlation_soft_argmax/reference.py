@@ -48,7 +48,7 @@ def backward(
     if grad_points is not None:
         grad_cost += soft_argmax_backward(grad_points, cost, points, maximum, best, weight, temperature, radius)
     if grad_mean is not None:
-        grad_cost += (grad_mean / cost[0, 0, 0].numel())[..., None, None]
+        grad_cost += (grad_mean / (cost.shape[-2] * cost.shape[-1]))[..., None, None]
     for grad, cell in ((grad_max, best), (grad_min, worst)):
         if grad is not None:
             grad_cost.flatten(-2).scatter_add_(-1, cell.long()[..., None], grad[..., None])
