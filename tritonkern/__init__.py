@@ -3,7 +3,13 @@
 Importing this package loads neither Triton nor a device; a backend is loaded at its first call.
 """
 
-from tritonkern.functional import correlation_soft_argmax, soft_argmax_2d, temporal_window_attention
+from tritonkern.functional import (
+    correlation_soft_argmax,
+    soft_argmax_2d,
+    temporal_window_attention,
+    track_sample_attention,
+    track_splat_attention,
+)
 from tritonkern.integrations import patch
 from tritonkern.nn import CorrelationSoftArgmax, TemporalWindowAttention
 
@@ -17,4 +23,6 @@ __all__ = [
     "patch",
     "soft_argmax_2d",
     "temporal_window_attention",
+    "track_sample_attention",
+    "track_splat_attention",
 ]

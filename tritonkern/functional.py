@@ -10,6 +10,7 @@ from torch import Tensor
 from tritonkern.ops import _backends
 from tritonkern.ops.correlation_soft_argmax import op as _match_op
 from tritonkern.ops.temporal_window_attention import op as _window_op
+from tritonkern.ops.track_attention import op as _track_op
 
 
 def temporal_window_attention(
@@ -178,6 +179,138 @@ def soft_argmax_2d(
     _match_op.check_options(temperature, radius)
     _refuse_forward_mode("soft_argmax_2d", cost_volume)
     return _match_op.soft_argmax_2d_fwd(cost_volume, temperature, radius, backend)[0]
+
+
+def track_sample_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tracks: Tensor,
+    *,
+    sigma: float | Tensor = 0.5,
+    scale: float | None = None,
+    visibility: Tensor | None = None,
+    culling: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """Every track gathers values from the feature map around it: attention with a bias on distance, frame by frame.
+
+    ``weights[i, j] = softmax over cells j of (scale * query_i . key_j - |track_i - cell_j|^2 / (2 sigma^2))``, and the
+    output of track i is the sum of ``weights[i, j] * value_j``. The bias comes from coordinates inside the kernel;
+    neither it nor a weight is stored. The first derivative is supported; a second one raises RuntimeError.
+
+    Args:
+        query: ``[B, T, M, H, D]`` (batch, frames, tracks, heads, head dimension).
+        key, value: ``[B, T, h, w, H, D]``, of query's dtype and device; any strides. float64, float32, bfloat16 or
+            float16; D a multiple of 8 from 8 to 256; B, T and M may be 0. Sums are kept in float32 (float64 for
+            float64). Under autocast they are cast to the autocast dtype.
+        tracks: ``[B, T, M, 2]`` (x, y) in cells of the map, cell i with its centre at i + 0.5; anywhere, also outside
+            of it. Taken in float32 (float64 for float64). Gradients reach them where asked.
+        sigma: width of the bias in cells, positive, a number or a 0-d tensor (to which gradients flow); infinity means
+            no bias, plain cross-attention.
+        scale: factor on the products, ``D ** -0.5`` if None.
+        visibility: ``[B, T, M]`` bool. A track that is invisible in a frame, or has a NaN or infinite coordinate, gives
+            zeros there and takes and passes no gradient.
+        culling: whether cells may be skipped that provably change no output by half an ulp of the largest value (a
+            bound from the norms of the queries and keys at hand, see the room's README); False visits all of them.
+        backend: ``"cpp"``, ``"triton"`` or ``"reference"``; None chooses by device.
+
+    Returns:
+        Contiguous ``[B, T, M, H, D]`` in the inputs' dtype.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        NotImplementedError: an input carries a forward-mode tangent.
+        ValueError: shapes or devices that do not fit together, a sigma that is not positive, or a backend that cannot
+            run this call (the message lists every backend with its reason and the way out).
+
+    It is the attentional sampling of Tracktention (Lai and Vedaldi, "Tracktention: Leveraging Point Tracking to Attend
+    Videos Faster and Better", CVPR 2025).
+    """
+    return _track_attention(False, query, key, value, tracks, sigma, scale, visibility, culling, backend)
+
+
+def track_splat_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tracks: Tensor,
+    *,
+    sigma: float | Tensor = 0.5,
+    scale: float | None = None,
+    visibility: Tensor | None = None,
+    culling: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """Every cell of the feature map gathers values from the tracks around it; `track_sample_attention` the other way.
+
+    The softmax runs over the visible tracks of the frame: a cell far from all of them attends to the nearest ones.
+
+    Args:
+        query: ``[B, T, h, w, H, D]``.
+        key, value: ``[B, T, M, H, D]``.
+        tracks, sigma, scale, culling, backend: as in `track_sample_attention`.
+        visibility: ``[B, T, M]`` bool. Tracks that are invisible in a frame, or have a NaN or infinite coordinate, do
+            not take part in it; a frame without any gives zeros and zero gradients.
+
+    Returns:
+        Contiguous ``[B, T, h, w, H, D]`` in the inputs' dtype.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `track_sample_attention`.
+    """
+    return _track_attention(True, query, key, value, tracks, sigma, scale, visibility, culling, backend)
+
+
+def _track_attention(
+    splat: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tracks: Tensor,
+    sigma: float | Tensor,
+    scale: float | None,
+    visibility: Tensor | None,
+    culling: bool,
+    backend: str | None,
+) -> Tensor:
+    _backends.check_name(backend)
+    query, key, value = _autocast(query, key, value)
+    _track_op.check_tensors(query, key, value, tracks, splat)
+    if visibility is not None and (not isinstance(visibility, Tensor) or visibility.dtype != torch.bool):
+        raise TypeError("visibility must be a bool tensor or None; compare probabilities with a threshold first")
+    if visibility is not None and (visibility.shape != tracks.shape[:-1] or visibility.device != tracks.device):
+        raise ValueError(
+            f"visibility must have shape {tuple(tracks.shape[:-1])} on {tracks.device}, "
+            f"got {tuple(visibility.shape)} on {visibility.device}"
+        )
+    if not isinstance(culling, bool):
+        raise TypeError(f"culling must be a bool, got {type(culling).__name__}")
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    else:
+        _check_number("scale", scale)
+    dtype = _track_op.accumulator(query.dtype)
+    if isinstance(sigma, Tensor):
+        if sigma.dim() != 0 or not sigma.is_floating_point() or sigma.device != query.device:
+            raise ValueError(
+                f"sigma must be a number or a 0-d floating-point tensor on {query.device}, got shape "
+                f"{tuple(sigma.shape)}, {sigma.dtype} on {sigma.device}"
+            )
+        precision = 0.5 / sigma.to(dtype).square()
+    else:
+        _check_number("sigma", sigma)
+        if not sigma > 0:
+            raise ValueError(f"sigma must be positive, got {sigma}; float('inf') means no bias")
+        precision = query.new_full((), min(0.5 / sigma / sigma, torch.finfo(dtype).max), dtype=dtype)
+    _refuse_forward_mode("track attention", query, key, value, tracks, precision)
+
+    tracks = tracks.to(dtype)
+    visible = tracks.isfinite().all(-1)
+    if visibility is not None:
+        visible = visible & visibility
+    attend = _track_op.track_attention_fwd
+    return attend(query, key, value, tracks, visible, precision, scale, splat, culling, backend)[0]
 
 
 def _check_number(name: str, x: float) -> None:
