@@ -9,6 +9,7 @@
 #include <string>
 
 #include "common/memory.h"
+#include "correlation_soft_argmax/call.h"
 #include "temporal_window_attention/call.h"
 
 namespace py = pybind11;
@@ -21,12 +22,17 @@ struct Kernels {
     bool (*runs_here)();
     void (*forward)(const TemporalWindowAttention&);
     void (*backward)(const TemporalWindowAttention&);
+    void (*correlation_forward)(const CorrelationSoftArgmax&);
+    void (*correlation_backward)(const CorrelationSoftArgmax&);
+    void (*soft_argmax_forward)(const SoftArgmax&);
+    void (*soft_argmax_backward)(const SoftArgmax&);
 };
 
-#define TRITONKERN_KERNELS(isa, condition)                                            \
-    Kernels {                                                                         \
-        #isa, [] { return bool(condition); }, isa::temporal_window_attention_forward, \
-            isa::temporal_window_attention_backward                                   \
+#define TRITONKERN_KERNELS(isa, condition)                                                             \
+    Kernels {                                                                                          \
+        #isa, [] { return bool(condition); }, isa::temporal_window_attention_forward,                  \
+            isa::temporal_window_attention_backward, isa::correlation_soft_argmax_forward,             \
+            isa::correlation_soft_argmax_backward, isa::soft_argmax_forward, isa::soft_argmax_backward \
     }
 
 // Best first.
@@ -68,6 +74,10 @@ TensorView view(const PyTensor& tensor) {
     return result;
 }
 
+int64_t size_of(int dtype) {
+    return static_cast<DType>(dtype) == DType::kFloat64 ? 8 : static_cast<DType>(dtype) == DType::kFloat32 ? 4 : 2;
+}
+
 // A result: contiguous, and not written yet.
 TensorView result_view(uintptr_t data, const Shape& shape, int dtype) {
     TensorView result;
@@ -77,10 +87,7 @@ TensorView result_view(uintptr_t data, const Shape& shape, int dtype) {
         result.stride[i] = stride;
         stride *= shape[i];
     }
-    const int64_t element = static_cast<DType>(dtype) == DType::kFloat64   ? 8
-                            : static_cast<DType>(dtype) == DType::kFloat32 ? 4
-                                                                           : 2;
-    expect_writes(result.data, stride * element);
+    expect_writes(result.data, stride * size_of(dtype));
     return result;
 }
 
@@ -91,6 +98,46 @@ TemporalWindowAttention describe(int dtype, const Shape& shape, int64_t left, in
     call.B = shape[0], call.T = shape[1], call.N = shape[2], call.H = shape[3], call.D = shape[4];
     call.left = left, call.right = right, call.scale = scale, call.num_threads = num_threads;
     call.query = view(query), call.key = view(key), call.value = view(value);
+    return call;
+}
+
+template <class X = void>
+X* pointer(uintptr_t address) {
+    return reinterpret_cast<X*>(address);
+}
+
+// Addresses of points, mean, maximum, minimum, best, worst, weight, query_scale and features_scale.
+using CorrelationResults = std::array<uintptr_t, 9>;
+
+CorrelationSoftArgmax describe(int dtype, const std::array<int64_t, 6>& shape, double temperature, double radius,
+                               bool cosine, double eps, int num_threads, const PyTensor& query,
+                               const PyTensor& features, const CorrelationResults& results) {
+    CorrelationSoftArgmax call{};
+    call.dtype = static_cast<DType>(dtype);
+    call.B = shape[0], call.N = shape[1], call.T = shape[2];
+    call.height = shape[3], call.width = shape[4], call.C = shape[5];
+    call.temperature = temperature, call.radius = radius, call.cosine = cosine, call.eps = eps;
+    call.num_threads = num_threads;
+    call.query = view(query), call.features = view(features);
+    call.points = pointer(results[0]), call.mean = pointer(results[1]);
+    call.maximum = pointer(results[2]), call.minimum = pointer(results[3]);
+    call.best = pointer<int32_t>(results[4]), call.worst = pointer<int32_t>(results[5]);
+    call.weight = pointer(results[6]);
+    call.query_scale = pointer(results[7]), call.features_scale = pointer(results[8]);
+    return call;
+}
+
+// Addresses of points, maximum, best and weight.
+SoftArgmax describe(int dtype, const Shape& shape, double temperature, double radius, int num_threads,
+                    const PyTensor& cost, const std::array<uintptr_t, 4>& results) {
+    SoftArgmax call{};
+    call.dtype = static_cast<DType>(dtype);
+    for (int i = 0; i < 3; ++i) call.frames[i] = shape[i];
+    call.height = shape[3], call.width = shape[4];
+    call.temperature = temperature, call.radius = radius, call.num_threads = num_threads;
+    call.cost = view(cost);
+    call.points = pointer(results[0]), call.maximum = pointer(results[1]);
+    call.best = pointer<int32_t>(results[2]), call.weight = pointer(results[3]);
     return call;
 }
 
@@ -133,6 +180,46 @@ PYBIND11_MODULE(_cpp, m) {
             call.grad_key = result_view(grad_key, shape, dtype);
             call.grad_value = result_view(grad_value, shape, dtype);
             kernels().backward(call);
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "correlation_soft_argmax_forward",
+        [](int dtype, const std::array<int64_t, 6>& shape, double temperature, double radius, bool cosine, double eps,
+           int num_threads, const PyTensor& query, const PyTensor& features, const CorrelationResults& results) {
+            kernels().correlation_forward(
+                describe(dtype, shape, temperature, radius, cosine, eps, num_threads, query, features, results));
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "correlation_soft_argmax_backward",
+        [](int dtype, const std::array<int64_t, 6>& shape, double temperature, double radius, bool cosine, double eps,
+           int num_threads, const PyTensor& query, const PyTensor& features, const CorrelationResults& results,
+           const std::array<uintptr_t, 4>& grads, uintptr_t grad_query, uintptr_t grad_features) {
+            auto call = describe(dtype, shape, temperature, radius, cosine, eps, num_threads, query, features, results);
+            call.grad_points = pointer(grads[0]), call.grad_mean = pointer(grads[1]);
+            call.grad_maximum = pointer(grads[2]), call.grad_minimum = pointer(grads[3]);
+            call.grad_query = pointer(grad_query), call.grad_features = pointer(grad_features);
+            const int64_t row = call.C * size_of(dtype);
+            expect_writes(call.grad_query, call.B * call.N * row);
+            expect_writes(call.grad_features, call.B * call.T * call.height * call.width * row);
+            kernels().correlation_backward(call);
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "soft_argmax_forward",
+        [](int dtype, const Shape& shape, double temperature, double radius, int num_threads, const PyTensor& cost,
+           const std::array<uintptr_t, 4>& results) {
+            kernels().soft_argmax_forward(describe(dtype, shape, temperature, radius, num_threads, cost, results));
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "soft_argmax_backward",
+        [](int dtype, const Shape& shape, double temperature, double radius, int num_threads, const PyTensor& cost,
+           const std::array<uintptr_t, 4>& results, uintptr_t grad_points, uintptr_t grad_cost) {
+            auto call = describe(dtype, shape, temperature, radius, num_threads, cost, results);
+            call.grad_points = pointer(grad_points);
+            call.grad_cost = result_view(grad_cost, shape, dtype).data;
+            kernels().soft_argmax_backward(call);
         },
         py::call_guard<py::gil_scoped_release>());
 }
