@@ -44,7 +44,7 @@ def backward(
     dtypes = query.dtype, features.dtype
     query, features = _accurate(query), _accurate(features)
     cost = _cost(query, features, query_scale, features_scale)
-    grad_cost = torch.zeros_like(cost)
+    grad_cost = cost.new_zeros(cost.shape)  # contiguous, so that flatten below is a view
     if grad_points is not None:
         grad_cost += soft_argmax_backward(grad_points, cost, points, maximum, best, weight, temperature, radius)
     if grad_mean is not None:
