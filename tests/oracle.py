@@ -1,5 +1,6 @@
-"""What the tests run and compare with: native backends, the textbook loop, the eager form, the tolerance rule."""
+"""What the tests run and compare with: native backends, textbook loops, eager forms, the tolerance rule."""
 
+import math
 import os
 import subprocess
 import sys
@@ -71,6 +72,90 @@ def eager_roundings(inputs, grad_out, left, right, scale):
         flipped = [x.flip(axes) for x in inputs]
         results = gradients(lambda *x, extent=extent: eager(*x, *extent, scale), flipped, grad_out.flip(axes))
         yield [x.flip(axes) for x in results]
+
+
+def match_textbook(query, features, temperature, radius, cosine=False, eps=1e-6):
+    """Points, mean, max and min of the correlation with soft-argmax, one cell at a time. Differentiable, slow."""
+    results = []
+    for b in range(query.shape[0]):
+        for n in range(query.shape[1]):
+            for t in range(features.shape[1]):
+                cost = {}
+                for row in range(features.shape[2]):
+                    for column in range(features.shape[3]):
+                        q, f = query[b, n], features[b, t, row, column]
+                        if cosine:
+                            q = q / q.square().sum().clamp(min=eps).sqrt()
+                            f = f / f.square().sum().clamp(min=eps).sqrt()
+                        cost[row, column] = (q * f).sum()
+                results.append(torch.stack([*soft_argmax_textbook(cost, temperature, radius), *_statistics(cost)]))
+    results = torch.stack(results).view(*query.shape[:2], features.shape[1], 5)
+    return results[..., :2], *results[..., 2:].unbind(-1)
+
+
+def soft_argmax_textbook(cost, temperature, radius):
+    """x and y from a dictionary (row, column) -> cost, in reading order."""
+    best = max(cost, key=cost.get)  # the first of several
+    near = [cell for cell in cost if math.dist(cell, best) < radius]
+    weights = [torch.exp(temperature * (cost[cell] - cost[best].detach())) for cell in near]
+    x = sum(weight * (column + 0.5) for weight, (_, column) in zip(weights, near, strict=True))
+    y = sum(weight * (row + 0.5) for weight, (row, _) in zip(weights, near, strict=True))
+    return x / sum(weights), y / sum(weights)
+
+
+def _statistics(cost):
+    return sum(cost.values()) / len(cost), cost[max(cost, key=cost.get)], cost[min(cost, key=cost.get)]
+
+
+def match_cost(query, features, cosine=False, eps=1e-6):
+    """The cost volume `[B, N, T, h, w]` as a PyTorch user writes it."""
+    if cosine:
+        query, features = (x / x.square().sum(-1, keepdim=True).clamp(min=eps).sqrt() for x in (query, features))
+    return torch.einsum("bnc,bthwc->bnthw", query, features)
+
+
+def match_eager(cost, temperature, radius, best=None, worst=None):
+    """Points, mean, max and min as the official code computes them, in the dtype of the cost volume `[..., h, w]`.
+
+    best, worst: flat cells `[...]` to take for the extremal ones, so that gradients of one choice can be compared.
+    """
+    rows, columns = cost.shape[-2:]
+    probability = (cost * temperature).flatten(-2).softmax(-1)
+    best = probability.argmax(-1) if best is None else best.long()
+    y, x = (torch.arange(n, device=cost.device) for n in (rows, columns))
+    squared = (y[:, None] - (best // columns)[..., None, None]) ** 2 + (x - (best % columns)[..., None, None]) ** 2
+    kept = probability.unflatten(-1, (rows, columns)) * (squared < radius * radius)
+    centres = torch.stack(torch.broadcast_tensors(x + 0.5, y[:, None] + 0.5), -1).to(cost.dtype)
+    points = (kept[..., None] * centres).sum((-3, -2)) / kept.sum((-2, -1)).clamp(min=1e-12)[..., None]
+    if worst is None:
+        return points, cost.mean((-2, -1)), cost.amax((-2, -1)), cost.amin((-2, -1))
+    maximum, minimum = (cost.flatten(-2).gather(-1, cell.long()[..., None])[..., 0] for cell in (best, worst))
+    return points, cost.mean((-2, -1)), maximum, minimum
+
+
+class peak_memory:
+    """Peak of the memory in use above what was in use before."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def __enter__(self):
+        if self.device == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        else:
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # resets VmHWM
+        self.before = self.now()
+        return self
+
+    def __exit__(self, *_):
+        self.mebibytes = (self.now() - self.before) / 2**20
+
+    def now(self):
+        if self.device == "cuda":
+            return torch.cuda.max_memory_allocated()
+        with open("/proc/self/status") as file:
+            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 
 def gradients(function, inputs, grad_out):
