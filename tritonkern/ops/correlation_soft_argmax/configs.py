@@ -1,0 +1,100 @@
+"""Tile sizes and warps of the Triton kernels by (C, dtype, architecture), with where each number came from.
+
+Estimate, not measured: no GPU was at hand.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# Rows of cells in a band of the order of the queries, see triton_discs.py. A tile of 8 rows and its reach of 4 rows on
+# both sides are then exactly four bands.
+BAND = 4
+# A frame's cells are cut into runs until the statistics have about this many programs: eight waves of two programs on
+# each of the 132 multiprocessors of an H200, so that the last wave costs little.
+PROGRAMS = 2048
+# Gradients of the costs of discs are kept for as many frames at a time as fit into this many numbers (256 MiB).
+MAX_PATCHES = 2**26
+# A row of 64 cells of a cost volume at a time; a disc of the usual radius fits into one tile.
+SOFT_ARGMAX_TILES = {"TILE_H": 16, "TILE_W": 64}
+DISC_TILES = {"DISC_H": 16, "DISC_W": 16}
+
+
+class Tiles(NamedTuple):
+    """How a kernel cuts its work."""
+
+    block_n: int  # queries
+    tile_h: int  # cells; the statistics go by their product
+    tile_w: int
+    block_c: int  # channels at a time
+    num_warps: int
+    num_stages: int
+
+
+def statistics_tiles(channels: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of the kernel that meets every cell."""
+    if dtype == torch.float64:
+        return Tiles(16, 4, 4, 16, 4, 1)
+    if dtype == torch.float32 and not tf32_allowed():
+        return Tiles(64, 8, 8, min(32, block_c(channels)), 8, 1 if on_amd() else 2)
+    if dtype == torch.float32:
+        return Tiles(64, 8, 16, min(32, block_c(channels)), 8, 3)
+    return Tiles(128, 8, 16, min(64, block_c(channels)), 8, 2 if on_amd() else 3)
+
+
+def points_tiles(channels: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of the kernel that makes the points: cells are the long side of its products."""
+    if dtype == torch.float64:
+        return Tiles(16, 4, 4, 16, 4, 1)
+    if dtype == torch.float32 and not tf32_allowed():
+        return Tiles(16, 8, 8, min(32, block_c(channels)), 4, 1 if on_amd() else 2)
+    return Tiles(16, 8, 16, min(64, block_c(channels)), 4, 2 if on_amd() else 3)
+
+
+def query_gradient_tiles(channels: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of the kernel that makes the gradients of costs and queries."""
+    if dtype == torch.float64:
+        return Tiles(16, 4, 4, 16, 4, 1)
+    if dtype == torch.float32 and not tf32_allowed():
+        return Tiles(16, 8, 8, min(32, block_c(channels)), 4, 1)
+    return Tiles(16, 8, 8, min(64, block_c(channels)), 4, 2)
+
+
+def features_gradient_tiles(channels: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of the kernel that makes the gradient of the features."""
+    if dtype == torch.float64:
+        return Tiles(16, 4, 4, 16, 4, 1)
+    if dtype == torch.float32 and not tf32_allowed():
+        return Tiles(16, 8, 8, min(32, block_c(channels)), 4, 1)
+    return Tiles(32, 8, 16, min(64, block_c(channels)), 8, 1)
+
+
+def block_c(channels: int) -> int:
+    """Channels rounded up to a power of two that a matrix unit takes."""
+    return max(16, 1 << (channels - 1).bit_length())
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 tiles are multiplied where the inputs are `dtype`.
+
+    Gradients of costs meet 16-bit inputs as TF32: it holds every number of both formats, and small gradients that
+    float16 would flush to zero. AMD multiplies float32 as it is.
+    """
+    half = dtype.itemsize == 2
+    return "tf32" if (half or tf32_allowed()) and not on_amd() else "ieee"
+
+
+def on_amd() -> bool:
+    """Whether this PyTorch is built for ROCm."""
+    return torch.version.hip is not None
+
+
+def tf32_allowed() -> bool:
+    """Whether the user lets float32 products be rounded to TF32: PyTorch's setting, off unless asked for."""
+    if on_amd():
+        return False
+    matmul = torch.backends.cuda.matmul
+    # From PyTorch 2.9 on; there the older flag raises once the newer one has been set.
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32

@@ -1,0 +1,108 @@
+"""Triton kernels of the soft-argmax of a given cost volume: a program reads one frame once, and its disc again."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _tile(y0, x0, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+    """Rows `[TILE_H, 1]` and columns `[1, TILE_W]`."""
+    return y0 + tl.arange(0, TILE_H)[:, None], x0 + tl.arange(0, TILE_W)[None, :]
+
+
+@triton.jit
+def _kept(y, x, row, column, limit):
+    down = (y - row).to(tl.int64)
+    across = (x - column).to(tl.int64)
+    return down * down + across * across < limit
+
+
+@triton.jit(do_not_specialize=range(14))
+def forward_kernel(
+    cost, points, maximum, best, weight,
+    h: tl.int32, w: tl.int32, reach_y: tl.int32, reach_x: tl.int32, limit: tl.int64, temperature: tl.float64,
+    stride_frame: tl.int64, stride_y: tl.int64, stride_x: tl.int64,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr, DISC_H: tl.constexpr, DISC_W: tl.constexpr,
+):  # fmt: skip
+    ACC: tl.constexpr = maximum.dtype.element_ty
+    frame = tl.program_id(0).to(tl.int64)
+    cost += frame * stride_frame
+    temperature = tl.full([], temperature, ACC)
+    # Every place of the tile keeps the best of the cells that it has met; one search among the places ends it.
+    high = tl.full([TILE_H, TILE_W], float("-inf"), ACC)
+    high_cell = tl.zeros([TILE_H, TILE_W], tl.int32) + h * w
+    for y0 in tl.range(0, h, TILE_H, num_stages=1):
+        for x0 in tl.range(0, w, TILE_W, num_stages=1):
+            y, x = _tile(y0, x0, TILE_H, TILE_W)
+            exists = (y < h) & (x < w)
+            value = tl.load(cost + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x, mask=exists, other=0.0)
+            value = value.to(ACC)
+            # In the order of the cells, so that the first of equals stays; a NaN is larger than everything.
+            better = (value > high) | (high_cell == h * w) | ((value != value) & (high == high))
+            high = tl.where(exists & better, value, high)
+            high_cell = tl.where(exists & better, y * w + x, high_cell)
+    broken = tl.min(tl.reshape(tl.where(high != high, high_cell, h * w), [TILE_H * TILE_W]), 0)
+    highest = tl.max(tl.reshape(tl.where(high != high, float("-inf"), high), [TILE_H * TILE_W]), 0)
+    centre = tl.min(tl.reshape(tl.where(high == highest, high_cell, h * w), [TILE_H * TILE_W]), 0)
+    centre = tl.where(broken < h * w, broken, centre)
+    highest = tl.where(broken < h * w, float("nan"), highest)
+
+    row = centre // w
+    column = centre - row * w
+    sums = tl.zeros([DISC_H, DISC_W], ACC)
+    across = tl.zeros([DISC_H, DISC_W], ACC)
+    down = tl.zeros([DISC_H, DISC_W], ACC)
+    for y0 in tl.range(tl.maximum(row - reach_y, 0), tl.minimum(row + reach_y, h - 1) + 1, DISC_H, num_stages=1):
+        for x0 in tl.range(
+            tl.maximum(column - reach_x, 0), tl.minimum(column + reach_x, w - 1) + 1, DISC_W, num_stages=1
+        ):
+            y, x = _tile(y0, x0, DISC_H, DISC_W)
+            kept = _kept(y, x, row, column, limit) & (y < h) & (x < w)
+            value = tl.load(cost + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x, mask=kept, other=0.0)
+            here = tl.where(kept, tl.exp(temperature * (value.to(ACC) - highest)), 0.0)
+            sums += here
+            across += here * (x - column).to(ACC)
+            down += here * (y - row).to(ACC)
+    # NaN where any cell of the frame breaks the softmax
+    total = tl.sum(tl.reshape(sums, [DISC_H * DISC_W]), 0) + highest * 0.0
+    x = tl.sum(tl.reshape(across, [DISC_H * DISC_W]), 0) / total
+    y = tl.sum(tl.reshape(down, [DISC_H * DISC_W]), 0) / total
+    tl.store(points + frame * 2, column.to(ACC) + 0.5 + x)
+    tl.store(points + frame * 2 + 1, row.to(ACC) + 0.5 + y)
+    tl.store(maximum + frame, highest)
+    tl.store(best + frame, centre)
+    tl.store(weight + frame, total)
+
+
+@triton.jit(do_not_specialize=range(14))
+def backward_kernel(
+    grad_points, cost, points, maximum, best, weight, grad_cost,
+    h: tl.int32, w: tl.int32, limit: tl.int64, temperature: tl.float64,
+    stride_frame: tl.int64, stride_y: tl.int64, stride_x: tl.int64,
+    TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+):  # fmt: skip
+    """Writes a frame's gradient in one pass, zeros and disc; reads no more of the cost volume than the disc."""
+    ACC: tl.constexpr = maximum.dtype.element_ty
+    frame = tl.program_id(0).to(tl.int64)
+    cost += frame * stride_frame
+    grad_cost += frame * h * w
+    temperature = tl.full([], temperature, ACC)
+    highest = tl.load(maximum + frame)
+    factor = temperature / tl.load(weight + frame)
+    point_x = tl.load(points + frame * 2)
+    point_y = tl.load(points + frame * 2 + 1)
+    grad_x = tl.load(grad_points + frame * 2)
+    grad_y = tl.load(grad_points + frame * 2 + 1)
+    centre = tl.load(best + frame)
+    row = centre // w
+    column = centre - row * w
+    for y0 in tl.range(0, h, TILE_H, num_stages=1):
+        for x0 in tl.range(0, w, TILE_W, num_stages=1):
+            y, x = _tile(y0, x0, TILE_H, TILE_W)
+            exists = (y < h) & (x < w)
+            kept = _kept(y, x, row, column, limit) & exists
+            value = tl.load(cost + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x, mask=kept, other=0.0)
+            here = tl.exp(temperature * (value.to(ACC) - highest)) * factor
+            grad = here * ((x.to(ACC) + 0.5 - point_x) * grad_x + (y.to(ACC) + 0.5 - point_y) * grad_y)
+            at = grad_cost + y.to(tl.int64) * w + x
+            tl.store(at, tl.where(kept, grad, 0.0).to(grad_cost.dtype.element_ty), mask=exists)

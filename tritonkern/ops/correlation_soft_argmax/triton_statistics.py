@@ -1,0 +1,198 @@
+"""Triton kernels that meet every cell: lengths of vectors, and maximum, minimum and sum of the correlation.
+
+A program owns a block of queries and a run of cells of one frame. Programs that share a frame are neighbours, so that
+each feature is fetched from memory once and from the L2 cache by the others.
+"""
+
+import triton
+import triton.language as tl
+
+from tritonkern.ops.correlation_soft_argmax import triton_tiles as tiles
+from tritonkern.ops.correlation_soft_argmax.triton_tiles import UNIT
+
+# Left to itself Triton compiles again whenever an argument becomes 1 or a multiple of 16. The ranges count every
+# argument but the constants at the end.
+
+
+@triton.jit(do_not_specialize=range(12))
+def scale_kernel(
+    vectors, scale,
+    T: tl.int32, h: tl.int32, w: tl.int32, C: tl.int32, total: tl.int64, eps: tl.float64,
+    stride_b: tl.int64, stride_t: tl.int64, stride_y: tl.int64, stride_x: tl.int64,
+    BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """1 / sqrt(max(sum of squares, eps)) of all vectors of a `[B, T, h, w, C]`."""
+    ACC: tl.constexpr = scale.dtype.element_ty
+    place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    present = place < total
+    number = tl.minimum(place, total - 1)
+    x, rest = number % w, number // w
+    y, rest = rest % h, rest // h
+    t, b = rest % T, rest // T
+    rows = vectors + (b * stride_b + t * stride_t + y * stride_y + x * stride_x) * UNIT
+    squares = tl.zeros([BLOCK, BLOCK_C], ACC)
+    for start in tl.range(0, C * UNIT, BLOCK_C):
+        tile = tiles.load_channels(rows, start, C * UNIT, BLOCK_C).to(ACC)
+        squares += tile * tile
+    # A NaN is no maximum here: it has to reach the scale.
+    length = tl.sum(squares, 1)
+    eps = tl.full([], eps, ACC)
+    length = tl.where(length < eps, eps, length)
+    tl.store(scale + place, 1.0 / tl.sqrt(length), mask=present)
+
+
+@triton.jit(do_not_specialize=range(11))
+def sum_kernel(
+    features, scale, total,
+    T: tl.int32, cells: tl.int32, w: tl.int32, C: tl.int32,
+    stride_b: tl.int64, stride_t: tl.int64, stride_y: tl.int64, stride_x: tl.int64,
+    COSINE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """Sum of the (normalised) features of a frame, `[B, T, C]`, for BLOCK_C channels."""
+    ACC: tl.constexpr = total.dtype.element_ty
+    C = C * UNIT
+    blocks = tl.cdiv(C, BLOCK_C)
+    frame = tl.program_id(0) // blocks
+    start = (tl.program_id(0) - frame * blocks) * BLOCK_C
+    b = (frame // T).to(tl.int64)
+    features += (b * stride_b + (frame - b * T) * stride_t) * UNIT
+    sums = tl.zeros([BLOCK, BLOCK_C], ACC)
+    for first in tl.range(0, cells, BLOCK):
+        cell = first + tl.arange(0, BLOCK)
+        exists = cell < cells
+        cell = tl.minimum(cell, cells - 1)
+        y = cell // w
+        addresses = tiles.cell_addresses(features, y, cell - y * w, stride_y, stride_x)
+        tile = tiles.load_channels(addresses, start, C, BLOCK_C).to(ACC)
+        if COSINE:
+            tile = tile * tl.load(scale + frame.to(tl.int64) * cells + cell)[:, None]
+        sums += tl.where(exists[:, None], tile, 0.0)
+    channel = start + tl.arange(0, BLOCK_C)
+    tl.store(total + frame.to(tl.int64) * C + channel, tl.sum(sums, 0), mask=channel < C)
+
+
+@triton.jit
+def _scores(
+    rows, row_scale, frame, frame_scale, cell, w, C, stride_y, stride_x,
+    COSINE: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Correlation `[queries, cells]`."""
+    y = cell // w
+    cells = tiles.cell_addresses(frame, y, cell - y * w, stride_y, stride_x)
+    score = tiles.inner_products(rows, cells, C, BLOCK_C, PRECISION, STAGES)
+    if COSINE:
+        score = score * row_scale[:, None] * tl.load(frame_scale + cell)[None, :]
+    return score
+
+
+@triton.jit(do_not_specialize=range(23))
+def statistics_kernel(
+    query, features, query_scale, features_scale, total, highest, lowest, best, worst,
+    frames: tl.int32, T: tl.int32, N: tl.int32, w: tl.int32, cells: tl.int32, C: tl.int32, run: tl.int32,
+    runs: tl.int32, stride_qb: tl.int64, stride_qn: tl.int64, stride_b: tl.int64, stride_t: tl.int64, stride_y: tl.int64,
+    stride_x: tl.int64,
+    COSINE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_CELLS: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Statistics of one run of cells, each `[runs, B, T, N]`; `merge_kernel` makes one of all runs."""
+    ACC: tl.constexpr = total.dtype.element_ty
+    blocks = tl.cdiv(N, BLOCK_N)
+    program = tl.program_id(0)
+    place = program // blocks  # of the frame and the run
+    frame = place // runs
+    part = place - frame * runs
+    b = frame // T
+    t = frame - b * T
+    first = (program - place * blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Queries and cells beyond the last are that one once more: their loads need no mask, and no extremum changes.
+    n = tl.minimum(first, N - 1)
+    rows = query + (b.to(tl.int64) * stride_qb + n.to(tl.int64) * stride_qn) * UNIT
+    features += (b.to(tl.int64) * stride_b + t.to(tl.int64) * stride_t) * UNIT
+    features_scale += frame.to(tl.int64) * cells
+    row_scale = tl.zeros([BLOCK_N], ACC)
+    if COSINE:
+        row_scale = tl.load(query_scale + b.to(tl.int64) * N + n)
+    C = C * UNIT
+
+    begin = part * run
+    stop = tl.minimum(begin + run, cells)
+    sums = tl.zeros([BLOCK_N], ACC)
+    high = tl.full([BLOCK_N], float("-inf"), ACC)
+    low = tl.full([BLOCK_N], float("inf"), ACC)
+    high_cell = tl.zeros([BLOCK_N], tl.int32) + begin
+    low_cell = high_cell
+    for start in tl.range(begin, stop, BLOCK_CELLS, num_stages=1):
+        number = start + tl.arange(0, BLOCK_CELLS)
+        cell = tl.minimum(number, stop - 1)
+        score = _scores(
+            rows, row_scale, features, features_scale, cell, w, C, stride_y, stride_x,
+            COSINE, BLOCK_C, PRECISION, STAGES,
+        )  # fmt: skip
+        sums += tl.sum(tl.where((number < stop)[None, :], score, 0.0), 1)
+        # NaN cells are passed over here; the sum tells of them.
+        tile_high = tl.max(score, 1)
+        tile_low = tl.min(score, 1)
+        tile_high_cell = tl.min(tl.where(score == tile_high[:, None], cell[None, :], stop), 1)
+        tile_low_cell = tl.min(tl.where(score == tile_low[:, None], cell[None, :], stop), 1)
+        high_cell = tl.where(tile_high > high, tile_high_cell, high_cell)
+        low_cell = tl.where(tile_low < low, tile_low_cell, low_cell)
+        high = tl.where(tile_high > high, tile_high, high)
+        low = tl.where(tile_low < low, tile_low, low)
+
+    if tl.max((sums != sums).to(tl.int32), 0) > 0:  # a NaN, or infinities of both signs
+        broken = tl.zeros([BLOCK_N], tl.int32) + stop
+        for start in tl.range(begin, stop, BLOCK_CELLS, num_stages=1):
+            cell = tl.minimum(start + tl.arange(0, BLOCK_CELLS), stop - 1)
+            score = _scores(
+                rows, row_scale, features, features_scale, cell, w, C, stride_y, stride_x, COSINE, BLOCK_C, PRECISION, 1
+            )
+            broken = tl.minimum(broken, tl.min(tl.where(score != score, cell[None, :], stop), 1))
+        high = tl.where(broken < stop, float("nan"), high)
+        low = tl.where(broken < stop, float("nan"), low)
+        high_cell = tl.where(broken < stop, broken, high_cell)
+        low_cell = tl.where(broken < stop, broken, low_cell)
+
+    at = (part.to(tl.int64) * frames + frame) * N + first
+    present = first < N
+    tl.store(total + at, sums, mask=present)
+    tl.store(highest + at, high, mask=present)
+    tl.store(lowest + at, low, mask=present)
+    tl.store(best + at, high_cell, mask=present)
+    tl.store(worst + at, low_cell, mask=present)
+
+
+@triton.jit(do_not_specialize=range(15))
+def merge_kernel(
+    total, highest, lowest, high_cells, low_cells, mean, maximum, minimum, best, worst,
+    T: tl.int32, N: tl.int32, cells: tl.int32, runs: tl.int32, pairs: tl.int64,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """`[runs, B, T, N]` -> `[B, N, T]`."""
+    ACC: tl.constexpr = mean.dtype.element_ty
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    present = at < pairs
+    frame = at // N
+    n = at - frame * N
+    b = frame // T
+    out = (b * N + n) * T + frame - b * T
+    sums = tl.zeros([BLOCK], ACC)
+    high = tl.load(highest + at, mask=present, other=0.0)
+    low = tl.load(lowest + at, mask=present, other=0.0)
+    high_cell = tl.load(high_cells + at, mask=present, other=0)
+    low_cell = tl.load(low_cells + at, mask=present, other=0)
+    for part in tl.range(0, runs):
+        here = part * pairs + at
+        sums += tl.load(total + here, mask=present, other=0.0)
+        value = tl.load(highest + here, mask=present, other=0.0)
+        better = (value > high) | ((value != value) & (high == high))
+        high_cell = tl.where(better, tl.load(high_cells + here, mask=present, other=0), high_cell)
+        high = tl.where(better, value, high)
+        value = tl.load(lowest + here, mask=present, other=0.0)
+        better = (value < low) | ((value != value) & (low == low))
+        low_cell = tl.where(better, tl.load(low_cells + here, mask=present, other=0), low_cell)
+        low = tl.where(better, value, low)
+    tl.store(mean + out, sums / tl.full([], cells, ACC), mask=present)
+    tl.store(maximum + out, high, mask=present)
+    tl.store(minimum + out, low, mask=present)
+    tl.store(best + out, high_cell, mask=present)
+    tl.store(worst + out, low_cell, mask=present)
