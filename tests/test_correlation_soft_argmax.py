@@ -110,9 +110,9 @@ def largest_terms(query, features, temperature=20.0, radius=5.0, cosine=False, e
     scales = [1 / length.square().clamp(min=eps).sqrt().min() if cosine else 1 for length in lengths]
     cost = 1 if cosine else lengths[0].max() * lengths[1].max()
     extent = max(features.shape[2:4])
-    # The logits' last bit moves the weights of a disc, and so the point; a cell's own gradient has the distance between
-    # its centre and the point as a factor, a difference of coordinates.
-    points = min(radius, extent) * temperature * cost
+    # A point is a mean of coordinates, with weights that the last bit of a logit moves; a cell's gradient has the distance
+    # of its centre from the point as a factor, a difference of coordinates.
+    points = min(radius, extent) * temperature * cost + extent
     grad_cost = 4 * (temperature * extent + 1)
     largest = [1 if cosine else x.detach().double().abs().max() for x in (query, features)]
     grads = [grad_cost * largest[1 - side] * scales[side] for side in (0, 1)]
@@ -313,12 +313,13 @@ def test_second_derivative_is_refused(where):
 
 
 @pytest.mark.parametrize("cosine", [False, True], ids=["dot", "cosine"])
+@pytest.mark.parametrize("cell", [(0, 0), (4, 5), (8, 10)], ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
-def test_non_finite_cell_stays_in_its_frame(where, bad, cosine):
+def test_non_finite_cell_stays_in_its_frame(where, bad, cell, cosine):
     query, features = random_inputs(2, 6, 3, 9, 11, 16, device=where[1])
     query = query.abs()  # so that an infinite channel gives a correlation of its sign
     clean, *_ = run(where, query, features, cosine=cosine)
-    features[1, 2, 4, 5, 7] = bad
+    features[(1, 2, *cell, 7)] = bad
     poisoned, *_ = run(where, query, features, cosine=cosine)
     truth = reference.forward(query.double().cpu(), features.double().cpu(), 20.0, 5.0, cosine, 1e-6)
     for before, result, expected in zip(clean[:4], poisoned[:4], truth[:4], strict=True):
