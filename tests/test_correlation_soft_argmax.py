@@ -110,8 +110,8 @@ def largest_terms(query, features, temperature=20.0, radius=5.0, cosine=False, e
     scales = [1 / length.square().clamp(min=eps).sqrt().min() if cosine else 1 for length in lengths]
     cost = 1 if cosine else lengths[0].max() * lengths[1].max()
     extent = max(features.shape[2:4])
-    # A point is a mean of coordinates, with weights that the last bit of a logit moves; a cell's gradient has the distance
-    # of its centre from the point as a factor, a difference of coordinates.
+    # A point is a mean of coordinates, with weights that the last bit of a logit moves; a cell's gradient has a
+    # difference of coordinates as a factor.
     points = min(radius, extent) * temperature * cost + extent
     grad_cost = 4 * (temperature * extent + 1)
     largest = [1 if cosine else x.detach().double().abs().max() for x in (query, features)]
