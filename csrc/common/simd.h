@@ -48,6 +48,14 @@ TRITONKERN_INLINE void store(A* p, Vec<A> v) {
     *reinterpret_cast<typename VecTypes<A>::Unaligned*>(p) = v;
 }
 
+// All bits set in the lanes whose marks are not 0.
+template <class A>
+TRITONKERN_INLINE IntVec<A> load_mask(const typename VecTypes<A>::Integer* p) {
+    typedef typename VecTypes<A>::Integer Unaligned
+        __attribute__((vector_size(TRITONKERN_VECTOR_BYTES), aligned(sizeof(A)), may_alias));
+    return *reinterpret_cast<const Unaligned*>(p) < 0;
+}
+
 template <class A>
 TRITONKERN_INLINE Vec<A> broadcast(A x) {
     return x - Vec<A>{};  // x - 0 keeps the sign of -0, which 0 + x would not
@@ -78,9 +86,10 @@ template <int L, int S>
 struct KeepHigh {  // the lanes with bit S, of a and then of b
     constexpr int operator()(int l) const { return l & S ? L + l : l + S; }
 };
+// The low (S = 0) or high (S = 2) halves of every four lanes of a and b, interleaved: one instruction on x86.
 template <int L, int S>
-struct Zip {  // a and b interleaved, from lane S on
-    constexpr int operator()(int l) const { return (l & 1) * L + S + l / 2; }
+struct Unpack {
+    constexpr int operator()(int l) const { return (l & 1) * L + l / 4 * 4 + S + l % 4 / 2; }
 };
 
 template <class A, template <int, int> class Index, int S>
@@ -91,20 +100,30 @@ TRITONKERN_INLINE Vec<A> shuffle(Vec<A> a, Vec<A> b) {
 
 }  // namespace detail
 
-// Transposes an L x L tile. Every round moves the top bit of the row number to the lowest bit of the lane number and the top
-// bit of the lane number to the lowest bit of the row number; after log2(L) rounds they have changed places.
-template <class A, int Round = 1>
+// Transposes an L x L tile. Every round exchanges one bit of the row number with one bit of the lane number, for all pairs of
+// rows that differ in that bit. The first round of floats interleaves instead, as that costs half as many instructions: it
+// leaves lane bits 0 and 1 exchanged, which come out as row bits 0 and 1 at the end.
+template <class A, int Bit = 1>
 TRITONKERN_INLINE void transpose(Vec<A> (&tile)[kLanes<A>]) {
     constexpr int L = kLanes<A>;
-    Vec<A> old[L];
+    constexpr bool interleave = Bit == 1 && sizeof(A) == 4;
     TRITONKERN_UNROLL
-    for (int r = 0; r < L; ++r) old[r] = tile[r];
-    TRITONKERN_UNROLL
-    for (int r = 0; r < L / 2; ++r) {
-        tile[2 * r] = detail::shuffle<A, detail::Zip, 0>(old[r], old[r + L / 2]);
-        tile[2 * r + 1] = detail::shuffle<A, detail::Zip, L / 2>(old[r], old[r + L / 2]);
+    for (int r = 0; r < L; ++r) {
+        if (r & Bit) continue;
+        const Vec<A> low = tile[r], high = tile[r | Bit];
+        if constexpr (interleave) {
+            tile[r] = detail::shuffle<A, detail::Unpack, 0>(low, high);
+            tile[r | Bit] = detail::shuffle<A, detail::Unpack, 2>(low, high);
+        } else {
+            tile[r] = detail::shuffle<A, detail::KeepLow, Bit>(low, high);
+            tile[r | Bit] = detail::shuffle<A, detail::KeepHigh, Bit>(low, high);
+        }
     }
-    if constexpr (2 * Round < L) transpose<A, 2 * Round>(tile);
+    if constexpr (2 * Bit < L) transpose<A, 2 * Bit>(tile);
+    if constexpr (interleave) {
+        TRITONKERN_UNROLL
+        for (int r = 0; r < L; r += 4) std::swap(tile[r + 1], tile[r + 2]);
+    }
 }
 
 struct Sum {

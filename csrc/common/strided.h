@@ -31,6 +31,8 @@ struct Sequence {
           channel_stride(tensor.stride[4]),
           dim(dim) {}
 
+    S* row(int64_t t) const { return data + t * time_stride; }
+
     bool usable_in_place() const { return std::is_same_v<S, A> && channel_stride == 1 && dim % kLanes<A> == 0; }
 
     // Frames [first, last) as rows of A: where they lie, or copied into `scratch` ((last - first) * round_up(dim,

@@ -12,26 +12,24 @@ template <class S>
 struct Plan {
     using A = Accumulator<S>;
 
-    int64_t chunk, chunks, group, groups, tasks, grain, dim, padded_dim, key_columns, weight_stride, batch;
+    int64_t chunk, chunks, group, groups, tasks, grain, window, padded_dim, pitch, key_columns;
     int threads;
 
-    Plan(const TemporalWindowAttention& call, int64_t left, int64_t right, int64_t longest, int64_t halo) {
+    Plan(const TemporalWindowAttention& call, int64_t left, int64_t right, int64_t longest, int64_t queries_around) {
         chunks = ceil_div(call.T, longest);
         chunk = round_up(ceil_div(call.T, chunks), kBlock);
         chunks = ceil_div(call.T, chunk);
         // Two groups, the current one and the next, of three tensors should fit into a second-level cache.
-        constexpr int64_t group_bytes = 128 << 10;
+        constexpr int64_t group_bytes = 64 << 10;
         const int64_t sequences = call.N * call.H;
         group = min(sequences, max<int64_t>(1, group_bytes / (chunk * call.D * int64_t(sizeof(S)))));
         groups = ceil_div(sequences, group);
         tasks = call.B * chunks * groups;
-        dim = call.D;
+        window = left + right + 1;
         padded_dim = round_up(call.D, kLanes<A>);
-        // An odd number of vectors: a power of two would put all rows of a column into the same cache sets.
-        key_columns = (round_up(min(call.T, chunk + halo), kLanes<A>) + kLanes<A>) | kLanes<A>;
-        weight_stride = round_up(min(call.T, left + right + kBlock), 2 * kLanes<A>);
-        // The weights of a batch should stay in the first-level cache.
-        batch = max<int64_t>(1, min<int64_t>(8, 8192 / (kBlock * weight_stride * int64_t(sizeof(A)))));
+        // Odd numbers of vectors: a power of two would put all rows of a column into the same cache sets.
+        pitch = round_up(min(call.T, chunk + queries_around), max(kLanes<A>, kBlock)) | kLanes<A>;
+        key_columns = (pitch + round_up(window - 1, kLanes<A>) + kLanes<A>) | kLanes<A>;
         // Waking a thread costs some microseconds; give it at least that much work.
         const int64_t work = call.B * call.T * sequences * (left + right + kBlock) * call.D;
         threads = int(max<int64_t>(1, min<int64_t>(call.num_threads, work >> 17)));
@@ -62,98 +60,96 @@ inline bool worth_streaming(const TensorView& result, const TemporalWindowAttent
            call.B * call.T * call.N * call.H * row >= large;
 }
 
-// The rows first..first+count-1; those missing from a block repeat the last one.
-template <class A>
-inline void block_rows(Rows<A> rows, int64_t first, int64_t count, const A* (&out)[kBlock]) {
-    for (int r = 0; r < kBlock; ++r) out[r] = rows[first + min<int64_t>(r, count - 1)];
-}
-
 // Brings the frames of a coming task closer while another one computes, in the order in which they lie in memory. Rows of one
 // sequence alone would be a pattern with large steps, which hardware does not foresee.
-template <class S, int Reads, int Writes>
+template <class S>
 class Prefetcher {
   public:
     struct Target {
         const TensorView* tensor;
         int64_t later;  // frames: those before were read by the task before
     };
-    using Targets = Target[Reads + Writes];  // those that are read come first
 
-    Prefetcher(const TemporalWindowAttention& c, const Task& coming, const Targets& list)
-        : call(c), task(coming), targets(list), t(coming.begin), sequence(coming.first_sequence) {
-        locate();
+    Prefetcher(const TemporalWindowAttention& c, const Task& coming) : call(c), task(coming), t(coming.begin) {
+        const int64_t last = coming.first_sequence + coming.sequences - 1;
+        n = coming.first_sequence / c.H, h = coming.first_sequence % c.H;
+        spans = last / c.H != n;
     }
 
-    // `writes` is Writes, or 0 where results bypass the caches.
-    TRITONKERN_INLINE void fetch_rows(int64_t rows, int writes) {
-        for (; rows > 0 && t < task.end; --rows) {
-            for (int64_t d = 0; d < call.D; d += kCacheLine / int64_t(sizeof(S))) {
-                for (int i = 0; i < Reads; ++i) __builtin_prefetch(row[i] + d, 0, 2);
-                for (int i = Reads; i < Reads + writes; ++i) __builtin_prefetch(row[i] + d, 1, 2);
+    // `rows` rows of one sequence have been computed: as many of the coming task are due.
+    template <int Count>
+    TRITONKERN_INLINE void fetch_rows(int64_t rows, const Target (&targets)[Count]) {
+        for (due += rows; due >= task.sequences && t < task.end; due -= task.sequences, ++t) {
+            for (const Target& target : targets) {
+                const TensorView& x = *target.tensor;
+                const S* row = Sequence<S>(x, call.D, task.b, n, h).row(min(t + target.later, call.T - 1));
+                // Heads, and positions if there are several, that do not lie side by side are left to the hardware.
+                const bool dense = x.stride[3] == call.D && (!spans || x.stride[2] == call.H * call.D);
+                const int64_t count = (dense ? task.sequences : 1) * call.D;
+                for (int64_t d = 0; d < count; d += kCacheLine / int64_t(sizeof(S))) __builtin_prefetch(row + d, 0, 2);
             }
-            for (int i = 0; i < Reads + Writes; ++i) row[i] += targets[i].tensor->stride[3];
-            ++h, ++sequence;
-            if (sequence == task.first_sequence + task.sequences) sequence = task.first_sequence, ++t, h = call.H;
-            if (h == call.H) locate();
         }
     }
 
   private:
-    void locate() {
-        h = sequence % call.H;
-        for (int i = 0; i < Reads + Writes; ++i) {
-            const TensorView& tensor = *targets[i].tensor;
-            const int64_t frame = min(t + targets[i].later, call.T - 1);
-            row[i] = Sequence<S>(tensor, call.D, task.b, sequence / call.H, h).data + frame * tensor.stride[1];
-        }
-    }
-
     const TemporalWindowAttention& call;
     const Task task;
-    const Targets& targets;
-    const S* row[Reads + Writes];
-    int64_t t, sequence, h;
+    int64_t t, n, h, due = 0;
+    bool spans;
 };
 
-// weights[r][key] = score of the keys that row r sees, else -inf; maximum[r] is the largest. The scores are rounded here, once,
-// for the maximum and for the exponential alike: fused into the subtraction of one, a large score would miss the other.
-template <class S, class A = Accumulator<S>>
-void scores(const Plan<S>& plan, const Band& band, const A* const (&query)[kBlock], const A* key_columns, A scale,
-            A* weights, A* maximum) {
-    constexpr int L = kLanes<A>;
-    constexpr A infinity = std::numeric_limits<A>::infinity();
-    // A finite start: where all scores are -inf the weights come out as 0, their sum too, and the output as NaN.
-    Vec<A> top[kBlock];
-    for (int r = 0; r < kBlock; ++r) top[r] = broadcast(std::numeric_limits<A>::lowest());
-    band_dots(band, query, key_columns + band.first, plan.key_columns, plan.dim, [&](int64_t key, auto& tile) {
-        constexpr int vectors = sizeof(tile[0]) / sizeof(tile[0][0]);
-        TRITONKERN_UNROLL
-        for (int r = 0; r < kBlock; ++r) {
-            TRITONKERN_UNROLL
-            for (int v = 0; v < vectors; ++v) {
-                const Vec<A> score = band.mask<A>(r, key + v * L) ? tile[r][v] * scale : broadcast(-infinity);
-                store(weights + r * plan.weight_stride + key + v * L, score);
-                top[r] = score > top[r] ? score : top[r];
-            }
-        }
-    });
-    reduce<A>(top, Maximum{}, maximum);
+// Marks of the keys first..first+count-1: -1 for one of the clip's frames 0..T-1, else 0.
+template <class A>
+using Exists = typename VecTypes<A>::Integer;
+
+template <class Integer>
+inline void mark_existing(int64_t first, int64_t T, int64_t count, Integer* exists) {
+    for (int64_t i = 0; i < count; ++i) exists[i] = first + i >= 0 && first + i < T ? -1 : 0;
 }
 
-// weights[r][key] = exp(score - maximum[r]), and their sums.
-template <class S, class A = Accumulator<S>>
-void exponentiate(const Plan<S>& plan, int64_t keys, const A* maximum, A* weights, A* total) {
-    Vec<A> sum[kBlock] = {};
-    for (int64_t key = 0; key < keys; key += kLanes<A>) {
-        TRITONKERN_UNROLL
-        for (int r = 0; r < kBlock; ++r) {
-            A* p = weights + r * plan.weight_stride + key;
-            const Vec<A> weight = exp<A>(load(p) - maximum[r]);
-            store(p, weight);
-            sum[r] += weight;
-        }
+// Turns the dot products of a vector of queries into weights, lane by lane. `exists` marks the keys of its
+// first lane. Returns the logarithm of the sum of exponentials.
+template <class A>
+TRITONKERN_INLINE Vec<A> softmax(A* weights, int64_t pitch, int64_t window, const Exists<A>* exists, A scale) {
+    constexpr A infinity = std::numeric_limits<A>::infinity();
+    // A finite start: where all scores are -inf the weights come out as 0, their sum too, and the output as NaN.
+    Vec<A> top = broadcast(std::numeric_limits<A>::lowest());
+    // The scores are rounded here, once, for the maximum and for the exponential alike: fused into the subtraction of one, a
+    // large score would miss the other.
+    for (int64_t o = 0; o < window; ++o) {
+        const Vec<A> score = load_mask<A>(exists + o) ? load(weights + o * pitch) * scale : broadcast(-infinity);
+        store(weights + o * pitch, score);
+        top = score > top ? score : top;
     }
-    reduce<A>(sum, Sum{}, total);
+    Vec<A> total = {};
+    for (int64_t o = 0; o < window; ++o) {
+        const Vec<A> weight = exp<A>(load(weights + o * pitch) - top);
+        store(weights + o * pitch, weight);
+        total += weight;
+    }
+    const Vec<A> factor = 1 / total;
+    for (int64_t o = 0; o < window; ++o) store(weights + o * pitch, load(weights + o * pitch) * factor);
+    return top + log<A>(total);
+}
+
+// Writes the task's frames of one result: the product of the weights with x, of which `count` rows exist. The first frame sees
+// the rows first..first+window-1.
+template <class S, class A = Accumulator<S>>
+void gather_frames(const Plan<S>& plan, const Task& task, Diagonals<A> weights, Rows<A> x, int64_t first, int64_t count,
+                   const Sequence<S>& result, bool streams, A* scratch) {
+    const bool direct = result.usable_in_place() && !streams;
+    for (int64_t t = task.begin; t < task.end; t += kBlock) {
+        A* target[kBlock];
+        for (int r = 0; r < kBlock; ++r)
+            target[r] =
+                direct && t + r < task.end ? reinterpret_cast<A*>(result.row(t + r)) : scratch + r * plan.padded_dim;
+        band_gather<A>(Band(first, plan.window, count), weights, x, target, plan.padded_dim);
+        if (!direct) {
+            for (int64_t r = 0; r < min<int64_t>(kBlock, task.end - t); ++r) result.write(t + r, target[r], streams);
+        }
+        first += kBlock;
+        weights.data += kBlock * (weights.row + weights.entry);
+    }
 }
 
 }  // namespace tritonkern::TRITONKERN_ISA
