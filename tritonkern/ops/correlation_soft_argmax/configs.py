@@ -50,7 +50,7 @@ def points_tiles(channels: int, dtype: torch.dtype) -> Tiles:
         return Tiles(16, 4, 4, 16, 4, 1)
     if dtype == torch.float32 and not tf32_allowed():
         return Tiles(16, 8, 8, min(32, block_c(channels)), 4, 1 if on_amd() else 2)
-    return Tiles(16, 8, 16, min(64, block_c(channels)), 4, 2 if on_amd() else 3)
+    return Tiles(16, 8, 8, min(64, block_c(channels)), 4, 2 if on_amd() else 3)
 
 
 def query_gradient_tiles(channels: int, dtype: torch.dtype) -> Tiles:
@@ -68,7 +68,7 @@ def features_gradient_tiles(channels: int, dtype: torch.dtype) -> Tiles:
         return Tiles(16, 4, 4, 16, 4, 1)
     if dtype == torch.float32 and not tf32_allowed():
         return Tiles(16, 8, 8, min(32, block_c(channels)), 4, 1)
-    return Tiles(32, 8, 16, min(64, block_c(channels)), 8, 1)
+    return Tiles(32, 8, 8, min(128, block_c(channels)), 4, 1)
 
 
 def block_c(channels: int) -> int:
@@ -77,11 +77,7 @@ def block_c(channels: int) -> int:
 
 
 def precision(dtype: torch.dtype) -> str:
-    """How float32 tiles are multiplied where the inputs are `dtype`.
-
-    Gradients of costs meet 16-bit inputs as TF32: it holds every number of both formats, and small gradients that
-    float16 would flush to zero. AMD multiplies float32 as it is.
-    """
+    """How float32 tiles are multiplied where the inputs are `dtype`; see triton_tiles.gradient_product."""
     half = dtype.itemsize == 2
     return "tf32" if (half or tf32_allowed()) and not on_amd() else "ieee"
 

@@ -74,8 +74,7 @@ def soft_argmax_forward(cost: Tensor, temperature: float, radius: float) -> tupl
     broken = weights.sum((-2, -1)) * 0
     weights = torch.where(kept, weights, 0)
     weight = weights.sum((-2, -1)) + broken
-    coordinates = torch.stack(_centres(cost), -1)  # [h, w, 2]
-    points = torch.einsum("...hw,hwd->...d", weights, coordinates) / weight[..., None]
+    points = torch.stack([(weights * centre).sum((-2, -1)) for centre in _centres(cost)], -1) / weight[..., None]
     return points, maximum, best, weight
 
 

@@ -34,6 +34,19 @@ def _tile(y0, x0, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
 
 
 @triton.jit
+def _box(row, column, reach_y, reach_x, h, w, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
+    """From which rows and columns to which the discs of a block reach.
+
+    It begins where a tile of the whole grid does: the sums of a query then do not depend on its neighbours' discs.
+    """
+    top = tl.maximum(tl.min(row, 0) - reach_y, 0) // TILE_H * TILE_H
+    left = tl.maximum(tl.min(column, 0) - reach_x, 0) // TILE_W * TILE_W
+    bottom = tl.minimum(tl.max(row, 0) + reach_y, h - 1) + 1
+    right = tl.minimum(tl.max(column, 0) + reach_x, w - 1) + 1
+    return top, left, bottom, right
+
+
+@triton.jit
 def _scores(
     frame, frame_scale, y, x, rows, row_scale, h, w, C, stride_y, stride_x,
     COSINE: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -54,7 +67,7 @@ def _scores(
 def points_kernel(
     query, features, query_scale, features_scale, order, best, maximum, points, weight,
     T: tl.int32, N: tl.int32, h: tl.int32, w: tl.int32, C: tl.int32,
-    reach_y: tl.int32, reach_x: tl.int32, limit: tl.int64, temperature: tl.float64,
+    reach_y: tl.int32, reach_x: tl.int32, limit: tl.uint32, temperature: tl.float64,
     stride_qb: tl.int64, stride_qn: tl.int64, stride_b: tl.int64, stride_t: tl.int64, stride_y: tl.int64,
     stride_x: tl.int64,
     COSINE: tl.constexpr, BLOCK_N: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -80,10 +93,7 @@ def points_kernel(
     sums = highest * 0.0  # NaN where any cell of the frame breaks the softmax
     across = tl.zeros([BLOCK_N], ACC)
     down = tl.zeros([BLOCK_N], ACC)
-    top = tl.maximum(tl.min(row, 0) - reach_y, 0)
-    left = tl.maximum(tl.min(column, 0) - reach_x, 0)
-    bottom = tl.minimum(tl.max(row, 0) + reach_y, h - 1) + 1
-    right = tl.minimum(tl.max(column, 0) + reach_x, w - 1) + 1
+    top, left, bottom, right = _box(row, column, reach_y, reach_x, h, w, TILE_H, TILE_W)
     for y0 in tl.range(top, bottom, TILE_H, num_stages=1):
         for x0 in tl.range(left, right, TILE_W, num_stages=1):
             if tiles.touches(y0, x0, row, column, reach_y, reach_x, TILE_H, TILE_W):
@@ -110,7 +120,7 @@ def query_gradient_kernel(
     patches, grad_query,
     T: tl.int32, N: tl.int32, h: tl.int32, w: tl.int32, C: tl.int32, frames: tl.int32, first_frame: tl.int32,
     has_points: tl.int32, has_centre: tl.int32, reach_y: tl.int32, reach_x: tl.int32, patch_h: tl.int32,
-    patch_w: tl.int32, limit: tl.int64, plane: tl.int64, temperature: tl.float64,
+    patch_w: tl.int32, limit: tl.uint32, plane: tl.int64, temperature: tl.float64,
     stride_qb: tl.int64, stride_qn: tl.int64, stride_b: tl.int64, stride_t: tl.int64, stride_y: tl.int64,
     stride_x: tl.int64,
     COSINE: tl.constexpr, BLOCK_N: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -139,22 +149,10 @@ def query_gradient_kernel(
     C = C * UNIT
     grad_rows = grad_query + (b.to(tl.int64) * N + n) * C
     patch_rows = patches + (local_frame.to(tl.int64) * N + entry) * (patch_h * patch_w)
-    patch_y = tl.minimum(tl.maximum(row - reach_y, 0), h - patch_h)
-    patch_x = tl.minimum(tl.maximum(column - reach_x, 0), w - patch_w)
 
-    highest = tl.load(maximum + pair)
     temperature = tl.full([], temperature, ACC)
-    point_x = tl.load(points + pair * 2)
-    point_y = tl.load(points + pair * 2 + 1)
-    factor = temperature / tl.load(weight + pair)
-    grad_x = tl.load(grad_points + pair * 2)
-    grad_y = tl.load(grad_points + pair * 2 + 1)
-    grad_c = tl.load(grad_centre + pair)
 
-    top = tl.maximum(tl.min(row, 0) - reach_y, 0)
-    left = tl.maximum(tl.min(column, 0) - reach_x, 0)
-    bottom = tl.minimum(tl.max(row, 0) + reach_y, h - 1) + 1
-    right = tl.minimum(tl.max(column, 0) + reach_x, w - 1) + 1
+    top, left, bottom, right = _box(row, column, reach_y, reach_x, h, w, TILE_H, TILE_W)
     for y0 in tl.range(top, bottom, TILE_H, num_stages=1):
         for x0 in tl.range(left, right, TILE_W, num_stages=1):
             if tiles.touches(y0, x0, row, column, reach_y, reach_x, TILE_H, TILE_W):
@@ -165,15 +163,21 @@ def query_gradient_kernel(
                 )  # fmt: skip
                 inside = tiles.kept(y, x, row, column, h, w, limit) & present[None, :]
                 grad = tl.zeros(score.shape, ACC)
+                # What belongs to a query is loaded again for each tile: kept, it would not fit into the registers.
                 if has_points:
-                    across = ((x.to(ACC) + 0.5)[:, None] - point_x[None, :]) * grad_x[None, :]
-                    down = ((y.to(ACC) + 0.5)[:, None] - point_y[None, :]) * grad_y[None, :]
-                    here = tl.exp(temperature * (score - highest[None, :]))
-                    grad = tl.where(inside, here * factor[None, :] * (across + down), 0.0)
+                    highest = tl.load(maximum + pair)
+                    across = (x.to(ACC) + 0.5)[:, None] - tl.load(points + pair * 2)[None, :]
+                    down = (y.to(ACC) + 0.5)[:, None] - tl.load(points + pair * 2 + 1)[None, :]
+                    along = across * tl.load(grad_points + pair * 2)[None, :]
+                    along += down * tl.load(grad_points + pair * 2 + 1)[None, :]
+                    here = tl.exp(temperature * (score - highest[None, :])) / tl.load(weight + pair)[None, :]
+                    grad = tl.where(inside, temperature * here * along, 0.0)
                 if has_centre:
                     centre = inside & (y[:, None] == row[None, :]) & (x[:, None] == column[None, :])
-                    # A query that is not finite must not look like a finite gradient in triton_discs' other kernel.
-                    grad = tl.where(centre, grad + (grad_c[None, :] + score * 0.0), grad)
+                    # A query that is not finite must not look like a finite gradient in the other kernel.
+                    grad = tl.where(centre, grad + (tl.load(grad_centre + pair)[None, :] + score * 0.0), grad)
+                patch_y = tl.minimum(tl.maximum(row - reach_y, 0), h - patch_h)
+                patch_x = tl.minimum(tl.maximum(column - reach_x, 0), w - patch_w)
                 place = (y[:, None] - patch_y[None, :]) * patch_w + (x[:, None] - patch_x[None, :])
                 tl.store(patch_rows[None, :] + place, grad, mask=inside)
                 if COSINE:
@@ -181,21 +185,37 @@ def query_gradient_kernel(
                     grad = grad * cell_scale[:, None]
                 for start in tl.range(0, C, BLOCK_C, num_stages=STAGES):
                     channel = start + tl.arange(0, BLOCK_C)
-                    tile = tiles.load_channels(cells, start, C, BLOCK_C).to(ACC)
-                    add = tiles.product(tl.trans(grad), tile, tl.zeros([BLOCK_N, BLOCK_C], ACC), PRECISION)
+                    tile = tiles.load_channels(cells, start, C, BLOCK_C)
+                    add = tl.zeros([BLOCK_N, BLOCK_C], ACC)
+                    add = tiles.gradient_product(tl.trans(grad), tile, add, PRECISION)
                     mask = present[:, None] & (channel < C)[None, :]
                     tl.atomic_add(grad_rows[:, None] + channel[None, :], add, mask=mask, sem="relaxed")
 
 
 @triton.jit
 def _add_discs(
-    total, total_along, y, x, y0, x0, start, patches, order, centres, starts, rows, row_scale, b, t, frame,
-    local_frame, T, N, h, w, C, reach_y, reach_x, patch_h, patch_w, limit, plane, stride_n,
+    total, total_along, group, y, x, y0, x0, start, patches, order, centres, starts, rows, row_scale, b, t,
+    frame, local_frame, frames, T, N, h, w, C, reach_y, reach_x, patch_h, patch_w, limit, pairs, stride_n,
     COSINE: tl.constexpr, BAND: tl.constexpr, BLOCK_N: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds what all discs that reach into a tile leave there, for the channels from `start` on."""
-    ACC: tl.constexpr = total.dtype
+    """Adds what all discs that reach into a tile leave there, for the channels from `start` on.
+
+    Group 0 is the discs, group 1 the cells of the minima, which are discs of one cell. `pairs` is N T B.
+    """
+    plane = pairs // T * frames  # patches of this launch
+    if group == 0:
+        plane *= patch_h * patch_w
+    else:
+        order += pairs
+        centres += pairs
+        starts += pairs // N * (tl.cdiv(h, BAND) * w + 1)
+        patches += plane * (patch_h * patch_w) * (2 if COSINE else 1)
+        reach_y = 0
+        reach_x = 0
+        patch_h = 1
+        patch_w = 1
+        limit = tl.full([], 1, tl.uint32)
     starts += frame.to(tl.int64) * (tl.cdiv(h, BAND) * w + 1)
     first_band = tl.maximum(y0 - reach_y, 0) // BAND
     last_band = tl.minimum(y0 + TILE_H - 1 + reach_y, h - 1) // BAND
@@ -218,23 +238,19 @@ def _add_discs(
                 total_along += tl.sum(along, 1)
                 grad = grad * tl.load(row_scale + b.to(tl.int64) * N + n)[None, :]
             vectors = rows + n.to(tl.int64) * stride_n * UNIT
-            tile = tiles.load_channels(vectors, start, C, BLOCK_C).to(ACC)
+            tile = tiles.load_channels(vectors, start, C, BLOCK_C)
             # A query with a NaN or infinity has NaN gradients in its disc, and must not reach the tile's other cells.
             tile = tl.where(tile * 0.0 == 0.0, tile, 0.0)
-            total = tiles.product(grad, tile, total, PRECISION)
+            total = tiles.gradient_product(grad, tile, total, PRECISION)
     return total, total_along
 
 
-@triton.jit(do_not_specialize=range(43))
+@triton.jit(do_not_specialize=range(33))
 def features_gradient_kernel(
-    query, features, query_scale, features_scale,
-    order, best, starts, patches, has_discs: tl.int32, reach_y: tl.int32, reach_x: tl.int32, patch_h: tl.int32,
-    patch_w: tl.int32, limit: tl.int64, plane: tl.int64,
-    min_order, worst, min_starts, min_patches, has_min: tl.int32, min_reach_y: tl.int32, min_reach_x: tl.int32,
-    min_patch_h: tl.int32, min_patch_w: tl.int32, min_limit: tl.int64, min_plane: tl.int64,
-    grad_mean, grad_features,
+    query, features, query_scale, features_scale, order, centres, starts, patches, grad_mean, grad_features,
     T: tl.int32, N: tl.int32, h: tl.int32, w: tl.int32, C: tl.int32, frames: tl.int32, first_frame: tl.int32,
-    has_mean: tl.int32, longest_scale: tl.float64,
+    first_group: tl.int32, groups: tl.int32, has_mean: tl.int32, reach_y: tl.int32, reach_x: tl.int32,
+    patch_h: tl.int32, patch_w: tl.int32, limit: tl.uint32, pairs: tl.int64, longest_scale: tl.float64,
     stride_qb: tl.int64, stride_qn: tl.int64, stride_b: tl.int64, stride_t: tl.int64, stride_y: tl.int64,
     stride_x: tl.int64,
     COSINE: tl.constexpr, BAND: tl.constexpr, BLOCK_N: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
@@ -279,17 +295,10 @@ def features_gradient_kernel(
         if has_mean:
             total += tl.load(grad_mean + channel, mask=channel < C, other=0.0)[None, :]
         along = mean_along
-        if has_discs:
+        for group in tl.range(first_group, groups, num_stages=1):
             total, along = _add_discs(
-                total, along, y, x, y0, x0, start, patches, order, best, starts, rows, query_scale, b, t, frame,
-                local_frame, T, N, h, w, C, reach_y, reach_x, patch_h, patch_w, limit, plane, stride_qn,
-                COSINE, BAND, BLOCK_N, TILE_H, TILE_W, BLOCK_C, PRECISION,
-            )  # fmt: skip
-        if has_min:
-            total, along = _add_discs(
-                total, along, y, x, y0, x0, start, min_patches, min_order, worst, min_starts, rows, query_scale, b, t,
-                frame, local_frame, T, N, h, w, C, min_reach_y, min_reach_x, min_patch_h, min_patch_w, min_limit,
-                min_plane, stride_qn,
+                total, along, group, y, x, y0, x0, start, patches, order, centres, starts, rows, query_scale, b, t,
+                frame, local_frame, frames, T, N, h, w, C, reach_y, reach_x, patch_h, patch_w, limit, pairs, stride_qn,
                 COSINE, BAND, BLOCK_N, TILE_H, TILE_W, BLOCK_C, PRECISION,
             )  # fmt: skip
         if COSINE:

@@ -6,7 +6,6 @@ reads these. Nothing is ever copied to the host, so that a CUDA graph can hold i
 """
 
 import math
-from typing import NamedTuple
 
 import torch
 import triton
@@ -19,17 +18,6 @@ from tritonkern.ops.correlation_soft_argmax import (
     triton_statistics,
     triton_tiles,
 )
-
-
-class _Discs(NamedTuple):
-    """One disc a query and frame, and the order in which triton_discs.py takes them."""
-
-    centres: Tensor  # [B, N, T], cells
-    order: Tensor  # [B, T, N], queries
-    starts: Tensor  # [B, T, bands * w + 1]: where the entries of each band and column begin
-    limit: int  # distances squared are smaller
-    reach: tuple[int, int]  # rows and columns on each side
-    patch: tuple[int, int]  # rows and columns that hold any disc
 
 
 def forward(
@@ -75,7 +63,7 @@ def forward(
     )  # fmt: skip
 
     tiles = configs.points_tiles(C, query.dtype)
-    limit, reach = _limit(radius, h, w)
+    limit, reach = triton_tiles.disc(radius, h, w)
     _launch(
         triton_discs.points_kernel, B * T * triton.cdiv(N, tiles.block_n), tiles,
         *inputs, torch.sort(_keys(best, w), stable=True).indices, best, maximum, points, weight,
@@ -126,45 +114,46 @@ def backward(
         grad_frame = torch.einsum("bnt,bnc->btc", share, unit_query).contiguous()
         grad_query += torch.einsum("bnt,btc->bnc", share, _sum(features, strides, features_scale, cosine, dtype))
 
-    groups = (
-        (_discs(best, radius, h, w), grad_points, grad_max),
-        (_discs(worst, 1.0, h, w), None, grad_min),
-    )
+    # The discs, and the cells of the minima as discs of one cell.
+    centres = torch.stack([best, worst] if grad_min is not None else [best])
+    order, starts = _sorted(centres, h, w)
+    groups = [(*triton_tiles.disc(radius, h, w), grad_points, grad_max), (1, (0, 0), None, grad_min)]
+    present = [group[2] is not None or group[3] is not None for group in groups]
+    patch = [(min(2 * reach_y + 1, h), min(2 * reach_x + 1, w)) for _, (reach_y, reach_x), *_ in groups]
     planes = 2 if cosine else 1
-    frames = configs.MAX_PATCHES // (B * N * planes * math.prod(groups[0][0].patch))
+    frames = configs.MAX_PATCHES // (B * N * planes * math.prod(patch[0]))
     # A frame at a time, every query is met by one program, so that additions to its gradient have one order.
     frames = 1 if torch.are_deterministic_algorithms_enabled() else max(1, min(frames, T))
     grad_features = features.new_empty((B, T, h, w, C))
     for first in range(0, T, frames):
         count = min(frames, T - first)
         tiles = configs.query_gradient_tiles(C, query.dtype)
-        described = []
-        for discs, grad_disc, grad_centre in groups:
-            present = grad_disc is not None or grad_centre is not None
-            plane = B * count * N * math.prod(discs.patch)
-            patches = query.new_empty(planes * plane if present else 1, dtype=dtype)
-            described += [discs.order, discs.centres, discs.starts, patches, present]
-            described += [*discs.reach, *discs.patch, discs.limit, plane]
-            if not present:
+        sizes = [B * count * N * math.prod(size) for size in patch]
+        patches = query.new_empty(planes * sum(sizes[: len(centres)]), dtype=dtype)
+        for group, (limit, reach, grad_disc, grad_centre) in enumerate(groups):
+            if not present[group]:
                 continue
             _launch(
                 triton_discs.query_gradient_kernel, B * count * triton.cdiv(N, tiles.block_n), tiles,
-                *inputs, discs.order, discs.centres, points, maximum, weight,
+                *inputs, order[group], centres[group], points, maximum, weight,
                 points if grad_disc is None else grad_disc.contiguous(),
-                maximum if grad_centre is None else grad_centre.contiguous(), patches, grad_query,
+                maximum if grad_centre is None else grad_centre.contiguous(),
+                patches[planes * sum(sizes[:group]) :], grad_query,
                 T, N, h, w, units, count, first, grad_disc is not None, grad_centre is not None,
-                *discs.reach, *discs.patch, discs.limit, plane, temperature, *query_strides, *strides,
+                *reach, *patch[group], limit, sizes[group], temperature, *query_strides, *strides,
                 COSINE=cosine, BLOCK_N=tiles.block_n, TILE_H=tiles.tile_h, TILE_W=tiles.tile_w, BLOCK_C=tiles.block_c,
                 PRECISION=configs.precision(query.dtype), STAGES=tiles.num_stages,
             )  # fmt: skip
         tiles = configs.features_gradient_tiles(C, query.dtype)
         cell_tiles = triton.cdiv(h, tiles.tile_h) * triton.cdiv(w, tiles.tile_w)
+        limit, reach, *_ = groups[0]
         # Vectors shorter than sqrt(eps) have this scale, up to rounding.
         longest_scale = eps**-0.5 * (1 - 4 * torch.finfo(dtype).eps)
         _launch(
             triton_discs.features_gradient_kernel, B * count * cell_tiles, tiles,
-            *inputs, *described, grad_frame, grad_features,
-            T, N, h, w, units, count, first, grad_mean is not None, longest_scale, *query_strides, *strides,
+            *inputs, order, centres, starts, patches, grad_frame, grad_features,
+            T, N, h, w, units, count, first, 0 if present[0] else 1, len(centres), grad_mean is not None,
+            *reach, *patch[0], limit, B * N * T, longest_scale, *query_strides, *strides,
             COSINE=cosine, BAND=configs.BAND, BLOCK_N=tiles.block_n, TILE_H=tiles.tile_h, TILE_W=tiles.tile_w,
             BLOCK_C=tiles.block_c, PRECISION=configs.precision(query.dtype),
         )  # fmt: skip
@@ -183,7 +172,7 @@ def soft_argmax_forward(cost: Tensor, temperature: float, radius: float) -> tupl
     dtype = torch.promote_types(cost.dtype, torch.float32)
     points, maximum, weight = (cost.new_empty(shape, dtype=dtype) for shape in ((*frames, 2), frames, frames))
     best = cost.new_empty(frames, dtype=torch.int32)
-    limit, reach = _limit(radius, h, w)
+    limit, reach = triton_tiles.disc(radius, h, w)
     cost = cost.reshape(-1, h, w)
     _launch(
         triton_soft_argmax.forward_kernel, cost.shape[0], None,
@@ -209,34 +198,26 @@ def soft_argmax_backward(
     cost = cost.reshape(-1, h, w)
     grad_cost = cost.new_empty(shape)
     saved = (x.contiguous() for x in (points, maximum, best, weight))
+    limit, _ = triton_tiles.disc(radius, h, w)
     _launch(
         triton_soft_argmax.backward_kernel, cost.shape[0], None,
-        grad_points.contiguous(), cost, *saved, grad_cost, h, w, _limit(radius, h, w)[0], temperature, *cost.stride(),
+        grad_points.contiguous(), cost, *saved, grad_cost, h, w, limit, temperature, *cost.stride(),
         **configs.SOFT_ARGMAX_TILES,
     )  # fmt: skip
     return grad_cost
 
 
-def _limit(radius: float, h: int, w: int) -> tuple[int, tuple[int, int]]:
-    """What squared distances stay below, and the rows and columns that a disc reaches on each side."""
-    limit = max(1, math.ceil(min(radius * radius, 2.0**62)))
-    reach = math.isqrt(limit - 1)
-    return limit, (min(reach, h - 1), min(reach, w - 1))
-
-
 def _keys(centres: Tensor, w: int) -> Tensor:
-    """`[B, T, N]` of `[B, N, T]` cells: band * w + column."""
+    """`[..., T, N]` of cells `[..., N, T]`: band * w + column."""
     row = centres // w
-    return (row // configs.BAND * w + centres - row * w).transpose(1, 2).contiguous()
+    return (row // configs.BAND * w + centres - row * w).mT.contiguous()
 
 
-def _discs(centres: Tensor, radius: float, h: int, w: int) -> _Discs:
+def _sorted(centres: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
+    """Queries `[..., T, N]` in the order of triton_discs.py, and where each band's columns begin in it."""
     keys, order = torch.sort(_keys(centres, w), stable=True)
     boundaries = torch.arange(triton.cdiv(h, configs.BAND) * w + 1, device=keys.device, dtype=keys.dtype)
-    starts = torch.searchsorted(keys, boundaries.expand(*keys.shape[:2], -1).contiguous(), out_int32=True)
-    limit, reach = _limit(radius, h, w)
-    patch = min(2 * reach[0] + 1, h), min(2 * reach[1] + 1, w)
-    return _Discs(centres, order, starts, limit, reach, patch)
+    return order, torch.searchsorted(keys, boundaries.expand(*keys.shape[:-1], -1).contiguous(), out_int32=True)
 
 
 def _scale(vectors: Tensor, strides: tuple[int, ...], scale: Tensor, eps: float) -> None:

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from tritonkern.ops.correlation_soft_argmax import triton_tiles as tiles
+
 
 @triton.jit
 def _tile(y0, x0, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
@@ -10,17 +12,10 @@ def _tile(y0, x0, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
     return y0 + tl.arange(0, TILE_H)[:, None], x0 + tl.arange(0, TILE_W)[None, :]
 
 
-@triton.jit
-def _kept(y, x, row, column, limit):
-    down = (y - row).to(tl.int64)
-    across = (x - column).to(tl.int64)
-    return down * down + across * across < limit
-
-
 @triton.jit(do_not_specialize=range(14))
 def forward_kernel(
     cost, points, maximum, best, weight,
-    h: tl.int32, w: tl.int32, reach_y: tl.int32, reach_x: tl.int32, limit: tl.int64, temperature: tl.float64,
+    h: tl.int32, w: tl.int32, reach_y: tl.int32, reach_x: tl.int32, limit: tl.uint32, temperature: tl.float64,
     stride_frame: tl.int64, stride_y: tl.int64, stride_x: tl.int64,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr, DISC_H: tl.constexpr, DISC_W: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +52,7 @@ def forward_kernel(
             tl.maximum(column - reach_x, 0), tl.minimum(column + reach_x, w - 1) + 1, DISC_W, num_stages=1
         ):
             y, x = _tile(y0, x0, DISC_H, DISC_W)
-            kept = _kept(y, x, row, column, limit) & (y < h) & (x < w)
+            kept = (tiles.distance_squared(y, x, row, column) < limit) & (y < h) & (x < w)
             value = tl.load(cost + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x, mask=kept, other=0.0)
             here = tl.where(kept, tl.exp(temperature * (value.to(ACC) - highest)), 0.0)
             sums += here
@@ -77,7 +72,7 @@ def forward_kernel(
 @triton.jit(do_not_specialize=range(14))
 def backward_kernel(
     grad_points, cost, points, maximum, best, weight, grad_cost,
-    h: tl.int32, w: tl.int32, limit: tl.int64, temperature: tl.float64,
+    h: tl.int32, w: tl.int32, limit: tl.uint32, temperature: tl.float64,
     stride_frame: tl.int64, stride_y: tl.int64, stride_x: tl.int64,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
@@ -100,7 +95,7 @@ def backward_kernel(
         for x0 in tl.range(0, w, TILE_W, num_stages=1):
             y, x = _tile(y0, x0, TILE_H, TILE_W)
             exists = (y < h) & (x < w)
-            kept = _kept(y, x, row, column, limit) & exists
+            kept = (tiles.distance_squared(y, x, row, column) < limit) & exists
             value = tl.load(cost + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x, mask=kept, other=0.0)
             here = tl.exp(temperature * (value.to(ACC) - highest)) * factor
             grad = here * ((x.to(ACC) + 0.5 - point_x) * grad_x + (y.to(ACC) + 0.5 - point_y) * grad_y)

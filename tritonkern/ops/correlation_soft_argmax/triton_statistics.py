@@ -89,7 +89,8 @@ def _scores(
 def statistics_kernel(
     query, features, query_scale, features_scale, total, highest, lowest, best, worst,
     frames: tl.int32, T: tl.int32, N: tl.int32, w: tl.int32, cells: tl.int32, C: tl.int32, run: tl.int32,
-    runs: tl.int32, stride_qb: tl.int64, stride_qn: tl.int64, stride_b: tl.int64, stride_t: tl.int64, stride_y: tl.int64,
+    runs: tl.int32,
+    stride_qb: tl.int64, stride_qn: tl.int64, stride_b: tl.int64, stride_t: tl.int64, stride_y: tl.int64,
     stride_x: tl.int64,
     COSINE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_CELLS: tl.constexpr, BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -122,20 +123,21 @@ def statistics_kernel(
     high_cell = tl.zeros([BLOCK_N], tl.int32) + begin
     low_cell = high_cell
     for start in tl.range(begin, stop, BLOCK_CELLS, num_stages=1):
-        number = start + tl.arange(0, BLOCK_CELLS)
-        cell = tl.minimum(number, stop - 1)
+        column = tl.arange(0, BLOCK_CELLS)
+        cell = tl.minimum(start + column, stop - 1)
         score = _scores(
             rows, row_scale, features, features_scale, cell, w, C, stride_y, stride_x,
             COSINE, BLOCK_C, PRECISION, STAGES,
         )  # fmt: skip
-        sums += tl.sum(tl.where((number < stop)[None, :], score, 0.0), 1)
+        sums += tl.sum(tl.where((column < stop - start)[None, :], score, 0.0), 1)
         # NaN cells are passed over here; the sum tells of them.
         tile_high = tl.max(score, 1)
         tile_low = tl.min(score, 1)
-        tile_high_cell = tl.min(tl.where(score == tile_high[:, None], cell[None, :], stop), 1)
-        tile_low_cell = tl.min(tl.where(score == tile_low[:, None], cell[None, :], stop), 1)
-        high_cell = tl.where(tile_high > high, tile_high_cell, high_cell)
-        low_cell = tl.where(tile_low < low, tile_low_cell, low_cell)
+        # Any of the repeated last cells is that cell.
+        tile_high_cell = start + tl.min(tl.where(score == tile_high[:, None], column[None, :], BLOCK_CELLS), 1)
+        tile_low_cell = start + tl.min(tl.where(score == tile_low[:, None], column[None, :], BLOCK_CELLS), 1)
+        high_cell = tl.where(tile_high > high, tl.minimum(tile_high_cell, stop - 1), high_cell)
+        low_cell = tl.where(tile_low < low, tl.minimum(tile_low_cell, stop - 1), low_cell)
         high = tl.where(tile_high > high, tile_high, high)
         low = tl.where(tile_low < low, tile_low, low)
 

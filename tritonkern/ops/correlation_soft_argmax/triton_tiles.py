@@ -4,12 +4,16 @@ A vector is one query or one cell, C channels long. `readable` makes all of them
 arrive divided by UNIT, and addresses are 64 bits wide from there on.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 UNIT = tl.constexpr(8)
+# The square of this, and twice that, are below 2**31 and 2**32.
+_FAR = tl.constexpr(46340)
 
 
 @triton.jit
@@ -30,6 +34,26 @@ def product(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
+def gradient_product(grad, tile, total, PRECISION: tl.constexpr):
+    """total + grad @ tile for float32 gradients and a tile of inputs.
+
+    Gradients of one disc cancel, so they must not be rounded to 16 bits, and float16 would flush small ones to zero.
+    They go in two parts, each of which a matrix unit takes as it is. TF32 holds every float16.
+    """
+    if tile.dtype == tl.bfloat16:
+        high = grad.to(tl.bfloat16)
+        total = tl.dot(high, tile, total)
+        return tl.dot((grad - high.to(tl.float32)).to(tl.bfloat16), tile, total)
+    elif tile.dtype == tl.float16 and PRECISION == "tf32":
+        high = (grad.to(tl.int32, bitcast=True) & -8192).to(tl.float32, bitcast=True)
+        tile = tile.to(tl.float32)
+        total = tl.dot(high, tile, total, input_precision="tf32")
+        return tl.dot(grad - high, tile, total, input_precision="tf32")
+    else:
+        return product(grad, tile.to(grad.dtype), total, PRECISION)
+
+
+@triton.jit
 def inner_products(a, b, C, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr):
     """`[len(a), len(b)]` of the vectors at addresses a and b."""
     ACC: tl.constexpr = tl.float64 if a.dtype.element_ty == tl.float64 else tl.float32
@@ -47,11 +71,18 @@ def cell_addresses(frame, y, x, stride_y, stride_x):
 
 
 @triton.jit
+def distance_squared(y, x, row, column):
+    """Exact below 2**31, and not less than 2**31 - 2**17 where the truth is more; see `disc`."""
+    down = tl.minimum(tl.abs(y - row), _FAR).to(tl.uint32)
+    across = tl.minimum(tl.abs(x - column), _FAR).to(tl.uint32)
+    return down * down + across * across
+
+
+@triton.jit
 def kept(y, x, row, column, h, w, limit):
-    """`[cells, queries]`: which cells (y, x) exist and lie in the disc around (row, column); limit is radius squared."""
-    down = (y[:, None] - row[None, :]).to(tl.int64)
-    across = (x[:, None] - column[None, :]).to(tl.int64)
-    return (down * down + across * across < limit) & ((y < h) & (x < w))[:, None]
+    """`[cells, queries]`: which cells (y, x) exist and lie in the disc around (row, column); limit: radius squared."""
+    near = distance_squared(y[:, None], x[:, None], row[None, :], column[None, :]) < limit.to(tl.uint32)
+    return near & ((y < h) & (x < w))[:, None]
 
 
 @triton.jit
@@ -60,6 +91,21 @@ def touches(y0, x0, row, column, reach_y, reach_x, TILE_H: tl.constexpr, TILE_W:
     down = (row + reach_y >= y0) & (row - reach_y < y0 + TILE_H)
     across = (column + reach_x >= x0) & (column - reach_x < x0 + TILE_W)
     return tl.max((down & across).to(tl.int32), 0) > 0
+
+
+def disc(radius: float, h: int, w: int) -> tuple[int, tuple[int, int]]:
+    """What `distance_squared` stays below, and the rows and columns that a disc reaches on each side."""
+    squared = max(1, math.ceil(min(radius * radius, 2.0**62)))
+    reach = math.isqrt(squared - 1)
+    limit = squared
+    if squared > _FAR.value**2:
+        if squared <= (h - 1) ** 2 + (w - 1) ** 2:
+            raise ValueError(
+                f"radius must be at most {_FAR.value} cells on the triton backend, or cover the whole grid; "
+                f"got {radius} on {h} x {w}"
+            )
+        limit = 2**32 - 1
+    return limit, (min(reach, h - 1), min(reach, w - 1))
 
 
 def readable(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
