@@ -188,9 +188,10 @@ def test_properties(where):
     hypothesis = pytest.importorskip("hypothesis")
     st = hypothesis.strategies
 
-    @hypothesis.settings(max_examples=40 if where[1] == "cpu" else 15, deadline=None, derandomize=True)
+    @hypothesis.settings(max_examples=25 if where[1] == "cpu" else 15, deadline=None, derandomize=True)
     @hypothesis.given(
-        shape=st.tuples(*(st.integers(1, high) for high in (3, 9, 70, 70))),
+        # Several frames, as eager's rounding error may be lucky in a single one.
+        shape=st.tuples(*(st.integers(low, high) for low, high in ((1, 3), (6, 9), (1, 70), (1, 70)))),
         order=st.permutations(range(4)),
         step=st.integers(1, 3),
         temperature=st.floats(0.1, 100),
