@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import importlib
 import platform
 import re
 import statistics
@@ -70,7 +71,7 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
 
 
 def device_name(device: str) -> str:
-    """A name for files: ``nvidia-h200``, ``amd-epyc-2-threads``."""
+    """A name for files: ``nvidia-h200``, ``amd-epyc-2-threads-avx2``."""
     if device == "cuda":
         name = torch.cuda.get_device_name()
     else:
@@ -80,7 +81,8 @@ def device_name(device: str) -> str:
                 name = next(line.split(":")[1] for line in file if line.startswith("model name"))
         except (OSError, StopIteration):
             pass
-        name = f"{name.strip()} {torch.get_num_threads()} threads"
+        isa = importlib.import_module("tritonkern._cpp").isa()
+        name = f"{name.strip()} {torch.get_num_threads()} threads {isa}"
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 

@@ -2,14 +2,13 @@
 //
 //   out_i = sum_j p_ij v_j,   p_i = softmax over i - left <= j <= i + right of scale * q_i . k_j,   0 <= j < T
 //
-// Queries go in blocks of four. Their windows overlap nearly entirely (16 keys for a window of 13: one AVX-512 vector), so
-// that a block is two small products with a softmax in between, each from registers:
+// The weights are kept by diagonals, one row for each place in the window, so that all lanes of a vector do the same:
 //
 //             keys ->
-//   queries   x x x x x . . .      scores: lanes are keys, so that keys are needed as columns (a transposed copy);
-//             . x x x x x . .      output: lanes are channels, values are read as they lie, and a value at the edge of
-//             . . x x x x x .      the band meets only the queries that see it.
-//             . . . x x x x x
+//   queries   0 1 2 . . .          scores: lanes are queries. Place o of eight queries meets eight neighbouring keys, one
+//             . 0 1 2 . .          unaligned load from a transposed copy; the softmax runs in each lane by itself.
+//             . . 0 1 2 .          products with weights: lanes are channels, rows are read as they lie, and four rows of the
+//             . . . 0 1 2          result share the loads. A gradient of keys reads the same weights along columns.
 //
 // Tasks (a stretch of time of some sequences) share nothing, and what they compute does not depend on who runs them.
 #include "temporal_window_attention/backward.h"

@@ -3,9 +3,11 @@
 Triton's interpreter has its own process and file, `test_triton_*.py`.
 """
 
+import fractions
 import itertools
 import mmap
 
+import numpy
 import pytest
 import torch
 from oracle import (
@@ -105,6 +107,21 @@ def test_every_head_dim(where, head_dim):
 @pytest.mark.parametrize("scale", [0.0, -0.7, 2, 30.0])
 def test_scale(where, scale):
     check(where, random_inputs(1, 17, 2, 1, 16, device=where[1]), 5, scale)
+
+
+@pytest.mark.parametrize("scale", [numpy.float32(0.5), numpy.float64(0.5), numpy.int64(2), fractions.Fraction(1, 2)])
+def test_scale_may_be_any_real_number(scale):
+    query, key, value, _ = random_inputs(1, 5, 1, 1, 8)
+    expected = temporal_window_attention(query, key, value, 3, scale=float(scale))
+    assert torch.equal(temporal_window_attention(query, key, value, 3, scale=scale), expected)
+
+
+def test_scale_that_no_float_can_hold():
+    query, key, value, _ = random_inputs(1, 5, 1, 1, 8)
+    with pytest.raises(ValueError, match="scale must fit into a float"):
+        temporal_window_attention(query, key, value, 3, scale=10**400)
+    with pytest.raises(TypeError, match="scale must be a number or None, got complex"):
+        temporal_window_attention(query, key, value, 3, scale=1j)
 
 
 @pytest.mark.parametrize("size", [300, 1e5])

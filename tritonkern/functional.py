@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numbers
 from typing import NamedTuple
 
 import torch
@@ -69,8 +70,8 @@ def temporal_window_attention(
     _window_op.check_tensors(query, key, value)
     if scale is None:
         scale = query.shape[-1] ** -0.5
-    elif isinstance(scale, bool) or not isinstance(scale, (int, float)):
-        raise TypeError(f"scale must be a number or None, got {type(scale).__name__}; use .item() on a tensor")
+    else:
+        scale = _real("scale", scale)
     _refuse_forward_mode("temporal_window_attention", query, key, value)
 
     attend = _window_op.temporal_window_attention_fwd
@@ -311,6 +312,16 @@ def _track_attention(
         visible = visible & visibility
     attend = _track_op.track_attention_fwd
     return attend(query, key, value, tracks, visible, precision, scale, splat, culling, backend)[0]
+
+
+def _real(name: str, x: float) -> float:
+    """A number as Python's own, those of NumPy included."""
+    if isinstance(x, bool) or not isinstance(x, (int, float, numbers.Real)):
+        raise TypeError(f"{name} must be a number or None, got {type(x).__name__}; use .item() on a tensor")
+    try:
+        return float(x)
+    except OverflowError:
+        raise ValueError(f"{name} must fit into a float, got an integer of {int(x).bit_length()} bits") from None
 
 
 def _check_number(name: str, x: float) -> None:
