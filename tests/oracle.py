@@ -1,11 +1,13 @@
 """What the tests run and compare with: native backends, textbook loops, eager forms, the tolerance rule."""
 
+import itertools
 import math
 import os
 import subprocess
 import sys
 import textwrap
 
+import numpy as np
 import pytest
 import torch
 
@@ -187,3 +189,93 @@ def assert_as_exact_as_eager(actual, eager_results, exact, term=0, name=""):
     ulps = torch.finfo(actual.dtype).eps * exact.abs().max() + torch.finfo(accumulator).eps * term
     allowed = 2 * eager_error + ulps
     assert error <= allowed, f"{name}: error {error:.3e}, allowed {allowed:.3e}, eager's {eager_error:.3e}"
+
+
+def track_textbook(query, key, value, tracks, sigma, *, scale, visible, splat, order=()):
+    """Attention between tracks and grid as the paper writes it, frame by frame, over the visible tracks alone, in the
+    inputs' dtype: every distance, every weight. `order`: axes along which sums run backwards (1 rows and columns, -1
+    channels).
+    """
+    rows, columns = (query if splat else key).shape[2:4]
+    y, x = torch.meshgrid(*(torch.arange(n, device=tracks.device) + 0.5 for n in (rows, columns)), indexing="ij")
+    cells = torch.stack([x, y], -1).flatten(0, 1).to(tracks.dtype)
+    frames = []
+    for index in itertools.product(*map(range, query.shape[:2])):
+        seen = visible[index].nonzero()[:, 0]
+        points = tracks[index][seen]
+        q = query[index].flatten(0, 1) if splat else query[index][seen]
+        k, v = (x[index][seen] if splat else x[index].flatten(0, 1) for x in (key, value))
+        place, other = (cells, points) if splat else (points, cells)
+        if len(k) == 0 or len(q) == 0:
+            frames.append(torch.zeros_like(query[index]))
+            continue
+        if 1 in order:
+            q, k, v, place, other = (x.flip(0) for x in (q, k, v, place, other))
+        if -1 in order:
+            q, k = q.flip(-1), k.flip(-1)
+        bias = -(place[:, None] - other).square().sum(-1) / (2 * sigma * sigma)
+        weights = (scale * torch.einsum("ihd,jhd->ihj", q, k) + bias[:, None].to(q.dtype)).softmax(-1)
+        out = torch.einsum("ihj,jhd->ihd", weights, v)
+        out = out.flip(0) if 1 in order else out
+        empty = torch.zeros_like(query[index])
+        frames.append(out.view_as(empty) if splat else empty.index_copy(0, seen, out))
+    return torch.stack(frames).view_as(query) if frames else torch.zeros_like(query)
+
+
+def track_exact(query, key, value, tracks, sigma, grad_out, *, scale, visible, splat):
+    """Output, its gradients (query, key, value, tracks, sigma) and the size of what each is a sum of, all float64.
+
+    The same dense formula in NumPy's long double, as float64 is itself among the dtypes to judge, and differentiated by
+    hand. Sizes are those of the largest terms, and a score's gradient is the difference of two sums over channels. For
+    tracks and sigma, whose few numbers are sums over whole neighbourhoods, they are the sum of the terms' sizes.
+    """
+    query, key, value, tracks, sigma, grad_out = (
+        x.detach().cpu().double().numpy().astype(np.longdouble) for x in (query, key, value, tracks, sigma, grad_out)
+    )
+    rows, columns = (query if splat else key).shape[2:4]
+    cells = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), -1).reshape(-1, 2) + np.longdouble(0.5)
+    results = [np.zeros_like(x) for x in (query, query, key, value, tracks, sigma)]
+    terms = [np.longdouble(0)] * 6
+    channels = query.shape[-2:]
+    for index in itertools.product(*map(range, query.shape[:2])):
+        seen = visible[index].cpu().numpy()
+        q, g, k, v = (x[index] for x in (query, grad_out, key, value))
+        q, g, k, v = (q, g, k[seen], v[seen]) if splat else (q[seen], g[seen], k, v)
+        q, g, k, v = (x.reshape(-1, *channels) for x in (q, g, k, v))
+        if not (len(q) and len(k) and q.size):
+            continue
+        points = tracks[index][seen]
+        offset = (cells[:, None] - points) if splat else (points[:, None] - cells)  # [rows, columns, 2]
+        squared = np.square(offset).sum(-1)
+        squared -= squared.min(-1, keepdims=True)
+        scores = scale * np.einsum("ihd,jhd->ihj", q, k) - (squared / (2 * sigma * sigma))[:, None]
+        weights = np.exp(scores - scores.max(-1, keepdims=True))
+        weights /= weights.sum(-1, keepdims=True)
+        out = np.einsum("ihj,jhd->ihd", weights, v)
+        grad_weights = np.einsum("ihd,jhd->ihj", g, v)
+        mean = (weights * grad_weights).sum(-1, keepdims=True)
+        grad_scores = weights * (grad_weights - mean)
+        size = np.einsum("ihd,jhd->ihj", abs(g), abs(v))
+        size = weights * (size + (weights * size).sum(-1, keepdims=True))
+        pull = grad_scores.sum(1)[..., None] * offset / sigma**2
+        grads = (
+            out,
+            scale * np.einsum("ihj,jhd->ihd", grad_scores, k),
+            scale * np.einsum("ihj,ihd->jhd", grad_scores, q),
+            np.einsum("ihj,ihd->jhd", weights, g),
+            pull.sum(0) if splat else -pull.sum(1),
+        )
+        of_tracks = (False, False, True, True, True) if splat else (True, True, False, False, True)
+        for whole, part, tracked in zip(results, grads, of_tracks, strict=False):
+            if tracked:
+                whole[index][seen] = part
+            else:
+                whole[index] = part.reshape(whole[index].shape)
+        widening = squared[:, None] / sigma**3
+        results[5] += (grad_scores * widening).sum()
+        score = abs(scale) * size.max()
+        pulled = (size.sum(1)[..., None] * abs(offset)).sum(0 if splat else 1).max() / sigma**2
+        values = (weights * abs(g).max(-1)[..., None]).max()
+        largest = (0, score * abs(k).max(), score * abs(q).max(), values, pulled)
+        terms = [*map(max, terms[:5], largest), terms[5] + (size * widening).sum()]
+    return [torch.from_numpy(x.astype(np.float64)) for x in map(np.asarray, results)], [float(x) for x in terms]

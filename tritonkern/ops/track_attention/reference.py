@@ -24,7 +24,7 @@ def forward(
     """What `op` says of the forward operator: output and log-sum-exp."""
     grid = query.shape[2:4] if splat else key.shape[2:4]
     offset, valid = _geometry(tracks, visible, grid, splat)
-    queries, keys, values = _rows(query), _rows(key, visible, splat), _rows(value, visible, splat)
+    queries, keys, values = _rows(query, visible, not splat), _rows(key, visible, splat), _rows(value, visible, splat)
     scores = _scores(queries, keys, offset, valid, precision, scale)
     peak = (
         scores.amax(-2, keepdim=True) if scores.shape[-2] else scores.new_full((*scores.shape[:-2], 1, 1), -torch.inf)
@@ -32,8 +32,7 @@ def forward(
     # A row without columns has a peak of -inf, no weights and no output.
     peak = peak.expand(*scores.shape[:-2], 1, scores.shape[-1])
     lse = peak + torch.exp(scores - peak.nan_to_num(neginf=0)).sum(-2, keepdim=True).log()
-    weights = _weights(scores, lse[..., 0, :], valid)
-    out = torch.einsum("btijh,btjhd->btihd", weights, values).reshape(query.shape)
+    out = torch.einsum("btijh,btjhd->btihd", _weights(scores, valid), values).reshape(query.shape)
     return out.to(query.dtype).contiguous(), lse[..., 0, :].contiguous()
 
 
@@ -55,13 +54,13 @@ def backward(
     """Gradients of query, key, value, tracks and precision; the last two are of shape [0] unless `positions`."""
     grid = query.shape[2:4] if splat else key.shape[2:4]
     offset, valid = _geometry(tracks, visible, grid, splat)
-    queries, keys, values = _rows(query), _rows(key, visible, splat), _rows(value, visible, splat)
-    weights = _weights(_scores(queries, keys, offset, valid, precision, scale), lse, valid)
+    queries, keys, values = _rows(query, visible, not splat), _rows(key, visible, splat), _rows(value, visible, splat)
+    # Neither lse nor the stored output: both are rounded, which shows where scores are large or 16 bits wide.
+    weights = _weights(_scores(queries, keys, offset, valid, precision, scale), valid)
 
-    cotangent = _rows(grad_out)
-    delta = (cotangent * _rows(out)).sum(-1)  # [B, T, rows, H]
+    cotangent = _rows(grad_out, visible, not splat)
     grad_weights = torch.einsum("btihd,btjhd->btijh", cotangent, values)
-    grad_scores = torch.where(valid[..., None], weights * (grad_weights - delta[:, :, :, None]), 0)
+    grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-2, keepdim=True))
     grads = (
         scale * torch.einsum("btijh,btjhd->btihd", grad_scores, keys),
         scale * torch.einsum("btijh,btihd->btjhd", grad_scores, queries),
@@ -82,11 +81,11 @@ def backward(
     return grad_query, grad_key, grad_value, grad_tracks.contiguous(), grad_precision
 
 
-def _rows(x: Tensor, visible: Tensor | None = None, splat: bool = False) -> Tensor:
-    """`[B, T, M, H, D]` or `[B, T, h, w, H, D]` -> `[B, T, rows, H, D]`, invisible tracks zero where they are keys."""
+def _rows(x: Tensor, visible: Tensor, tracks: bool) -> Tensor:
+    """`[B, T, M, H, D]` (tracks) or `[B, T, h, w, H, D]` -> `[B, T, rows, H, D]`, invisible tracks zero."""
     x = x.flatten(2, -3)
     x = x if x.dtype == torch.float64 else x.float()
-    return torch.where(visible[..., None, None], x, 0) if splat and visible is not None else x
+    return torch.where(visible[..., None, None], x, 0) if tracks else x
 
 
 def _geometry(tracks: Tensor, visible: Tensor, grid: torch.Size, splat: bool) -> tuple[Tensor, Tensor]:
@@ -113,5 +112,5 @@ def _scores(query: Tensor, key: Tensor, offset: Tensor, valid: Tensor, precision
     return scale * torch.einsum("btihd,btjhd->btijh", query, key) + bias[..., None]
 
 
-def _weights(scores: Tensor, lse: Tensor, valid: Tensor) -> Tensor:
-    return torch.where(valid[..., None], torch.exp(scores - lse[:, :, :, None]), 0)
+def _weights(scores: Tensor, valid: Tensor) -> Tensor:
+    return torch.where(valid[..., None], scores.softmax(-2), 0)
