@@ -1,5 +1,6 @@
 // The Python module `tritonkern._cpp`: picks the instruction set once, and hands raw pointers and strides to its
 // kernels.
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -10,6 +11,7 @@
 
 #include "common/memory.h"
 #include "correlation_soft_argmax/call.h"
+#include "residual_norm/call.h"
 #include "temporal_window_attention/call.h"
 
 namespace py = pybind11;
@@ -26,13 +28,16 @@ struct Kernels {
     void (*correlation_backward)(const CorrelationSoftArgmax&);
     void (*soft_argmax_forward)(const SoftArgmax&);
     void (*soft_argmax_backward)(const SoftArgmax&);
+    void (*residual_norm_forward)(const ResidualNorm&);
+    void (*residual_norm_backward)(const ResidualNorm&);
 };
 
-#define TRITONKERN_KERNELS(isa, condition)                                                             \
-    Kernels {                                                                                          \
-        #isa, [] { return bool(condition); }, isa::temporal_window_attention_forward,                  \
-            isa::temporal_window_attention_backward, isa::correlation_soft_argmax_forward,             \
-            isa::correlation_soft_argmax_backward, isa::soft_argmax_forward, isa::soft_argmax_backward \
+#define TRITONKERN_KERNELS(isa, condition)                                                              \
+    Kernels {                                                                                           \
+        #isa, [] { return bool(condition); }, isa::temporal_window_attention_forward,                   \
+            isa::temporal_window_attention_backward, isa::correlation_soft_argmax_forward,              \
+            isa::correlation_soft_argmax_backward, isa::soft_argmax_forward, isa::soft_argmax_backward, \
+            isa::residual_norm_forward, isa::residual_norm_backward                                     \
     }
 
 // Best first.
@@ -141,6 +146,18 @@ SoftArgmax describe(int dtype, const Shape& shape, double temperature, double ra
     return call;
 }
 
+// Addresses of x (backward: the sum), branch, gamma, weight and bias; 0 for what is absent.
+ResidualNorm describe(const std::array<int, 3>& dtypes, const std::array<int64_t, 2>& shape, double eps,
+                      int num_threads, const std::array<uintptr_t, 5>& inputs) {
+    ResidualNorm call{};
+    call.dtype = static_cast<DType>(dtypes[0]), call.branch_dtype = static_cast<DType>(dtypes[1]);
+    call.out_dtype = static_cast<DType>(dtypes[2]);
+    call.rows = shape[0], call.C = shape[1], call.eps = eps, call.num_threads = num_threads;
+    call.x = pointer(inputs[0]), call.branch = pointer(inputs[1]), call.gamma = pointer(inputs[2]);
+    call.weight = pointer(inputs[3]), call.bias = pointer(inputs[4]);
+    return call;
+}
+
 }  // namespace
 }  // namespace tritonkern
 
@@ -220,6 +237,31 @@ PYBIND11_MODULE(_cpp, m) {
             call.grad_points = pointer(grad_points);
             call.grad_cost = result_view(grad_cost, shape, dtype).data;
             kernels().soft_argmax_backward(call);
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "residual_norm_forward",
+        [](const std::array<int, 3>& dtypes, const std::array<int64_t, 2>& shape, double eps, int num_threads,
+           const std::array<uintptr_t, 5>& inputs, const std::array<uintptr_t, 2>& results) {
+            auto call = describe(dtypes, shape, eps, num_threads, inputs);
+            call.sum = pointer(results[0]), call.normed = pointer(results[1]);
+            if (call.sum) expect_writes(call.sum, call.rows * call.C * size_of(dtypes[0]));
+            expect_writes(call.normed, call.rows * call.C * size_of(dtypes[2]));
+            kernels().residual_norm_forward(call);
+        },
+        py::call_guard<py::gil_scoped_release>());
+    m.def(
+        "residual_norm_backward",
+        [](const std::array<int, 3>& dtypes, const std::array<int64_t, 2>& shape, double eps, int num_threads,
+           const std::array<uintptr_t, 5>& inputs, const std::array<uintptr_t, 2>& grads,
+           const std::array<uintptr_t, 3>& results, int64_t chunk) {
+            auto call = describe(dtypes, shape, eps, num_threads, inputs);
+            call.grad_sum = pointer(grads[0]), call.grad_normed = pointer(grads[1]);
+            call.grad_x = pointer(results[0]), call.grad_branch = pointer(results[1]);
+            call.partial = pointer(results[2]), call.chunk = chunk;
+            if (call.grad_x) expect_writes(call.grad_x, call.rows * call.C * size_of(dtypes[0]));
+            if (call.grad_branch) expect_writes(call.grad_branch, call.rows * call.C * size_of(dtypes[1]));
+            kernels().residual_norm_backward(call);
         },
         py::call_guard<py::gil_scoped_release>());
 }

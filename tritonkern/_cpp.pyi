@@ -87,3 +87,23 @@ def soft_argmax_backward(
     grad_cost: int,
     /,
 ) -> None: ...
+def residual_norm_forward(
+    dtypes: Sequence[int],
+    shape: Sequence[int],
+    eps: float,
+    num_threads: int,
+    inputs: Sequence[int],
+    results: Sequence[int],
+    /,
+) -> None: ...
+def residual_norm_backward(
+    dtypes: Sequence[int],
+    shape: Sequence[int],
+    eps: float,
+    num_threads: int,
+    inputs: Sequence[int],
+    grads: Sequence[int],
+    results: Sequence[int],
+    chunk: int,
+    /,
+) -> None: ...

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tritonkern.ops import _backends
 from tritonkern.ops.correlation_soft_argmax import op as _match_op
+from tritonkern.ops.residual_norm import op as _norm_op
 from tritonkern.ops.temporal_window_attention import op as _window_op
 from tritonkern.ops.track_attention import op as _track_op
 
@@ -324,6 +325,62 @@ def _real(name: str, x: float) -> float:
         raise ValueError(f"{name} must fit into a float, got an integer of {int(x).bit_length()} bits") from None
 
 
+def residual_norm(
+    x: Tensor,
+    branch: Tensor | None = None,
+    gamma: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-6,
+    *,
+    out_dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The residual sum of a pre-norm transformer block and the LayerNorm of it, in one pass over memory.
+
+    ``total = x + gamma * branch``, ``normed = (total - mean) / sqrt(variance + eps) * weight + bias`` with mean and
+    variance over the channels of each token. The first derivative is supported, for the tensors that require it; a
+    second one raises RuntimeError. Nothing is saved for it but the sum.
+
+    Args:
+        x: residual stream ``[..., C]`` with C from 1 to 8192; float64, float32, bfloat16 or float16. Sums are kept in
+            float32 (float64 for float64). Rows that are not adjacent in memory are copied first.
+        branch: what attention or the feed-forward adds, of x's shape, in x's dtype or, beside float32, bfloat16 or
+            float16 (the float32 residual stream of autocast). None adds nothing.
+        gamma: factor ``[C]`` on branch (LayerScale); None is 1.
+        weight, bias: ``[C]`` of the LayerNorm; None is 1 and 0.
+        eps: added to the variance, not negative.
+        out_dtype: of normed, under the rule for branch; None takes the autocast dtype under autocast (what the next
+            linear layer would cast to), otherwise x's.
+        backend: ``"cpp"``, ``"triton"`` or ``"reference"``; None chooses by device.
+
+    Returns:
+        total (x itself without a branch), in x's dtype, and normed. normed is computed from total as it is rounded to
+        x's dtype. A NaN or infinity reaches the row (token) that holds it alone.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        NotImplementedError: an input carries a forward-mode tangent.
+        ValueError: shapes or devices that do not fit together, gamma without a branch, or a backend that cannot run
+            this call (the message lists every backend with its reason and the way out).
+
+    LayerNorm: Ba et al., 2016; LayerScale: Touvron et al., "Going deeper with Image Transformers", ICCV 2021.
+    """
+    _backends.check_name(backend)
+    _check_number("eps", eps)
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+    if out_dtype is None:
+        out_dtype = _autocast_dtype(x)
+    elif not isinstance(out_dtype, torch.dtype):
+        raise TypeError(f"out_dtype must be a torch.dtype or None, got {type(out_dtype).__name__}")
+    _norm_op.check(x, branch, gamma, weight, bias, eps, out_dtype)
+    given = [tensor for tensor in (x, branch, gamma, weight, bias) if tensor is not None]
+    _refuse_forward_mode("residual_norm", *given)
+    total, normed = _norm_op.residual_norm_fwd(x, branch, gamma, weight, bias, eps, out_dtype, backend)
+    return x if branch is None else total, normed
+
+
 def _check_number(name: str, x: float) -> None:
     if isinstance(x, bool) or not isinstance(x, (int, float)):
         raise TypeError(f"{name} must be a number, got {type(x).__name__}; use .item() on a tensor")
@@ -370,6 +427,14 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in _AUTOCAST_FROM else x for x in tensors)
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a linear layer would cast x to."""
+    device = x.device.type
+    if x.dtype != torch.float32 or not torch.amp.is_autocast_available(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 _AUTOCAST_FROM = (torch.float32, torch.bfloat16, torch.float16)

@@ -1,0 +1,1 @@
+"""Residual sum and LayerNorm in one pass; see README.md in this folder."""
