@@ -58,8 +58,8 @@ def query_gradient_tiles(channels: int, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float64:
         return Tiles(16, 4, 4, 16, 4, 1)
     if dtype == torch.float32 and not tf32_allowed():
-        return Tiles(16, 8, 8, min(32, block_c(channels)), 4, 1)
-    return Tiles(16, 8, 8, min(64, block_c(channels)), 4, 2)
+        return Tiles(16, 8, 8, min(32, block_c(channels)), 4 if on_amd() else 8, 1)
+    return Tiles(16, 8, 8, min(64, block_c(channels)), 4 if on_amd() else 8, 1 if on_amd() else 2)
 
 
 def features_gradient_tiles(channels: int, dtype: torch.dtype) -> Tiles:
@@ -67,8 +67,8 @@ def features_gradient_tiles(channels: int, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float64:
         return Tiles(16, 4, 4, 16, 4, 1)
     if dtype == torch.float32 and not tf32_allowed():
-        return Tiles(16, 8, 8, min(32, block_c(channels)), 4, 1)
-    return Tiles(32, 8, 8, min(128, block_c(channels)), 4, 1)
+        return Tiles(16, 8, 8, min(32, block_c(channels)), 8, 1)
+    return Tiles(32, 8, 8, min(64, block_c(channels)), 4, 1)
 
 
 def block_c(channels: int) -> int:

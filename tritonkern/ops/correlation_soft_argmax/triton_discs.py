@@ -195,21 +195,21 @@ def query_gradient_kernel(
 @triton.jit
 def _add_discs(
     total, total_along, group, y, x, y0, x0, start, patches, order, centres, starts, rows, row_scale, b, t,
-    frame, local_frame, frames, T, N, h, w, C, reach_y, reach_x, patch_h, patch_w, limit, pairs, stride_n,
+    frame, local_frame, all_frames, T, N, h, w, C, reach_y, reach_x, patch_h, patch_w, limit, plane, pairs, stride_n,
     COSINE: tl.constexpr, BAND: tl.constexpr, BLOCK_N: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
     BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Adds what all discs that reach into a tile leave there, for the channels from `start` on.
 
-    Group 0 is the discs, group 1 the cells of the minima, which are discs of one cell. `pairs` is N T B.
+    Group 0 is the discs, group 1 the cells of the minima, which are discs of one cell. `pairs` is B T N, and `plane` is
+    the number of patches in this launch; no division of 64-bit numbers here, it spills the registers around it.
     """
-    plane = pairs // T * frames  # patches of this launch
     if group == 0:
         plane *= patch_h * patch_w
     else:
         order += pairs
         centres += pairs
-        starts += pairs // N * (tl.cdiv(h, BAND) * w + 1)
+        starts += all_frames.to(tl.int64) * (tl.cdiv(h, BAND) * w + 1)
         patches += plane * (patch_h * patch_w) * (2 if COSINE else 1)
         reach_y = 0
         reach_x = 0
@@ -245,12 +245,13 @@ def _add_discs(
     return total, total_along
 
 
-@triton.jit(do_not_specialize=range(33))
+@triton.jit(do_not_specialize=range(35))
 def features_gradient_kernel(
     query, features, query_scale, features_scale, order, centres, starts, patches, grad_mean, grad_features,
     T: tl.int32, N: tl.int32, h: tl.int32, w: tl.int32, C: tl.int32, frames: tl.int32, first_frame: tl.int32,
     first_group: tl.int32, groups: tl.int32, has_mean: tl.int32, reach_y: tl.int32, reach_x: tl.int32,
-    patch_h: tl.int32, patch_w: tl.int32, limit: tl.uint32, pairs: tl.int64, longest_scale: tl.float64,
+    patch_h: tl.int32, patch_w: tl.int32, limit: tl.uint32, plane: tl.int64, pairs: tl.int64, all_frames: tl.int32,
+    longest_scale: tl.float64,
     stride_qb: tl.int64, stride_qn: tl.int64, stride_b: tl.int64, stride_t: tl.int64, stride_y: tl.int64,
     stride_x: tl.int64,
     COSINE: tl.constexpr, BAND: tl.constexpr, BLOCK_N: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
@@ -298,7 +299,8 @@ def features_gradient_kernel(
         for group in tl.range(first_group, groups, num_stages=1):
             total, along = _add_discs(
                 total, along, group, y, x, y0, x0, start, patches, order, centres, starts, rows, query_scale, b, t,
-                frame, local_frame, frames, T, N, h, w, C, reach_y, reach_x, patch_h, patch_w, limit, pairs, stride_qn,
+                frame, local_frame, all_frames, T, N, h, w, C, reach_y, reach_x, patch_h, patch_w, limit, plane, pairs,
+                stride_qn,
                 COSINE, BAND, BLOCK_N, TILE_H, TILE_W, BLOCK_C, PRECISION,
             )  # fmt: skip
         if COSINE:

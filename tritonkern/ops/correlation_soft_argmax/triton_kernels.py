@@ -153,7 +153,7 @@ def backward(
             triton_discs.features_gradient_kernel, B * count * cell_tiles, tiles,
             *inputs, order, centres, starts, patches, grad_frame, grad_features,
             T, N, h, w, units, count, first, 0 if present[0] else 1, len(centres), grad_mean is not None,
-            *reach, *patch[0], limit, B * N * T, longest_scale, *query_strides, *strides,
+            *reach, *patch[0], limit, B * count * N, B * T * N, B * T, longest_scale, *query_strides, *strides,
             COSINE=cosine, BAND=configs.BAND, BLOCK_N=tiles.block_n, TILE_H=tiles.tile_h, TILE_W=tiles.tile_w,
             BLOCK_C=tiles.block_c, PRECISION=configs.precision(query.dtype),
         )  # fmt: skip
