@@ -11,13 +11,14 @@ from tritonkern.functional import (
     track_splat_attention,
 )
 from tritonkern.integrations import patch
-from tritonkern.nn import CorrelationSoftArgmax, TemporalWindowAttention
+from tritonkern.nn import CorrelationSoftArgmax, TemporalWindowAttention, Tracktention
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CorrelationSoftArgmax",
     "TemporalWindowAttention",
+    "Tracktention",
     "__version__",
     "correlation_soft_argmax",
     "patch",

@@ -1,4 +1,4 @@
-"""Reference models: DINOv2, Chrono, and chrono-nano, whose weights ship with the package."""
+"""Reference models: DINOv2, depth on it, Chrono, chrono-nano with packaged weights; Tracktention for any of them."""
 
 from __future__ import annotations
 
@@ -8,10 +8,23 @@ from pathlib import Path
 
 from tritonkern.models.chrono import Chrono
 from tritonkern.models.chrono_nano import ChronoNano
+from tritonkern.models.depth import DepthModel
 from tritonkern.models.dinov2 import DINOv2
 from tritonkern.models.matching import MatchingTracker, TrackerOutput
+from tritonkern.models.tracktention import TracktentionModel, insert_tracktention
 
-__all__ = ["Chrono", "ChronoNano", "DINOv2", "MODELS", "MatchingTracker", "TrackerOutput", "build_model"]
+__all__ = [
+    "Chrono",
+    "ChronoNano",
+    "DINOv2",
+    "DepthModel",
+    "MODELS",
+    "MatchingTracker",
+    "TrackerOutput",
+    "TracktentionModel",
+    "build_model",
+    "insert_tracktention",
+]
 
 
 def _packaged_nano() -> Path:

@@ -2,5 +2,6 @@
 
 from tritonkern.nn.correlation import CorrelationSoftArgmax, TrackerOutput
 from tritonkern.nn.temporal import TemporalWindowAttention
+from tritonkern.nn.tracktention import Tracktention
 
-__all__ = ["CorrelationSoftArgmax", "TemporalWindowAttention", "TrackerOutput"]
+__all__ = ["CorrelationSoftArgmax", "TemporalWindowAttention", "TrackerOutput", "Tracktention"]

@@ -1,0 +1,153 @@
+"""An image network with Tracktention layers between its blocks: a video network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonkern.nn import Tracktention
+
+
+def insert_tracktention(
+    model: nn.Module,
+    blocks: Iterable[int | str],
+    dim: int | Sequence[int],
+    num_heads: int = 8,
+    depth: int = 2,
+    sigma: float = 0.5,
+) -> TracktentionModel:
+    """A video network around an image network, whose features meet along tracks after some of its blocks.
+
+    Args:
+        model: an image network, called with `[N, 3, H, W]`. It is not copied, and its modules, parameters and state
+            dict stay as they are: it loads the same files, and called by itself it is the image network.
+        blocks: after which modules: names as in `model.named_modules()` (stages of a ConvNet), or the indices of a
+            transformer's blocks (those of the model's longest list of modules of one class; negative ones count from
+            the end). The output of such a module, or the first of a tuple, must be tokens `[N, L, C]`, of which the
+            last h * w are the patches row by row (class and register tokens before them pass unchanged), or a feature
+            map `[N, C, h, w]`.
+        dim: channels C after each of the blocks, or one number for all.
+        num_heads, depth, sigma: as in `tritonkern.Tracktention`.
+
+    Raises:
+        ValueError: no or unknown blocks, or sizes that do not fit.
+
+    Paper: Lai and Vedaldi, "Tracktention: Leveraging Point Tracking to Attend Videos Faster and Better", CVPR 2025.
+    """
+    names = [_name(model, block) for block in blocks]
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"blocks must name at least one module, none of them twice, got {names}")
+    dims = [dim] * len(names) if isinstance(dim, int) else list(dim)
+    if len(dims) != len(names):
+        raise ValueError(f"dim must be a number or one for each of {len(names)} blocks, got {len(dims)}")
+    layers = {name: Tracktention(size, num_heads, depth, sigma) for name, size in zip(names, dims, strict=True)}
+    return TracktentionModel(model, layers)
+
+
+class TracktentionModel(nn.Module):
+    """What `insert_tracktention` returns. State dict: `image.*`, the image network's own, and `layers.*`."""
+
+    def __init__(self, image: nn.Module, layers: Mapping[str, Tracktention]) -> None:
+        super().__init__()
+        self.image = image
+        self.names = list(layers)
+        self.layers = nn.ModuleList(layers.values())
+        example = next(image.parameters(), None)
+        if example is not None:
+            self.layers.to(example.device, example.dtype)
+
+    def forward(self, video: Tensor, tracks: Tensor, visibility: Tensor | None = None, **options: Any) -> Any:
+        """The image network's answer to every frame.
+
+        Args:
+            video: `[B, T, 3, H, W]` (any number of channels), as the image network wants its images.
+            tracks: `[B, T, M, 2]` (x, y) in pixels of the frames, which span `[0, W] x [0, H]` (the centre of the
+                first pixel is (0.5, 0.5)). From a tracker's `[N, T, 2]` they come by `.transpose(0, 1)[None]`.
+            visibility: `[B, T, M]` bool, see `tritonkern.Tracktention`.
+            options: passed on to the image network.
+
+        Returns:
+            What the image network returns for `[B * T, 3, H, W]`, with B and T apart in every tensor (of tuples,
+            lists and dictionaries too) that begins with B * T.
+
+        Raises:
+            ValueError: `video` is not 5-D, the output of a block is not as `insert_tracktention` asks for, or shapes do
+                not fit together.
+        """
+        if video.ndim != 5:
+            raise ValueError(f"video must be [B, T, 3, H, W], got {list(video.shape)}")
+        batch, frames, _, height, width = video.shape
+
+        def reach(layer: Tracktention) -> Callable[..., Any]:
+            def hook(module: nn.Module, args: Any, output: Any) -> Any:
+                x = output if isinstance(output, Tensor) else output[0]
+                if x.ndim not in (3, 4) or len(x) != batch * frames:
+                    raise ValueError(
+                        f"a block must return [{batch * frames}, L, C] or [{batch * frames}, C, h, w], "
+                        f"got {list(x.shape)} from {type(module).__name__}"
+                    )
+                rows, columns = x.shape[2:] if x.ndim == 4 else self._grid(height, width)
+                prefix = 0 if x.ndim == 4 else x.shape[1] - rows * columns
+                if prefix < 0:
+                    raise ValueError(f"a block returned {x.shape[1]} tokens for {rows} x {columns} patches")
+                # [B, T, h, w, C]
+                grid = x.movedim(1, -1) if x.ndim == 4 else x[:, prefix:].unflatten(1, (rows, columns))
+                cells = tracks * tracks.new_tensor([columns / width, rows / height])
+                grid = layer(grid.unflatten(0, (batch, frames)), cells, visibility).flatten(0, 1)
+                if x.ndim == 4:
+                    y = grid.movedim(-1, 1)
+                else:
+                    y = torch.cat([x[:, :prefix], grid.flatten(1, 2)], 1) if prefix else grid.flatten(1, 2)
+                return y if isinstance(output, Tensor) else type(output)((y, *output[1:]))
+
+            return hook
+
+        # Hooks live for one call only, so that the image network stays one for everybody else.
+        with ExitStack() as hooks:
+            for name, layer in zip(self.names, self.layers, strict=True):
+                assert isinstance(layer, Tracktention)
+                handle = self.image.get_submodule(name).register_forward_hook(reach(layer))
+                hooks.callback(handle.remove)
+            output = self.image(video.flatten(0, 1), **options)
+        return _map(output, lambda x: x.unflatten(0, (batch, frames)) if len(x) == batch * frames else x)
+
+    def _grid(self, height: int, width: int) -> tuple[int, int]:
+        """Rows and columns of patches: the image network begins with a convolution whose stride is its kernel."""
+        for module in self.image.modules():
+            if isinstance(module, nn.Conv2d) and module.stride == module.kernel_size:
+                return height // module.kernel_size[0], width // module.kernel_size[1]
+        raise ValueError(
+            "blocks return tokens, but the model has no patch embedding, a convolution with kernel = stride"
+        )
+
+
+def _name(model: nn.Module, block: int | str) -> str:
+    """Name of a block, given as such or as an index into the model's longest list of modules of one class."""
+    if isinstance(block, str):
+        if block not in (names := [name for name, _ in model.named_modules()]):
+            raise ValueError(f"blocks: the model has no module called {block!r}; it has {', '.join(names[1:12])}, ...")
+        return block
+    path, length = "", 0
+    for name, module in model.named_modules():
+        if isinstance(module, (nn.ModuleList, nn.Sequential)) and len({type(child) for child in module}) == 1:
+            if len(module) > length:
+                path, length = name, len(module)
+    if not -length <= block < length:
+        raise ValueError(f"blocks: no block {block} in the {length} modules of {path!r}; give names instead")
+    return f"{path}.{block % length}"
+
+
+def _map(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
+    """`output` with `change` applied to its tensors of at least one axis."""
+    if isinstance(output, Tensor):
+        return change(output) if output.ndim else output
+    if isinstance(output, Mapping):  # `transformers` returns dictionaries of its own classes
+        return type(output)(**{key: _map(x, change) for key, x in output.items()})
+    if isinstance(output, (tuple, list)):
+        items = [_map(x, change) for x in output]
+        return type(output)(*items) if hasattr(output, "_fields") else type(output)(items)
+    return output
