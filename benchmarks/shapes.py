@@ -27,3 +27,32 @@ TEMPORAL_WINDOW_ATTENTION_GPU = WindowShape("gpu", (4096, 64, 8, 64), "64 x 64 p
 
 # [B, T, N, H, D]: a video in memory order, which peers must first permute and copy.
 TEMPORAL_WINDOW_VIDEO = (1, 24, 256, 4, 32)
+
+
+class MatchingShape(NamedTuple):
+    """A call of the correlation with soft-argmax, and how many times faster than eager it is meant to be on a CPU."""
+
+    name: str
+    queries: int
+    frames: int
+    grid: tuple[int, int]
+    channels: int
+    source: str
+    forward: float
+    both: float
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        return (self.queries, self.frames, *self.grid, self.channels)
+
+
+CORRELATION_SOFT_ARGMAX = [
+    MatchingShape("chrono-s", 64, 24, (64, 64), 384, "Chrono ViT-S, its default chunk of queries, Kubric clips", 8, 15),
+    MatchingShape("chrono-b", 256, 24, (64, 64), 768, "Chrono ViT-B, a training batch of 256 queries", 6, 12),
+]
+
+# The shape whose rate is promised on a data-centre GPU.
+CORRELATION_SOFT_ARGMAX_GPU = MatchingShape("gpu", 1024, 24, (64, 64), 768, "Chrono ViT-B, 1024 queries", 10, 10)
+
+# Of LocoTrack (64 x 64, models/locotrack_model.py) behind its convolution; `channels` means nothing here.
+SOFT_ARGMAX_2D = MatchingShape("locotrack", 256, 24, (64, 64), 0, "LocoTrack's cost volume, 256 queries", 8, 8)

@@ -5,10 +5,26 @@ It is the only backend that builds the cost volume.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 
+def _full_precision(function: Callable) -> Callable:
+    """Inside an operator an autocast of the caller is still on; it would round the matrix products."""
+
+    @functools.wraps(function)
+    def run(*tensors):
+        device = next(x.device.type for x in tensors if isinstance(x, Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*tensors)
+
+    return run
+
+
+@_full_precision
 def forward(
     query: Tensor, features: Tensor, temperature: float, radius: float, cosine: bool, eps: float
 ) -> tuple[Tensor, ...]:
@@ -21,6 +37,7 @@ def forward(
     return points, cost.mean((-2, -1)), maximum, -minimum, best, worst, weight, query_scale, features_scale
 
 
+@_full_precision
 def backward(
     grad_points: Tensor | None,
     grad_mean: Tensor | None,
