@@ -38,7 +38,7 @@ def statistics_tiles(channels: int, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float64:
         return Tiles(16, 4, 4, 16, 4, 1)
     if dtype == torch.float32 and not tf32_allowed():
-        return Tiles(64, 8, 8, min(32, block_c(channels)), 8, 1 if on_amd() else 2)
+        return Tiles(64, 8, 8, 16, 8, 1 if on_amd() else 2)
     if dtype == torch.float32:
         return Tiles(64, 8, 16, min(32, block_c(channels)), 8, 3)
     return Tiles(128, 8, 16, min(64, block_c(channels)), 8, 2 if on_amd() else 3)
@@ -49,7 +49,7 @@ def points_tiles(channels: int, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float64:
         return Tiles(16, 4, 4, 16, 4, 1)
     if dtype == torch.float32 and not tf32_allowed():
-        return Tiles(16, 8, 8, min(32, block_c(channels)), 4, 1 if on_amd() else 2)
+        return Tiles(16, 8, 8, 16, 4, 1)
     return Tiles(16, 8, 8, min(64, block_c(channels)), 4, 2 if on_amd() else 3)
 
 

@@ -105,12 +105,12 @@ def backward(
     C, dtype = query.shape[-1], maximum.dtype
     units = C // triton_tiles.UNIT.value
 
-    unit_query = query.to(dtype) * query_scale[..., None] if cosine else query.to(dtype)
     grad_query = query.new_zeros((B, N, C), dtype=dtype)
     grad_frame = points  # not read without grad_mean
     if grad_mean is not None:
         # The same for all cells of a frame, so that their sum stands for them.
         share = grad_mean / (h * w)
+        unit_query = query.to(dtype) * query_scale[..., None] if cosine else query.to(dtype)
         grad_frame = torch.einsum("bnt,bnc->btc", share, unit_query).contiguous()
         grad_query += torch.einsum("bnt,btc->bnc", share, _sum(features, strides, features_scale, cosine, dtype))
 
