@@ -67,7 +67,7 @@ def features_gradient_tiles(channels: int, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float64:
         return Tiles(16, 4, 4, 16, 4, 1)
     if dtype == torch.float32 and not tf32_allowed():
-        return Tiles(16, 8, 8, min(32, block_c(channels)), 8, 1)
+        return Tiles(16, 8, 8, 16, 4, 1)
     return Tiles(32, 8, 8, min(64, block_c(channels)), 4, 1)
 
 
