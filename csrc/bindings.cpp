@@ -1,6 +1,8 @@
 // The Python module `tritonkern._cpp`: picks the instruction set once, and hands raw pointers and strides to its
 // kernels.
 
+#include "track_attention/bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -30,6 +32,8 @@ struct Kernels {
     void (*soft_argmax_backward)(const SoftArgmax&);
     void (*residual_norm_forward)(const ResidualNorm&);
     void (*residual_norm_backward)(const ResidualNorm&);
+    void (*track_attention_forward)(const TrackAttention&);
+    void (*track_attention_backward)(const TrackAttention&);
 };
 
 #define TRITONKERN_KERNELS(isa, condition)                                                              \
@@ -37,7 +41,8 @@ struct Kernels {
         #isa, [] { return bool(condition); }, isa::temporal_window_attention_forward,                   \
             isa::temporal_window_attention_backward, isa::correlation_soft_argmax_forward,              \
             isa::correlation_soft_argmax_backward, isa::soft_argmax_forward, isa::soft_argmax_backward, \
-            isa::residual_norm_forward, isa::residual_norm_backward                                     \
+            isa::residual_norm_forward, isa::residual_norm_backward, isa::track_attention_forward,      \
+            isa::track_attention_backward                                                               \
     }
 
 // Best first.
@@ -264,4 +269,5 @@ PYBIND11_MODULE(_cpp, m) {
             kernels().residual_norm_backward(call);
         },
         py::call_guard<py::gil_scoped_release>());
+    bind_track_attention(m, kernels);
 }

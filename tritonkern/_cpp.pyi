@@ -107,3 +107,31 @@ def residual_norm_backward(
     chunk: int,
     /,
 ) -> None: ...
+def track_attention_forward(
+    dtype: int,
+    shape: Sequence[int],
+    options: tuple[float, float, bool, bool, int],
+    query: _Tensor,
+    key: _Tensor,
+    value: _Tensor,
+    tracks: int,
+    visible: int,
+    out: int,
+    lse: int,
+    /,
+) -> None: ...
+def track_attention_backward(
+    dtype: int,
+    shape: Sequence[int],
+    options: tuple[float, float, bool, bool, int],
+    query: _Tensor,
+    key: _Tensor,
+    value: _Tensor,
+    tracks: int,
+    visible: int,
+    grad_out: _Tensor,
+    grads: Sequence[int],
+    grad_tracks: int,
+    grad_precision: int,
+    /,
+) -> None: ...
