@@ -1,7 +1,8 @@
 """The authors' own repositories, run beside ours where they lie in the folder that TRITONKERN_OFFICIAL_DIR names.
 
-That folder holds clones of github.com/facebookresearch/dinov2 and github.com/cvlab-kaist/Chrono, called `dinov2` and
-`Chrono`.
+That folder holds clones of facebookresearch/dinov2, cvlab-kaist/Chrono, cvlab-kaist/locotrack and
+google-deepmind/tapnet (GitHub), under the names `dinov2`, `Chrono`, `locotrack` and `tapnet`; a test
+whose clone is missing is skipped.
 """
 
 import importlib
@@ -10,6 +11,7 @@ import sys
 import types
 import warnings
 from pathlib import Path
+from unittest.mock import MagicMock
 
 import pytest
 import torch
@@ -35,7 +37,8 @@ def _memory_efficient_attention(query, key, value, attn_bias):
 
 @pytest.fixture
 def official(monkeypatch):
-    """`official(repository, module)` imports a module; a stand-in takes the place of xformers, which needs a GPU."""
+    """`official(repository, module)` imports a module; stand-ins take the place of xformers, which needs a GPU, and of
+    einshape, of which nothing that is run here makes use."""
     ops = types.ModuleType("xformers.ops")
     ops.memory_efficient_attention = _memory_efficient_attention
     ops.fmha = types.SimpleNamespace(
@@ -44,8 +47,14 @@ def official(monkeypatch):
     before = set(sys.modules)
     monkeypatch.setitem(sys.modules, "xformers", types.ModuleType("xformers"))
     monkeypatch.setitem(sys.modules, "xformers.ops", ops)
+    source = types.ModuleType("einshape.src")
+    source.abstract_ops, source.backend = MagicMock(), types.SimpleNamespace(Backend=list)
+    monkeypatch.setitem(sys.modules, "einshape", types.ModuleType("einshape"))
+    monkeypatch.setitem(sys.modules, "einshape.src", source)
 
     def load(repository, module):
+        if not (Path(OFFICIAL_DIR) / repository).is_dir():
+            pytest.skip(f"{OFFICIAL_DIR} has no {repository}")
         monkeypatch.syspath_prepend(Path(OFFICIAL_DIR) / repository)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -53,5 +62,5 @@ def official(monkeypatch):
 
     yield load
     for name in set(sys.modules) - before:
-        if name.split(".")[0] in ("models", "dinov2"):
+        if name.split(".")[0] in ("models", "dinov2", "tapnet"):
             del sys.modules[name]
