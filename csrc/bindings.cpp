@@ -1,7 +1,6 @@
 // The Python module `tritonkern._cpp`: picks the instruction set once, and hands raw pointers and strides to its
 // kernels.
-
-#include "track_attention/bindings.h"
+#include "temporal_adapter/bindings.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -15,6 +14,7 @@
 #include "correlation_soft_argmax/call.h"
 #include "residual_norm/call.h"
 #include "temporal_window_attention/call.h"
+#include "track_attention/bindings.h"
 
 namespace py = pybind11;
 
@@ -32,17 +32,23 @@ struct Kernels {
     void (*soft_argmax_backward)(const SoftArgmax&);
     void (*residual_norm_forward)(const ResidualNorm&);
     void (*residual_norm_backward)(const ResidualNorm&);
+    void (*group_norm_statistics)(const GroupNormStatistics&);
+    void (*group_norm_sums)(const GroupNormBackward&);
+    void (*group_norm_gradient)(const GroupNormBackward&);
+    void (*conv3x3)(const Conv3x3&);
+    void (*conv3x3_weight_gradient)(const Conv3x3WeightGradient&);
     void (*track_attention_forward)(const TrackAttention&);
     void (*track_attention_backward)(const TrackAttention&);
 };
 
-#define TRITONKERN_KERNELS(isa, condition)                                                              \
-    Kernels {                                                                                           \
-        #isa, [] { return bool(condition); }, isa::temporal_window_attention_forward,                   \
-            isa::temporal_window_attention_backward, isa::correlation_soft_argmax_forward,              \
-            isa::correlation_soft_argmax_backward, isa::soft_argmax_forward, isa::soft_argmax_backward, \
-            isa::residual_norm_forward, isa::residual_norm_backward, isa::track_attention_forward,      \
-            isa::track_attention_backward                                                               \
+#define TRITONKERN_KERNELS(isa, condition)                                                                             \
+    Kernels {                                                                                                          \
+        #isa, [] { return bool(condition); }, isa::temporal_window_attention_forward,                                  \
+            isa::temporal_window_attention_backward, isa::correlation_soft_argmax_forward,                             \
+            isa::correlation_soft_argmax_backward, isa::soft_argmax_forward, isa::soft_argmax_backward,                \
+            isa::residual_norm_forward, isa::residual_norm_backward, isa::group_norm_statistics, isa::group_norm_sums, \
+            isa::group_norm_gradient, isa::conv3x3, isa::conv3x3_weight_gradient, isa::track_attention_forward,        \
+            isa::track_attention_backward                                                                              \
     }
 
 // Best first.
@@ -269,5 +275,6 @@ PYBIND11_MODULE(_cpp, m) {
             kernels().residual_norm_backward(call);
         },
         py::call_guard<py::gil_scoped_release>());
+    bind_temporal_adapter(m, [] { return &kernels(); });
     bind_track_attention(m, kernels);
 }

@@ -107,6 +107,64 @@ def residual_norm_backward(
     chunk: int,
     /,
 ) -> None: ...
+
+_Image = tuple[int, Sequence[int], int, int]
+_Source = tuple[_Image, int, _Image | None, int, int]
+
+def group_norm_statistics(
+    shape: Sequence[int], num_threads: int, channels: int, eps: float, image: _Image, mean: int, rstd: int, /
+) -> None: ...
+def group_norm_sums(
+    shape: Sequence[int],
+    num_threads: int,
+    channels: int,
+    image: _Image,
+    grad: _Image,
+    mean: int,
+    sums: int,
+    moments: int,
+    /,
+) -> None: ...
+def group_norm_gradient(
+    shape: Sequence[int],
+    num_threads: int,
+    channels: int,
+    image: _Image,
+    grad: _Image,
+    slope: int,
+    scale: int,
+    shift: int,
+    grad_image: _Image,
+    /,
+) -> None: ...
+def conv3x3(
+    shape: Sequence[int],
+    num_threads: int,
+    in_channels: int,
+    out_channels: int,
+    tile: int,
+    source: _Source,
+    weight: int,
+    weight_stride: Sequence[int],
+    bias: int,
+    relu: bool,
+    residual: _Image | None,
+    mask: _Image | None,
+    out: _Image,
+    /,
+) -> None: ...
+def conv3x3_weight_gradient(
+    shape: Sequence[int],
+    num_threads: int,
+    in_channels: int,
+    out_channels: int,
+    tile: int,
+    source: _Source,
+    grad_out: _Source,
+    grad_weight: int,
+    grad_bias: int,
+    /,
+) -> None: ...
 def track_attention_forward(
     dtype: int,
     shape: Sequence[int],

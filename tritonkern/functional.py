@@ -11,6 +11,7 @@ from torch import Tensor
 from tritonkern.ops import _backends
 from tritonkern.ops.correlation_soft_argmax import op as _match_op
 from tritonkern.ops.residual_norm import op as _norm_op
+from tritonkern.ops.temporal_adapter import op as _adapter_op
 from tritonkern.ops.temporal_window_attention import op as _window_op
 from tritonkern.ops.track_attention import op as _track_op
 
@@ -315,16 +316,6 @@ def _track_attention(
     return attend(query, key, value, tracks, visible, precision, scale, splat, culling, backend)[0]
 
 
-def _real(name: str, x: float) -> float:
-    """A number as Python's own, those of NumPy included."""
-    if isinstance(x, bool) or not isinstance(x, (int, float, numbers.Real)):
-        raise TypeError(f"{name} must be a number or None, got {type(x).__name__}; use .item() on a tensor")
-    try:
-        return float(x)
-    except OverflowError:
-        raise ValueError(f"{name} must fit into a float, got an integer of {int(x).bit_length()} bits") from None
-
-
 def residual_norm(
     x: Tensor,
     branch: Tensor | None = None,
@@ -343,7 +334,7 @@ def residual_norm(
     second one raises RuntimeError. Nothing is saved for it but the sum.
 
     Args:
-        x: residual stream ``[..., C]`` with C from 1 to 8192; float64, float32, bfloat16 or float16. Sums are kept in
+        x: residual stream ``[..., C]`` with C from 1 to 4096; float64, float32, bfloat16 or float16. Sums are kept in
             float32 (float64 for float64). Rows that are not adjacent in memory are copied first.
         branch: what attention or the feed-forward adds, of x's shape, in x's dtype or, beside float32, bfloat16 or
             float16 (the float32 residual stream of autocast). None adds nothing.
@@ -379,6 +370,107 @@ def residual_norm(
     _refuse_forward_mode("residual_norm", *given)
     total, normed = _norm_op.residual_norm_fwd(x, branch, gamma, weight, bias, eps, out_dtype, backend)
     return x if branch is None else total, normed
+
+
+def _real(name: str, x: float) -> float:
+    """A number as Python's own, those of NumPy included."""
+    if isinstance(x, bool) or not isinstance(x, (int, float, numbers.Real)):
+        raise TypeError(f"{name} must be a number or None, got {type(x).__name__}; use .item() on a tensor")
+    try:
+        return float(x)
+    except OverflowError:
+        raise ValueError(f"{name} must fit into a float, got an integer of {int(x).bit_length()} bits") from None
+
+
+def norm_conv_relu(
+    tokens: Tensor,
+    grid: tuple[int, int],
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    pool: int = 1,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor:
+    """What a temporal adapter begins with: GroupNorm over the whole clip, 3x3 convolution, ReLU.
+
+    The norm has one group: its statistics are taken over all frames, patches and channels of a batch entry. Padding is
+    zero after the norm. The normalised tokens are never stored. The first derivative is supported; a second one raises
+    RuntimeError.
+
+    Args:
+        tokens: ``[B, T, prefix + h * w, C]``, class and register tokens before the patches of each frame, row by row;
+            any strides. float64, float32, bfloat16 or float16.
+        grid: ``(h, w)``, multiples of `pool`.
+        norm_weight, norm_bias: ``[C]``.
+        weight, bias: ``[O, C, 3, 3]`` and ``[O]``.
+        pool: side p of the patches that the result is stored in.
+        eps: added to the variance.
+        backend: ``"cpp"`` or ``"reference"``; None chooses by device (on a GPU the latter, which is cuDNN).
+
+    Returns:
+        ``[B, T, h/p * w/p, p * p * O]``: pixel (y, x) of channel o of the image is in row (y / p, x / p) at
+        ``((y % p) * p + x % p) * O + o``, so that a convolution of kernel and stride p is a linear layer. Convolutions
+        of float64 and float32 are as exact as PyTorch's. For 16-bit tokens, and under autocast, they have the precision
+        of 16-bit numbers; the result then is float32 on the CPU, which computes in it, and 16-bit on a GPU.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        NotImplementedError: an input carries a forward-mode tangent.
+        ValueError: shapes or devices that do not fit together, or a backend that cannot run this call.
+
+    Paper: Kim et al., "Exploring Temporally-Aware Features for Point Tracking", CVPR 2025; the convolution is computed
+    by Winograd's algorithm (Lavin and Gray, CVPR 2016).
+    """
+    _backends.check_name(backend)
+    dtype = _adapter_dtype(tokens)
+    _adapter_op.check_in(tokens, norm_weight, norm_bias, weight, bias, *grid, pool, dtype)
+    _refuse_forward_mode("norm_conv_relu", tokens, norm_weight, norm_bias, weight, bias)
+    call = (tokens, norm_weight, norm_bias, eps, weight, bias, *grid, pool, dtype, backend)
+    return _adapter_op.adapter_in_fwd(*call)[0]
+
+
+def relu_conv_add(
+    hidden: Tensor,
+    grid: tuple[int, int],
+    weight: Tensor,
+    bias: Tensor,
+    tokens: Tensor | None = None,
+    *,
+    pool: int = 1,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """What a temporal adapter ends with: ReLU, 3x3 convolution, sum with the tokens.
+
+    Args:
+        hidden: ``[B, T, h/p * w/p, p * p * O]``, an image as `norm_conv_relu` returns it, and of the dtype it returns.
+        grid, pool, backend: as in `norm_conv_relu`.
+        weight, bias: ``[C, O, 3, 3]`` and ``[C]``.
+        tokens: ``[B, T, prefix + h * w, C]``; the first `prefix` of each frame are copied as they are.
+        dtype: what the convolution is to be as precise as; None takes that of tokens, or the autocast dtype.
+
+    Returns:
+        New tokens in their shape and dtype, contiguous; without tokens ``[B, T, h * w, C]`` in `dtype`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `norm_conv_relu`.
+    """
+    _backends.check_name(backend)
+    if dtype is None:
+        dtype = _adapter_dtype(hidden if tokens is None else tokens)
+    _adapter_op.check_out(hidden, weight, bias, tokens, *grid, pool, dtype)
+    _refuse_forward_mode("relu_conv_add", hidden, weight, bias, *(() if tokens is None else (tokens,)))
+    return _adapter_op.adapter_out_fwd(hidden, weight, bias, tokens, *grid, pool, dtype, backend)
+
+
+def _adapter_dtype(tokens: Tensor) -> torch.dtype:
+    """Of the convolutions; the autocast dtype, unless the tokens have 16 bits already."""
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"tokens must be a torch.Tensor, got {type(tokens).__name__}")
+    return _autocast_dtype(tokens)
 
 
 def _check_number(name: str, x: float) -> None:

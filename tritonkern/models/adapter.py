@@ -1,8 +1,10 @@
 """The temporal adapter that lets the tokens of a per-frame backbone look along time."""
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tritonkern.functional import norm_conv_relu, relu_conv_add, temporal_window_attention
 from tritonkern.nn import TemporalWindowAttention
 
 
@@ -44,20 +46,61 @@ class TemporalAdapter(nn.Module):
         channels = self.norm.num_channels
         if tokens.ndim != 5 or tokens.shape[4] != channels:
             raise ValueError(f"tokens must be [B, T, h, w, {channels}], got {list(tokens.shape)}")
-        batch, frames, height, width, _ = tokens.shape
-        if height % self.pool or width % self.pool:
-            raise ValueError(f"h and w of tokens must be multiples of pool={self.pool}, got {height} x {width}")
+        grid = (tokens.shape[2], tokens.shape[3])
+        tokens = tokens.flatten(2, 3)
+        # Half precision comes from the tokens, or from autocast: `hidden` may be float32 for either.
+        dtype = None if tokens.dtype == torch.float32 else tokens.dtype
+        return self._restore(self._bottleneck(tokens, grid), grid, dtype=dtype).unflatten(2, grid)
 
-        # Channels-last tensors throughout: a grid of tokens is an image in the memory order that convolutions prefer.
-        x = self.norm(tokens.movedim(-1, 1)).movedim(1, -1)
-        x = F.relu(self.conv1(x.flatten(0, 1).movedim(-1, 1)))
-        x = F.relu(self.conv_pool(x)).movedim(1, -1)
+    def add_to(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """All tokens of a backbone `[B, T, prefix + h * w, C]` -> new ones, the update added to the patches.
 
-        # [B, T, h/pool * w/pool, hidden]
-        grid = x.shape[1:3]
-        x = x.unflatten(0, (batch, frames)).flatten(2, 3)
-        x = x + self.attn_temp(self.norm2(x))
+        The fastest way to use an adapter: patches are not cut out, and the update is not stored.
 
-        x = x.flatten(0, 1).unflatten(1, grid).movedim(-1, 1)
-        x = self.conv2(F.relu(self.conv_upsample(x)))
-        return x.movedim(1, -1).unflatten(0, (batch, frames))
+        Args:
+            tokens: `prefix` class and register tokens, which stay as they are, before the patches of each frame.
+            grid: (h, w).
+
+        Raises:
+            ValueError: `tokens` is not 4-D, has other than `dim` channels or fewer than h * w rows, or h or w is no
+                multiple of `pool`.
+        """
+        channels = self.norm.num_channels
+        if tokens.ndim != 4 or tokens.shape[3] != channels:
+            raise ValueError(f"tokens must be [B, T, prefix + h * w, {channels}], got {list(tokens.shape)}")
+        return self._restore(self._bottleneck(tokens, grid), grid, tokens=tokens)
+
+    def _bottleneck(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """`[B, T, prefix + h * w, C]` -> the image that the last ReLU and convolution take, patch after patch."""
+        norm, conv, pool, upsample, attn = self.norm, self.conv1, self.conv_pool, self.conv_upsample, self.attn_temp
+        hidden = norm_conv_relu(
+            tokens, grid, norm.weight, norm.bias, conv.weight, conv.bias, pool=self.pool, eps=norm.eps
+        )
+        # What follows has the dtype that the convolution chose: on the CPU float32 even for half precision.
+        with torch.autocast(tokens.device.type, enabled=False):
+
+            def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+                return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+
+            # Patches are rows: a convolution whose kernel is its stride is a product with the kernel as a matrix.
+            x = F.relu(linear(hidden, pool.weight.permute(0, 2, 3, 1).flatten(1), pool.bias))
+
+            # [B, T, h/pool * w/pool, hidden]
+            norm2 = self.norm2
+            normed = F.layer_norm(
+                x, norm2.normalized_shape, norm2.weight.to(x.dtype), norm2.bias.to(x.dtype), norm2.eps
+            )
+            query, key, value = linear(normed, attn.qkv.weight, attn.qkv.bias).chunk(3, dim=-1)
+            heads = (attn.num_heads, attn.head_dim)
+            attended = temporal_window_attention(
+                query.unflatten(-1, heads), key.unflatten(-1, heads), value.unflatten(-1, heads), attn.window
+            )
+            x = x + linear(attended.flatten(-2), attn.proj.weight, attn.proj.bias)
+
+            bias = upsample.bias.repeat(self.pool**2)  # type: ignore[union-attr]
+            return linear(x, upsample.weight.permute(2, 3, 1, 0).flatten(0, 2), bias)
+
+    def _restore(
+        self, x: Tensor, grid: tuple[int, int], tokens: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        return relu_conv_add(x, grid, self.conv2.weight, self.conv2.bias, tokens, pool=self.pool, dtype=dtype)

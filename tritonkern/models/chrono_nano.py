@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -85,12 +86,13 @@ class ChronoNano(MatchingTracker):
         for index, block in enumerate(self.blocks):
             tokens = block(tokens)
             if self.temporal and index < len(self.adapter):
-                grid = tokens.view(batch, frames, 16, 16, -1)
-                tokens = (grid + self.adapter[index](grid)).flatten(2, 3).flatten(0, 1)
+                adapter = cast(TemporalAdapter, self.adapter[index])
+                tokens = adapter.add_to(tokens.unflatten(0, (batch, frames)), (16, 16)).flatten(0, 1)
         context = self.norm(tokens).transpose(1, 2).unflatten(2, (16, 16))
 
         fused = self.fuse(local + self.upsample(context))
         cells = fused.movedim(1, -1).unflatten(0, (batch, frames))
         if self.temporal:
-            cells = cells + self.local_adapter(cells)
+            grid = cells.shape[2:4]
+            cells = self.local_adapter.add_to(cells.flatten(2, 3), grid).unflatten(2, grid)
         return F.normalize(self.head(self.local_norm(cells)).float(), dim=-1)
