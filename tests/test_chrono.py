@@ -101,7 +101,7 @@ def test_features(tiny):
     video, _ = random_clip()
     images = (video / 2 + 0.5 - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
     images = F.interpolate(images[0].permute(0, 3, 1, 2), size=(112, 112), mode="bilinear", align_corners=False)
-    x = tiny.dino._tokens(images)
+    x = tiny.dino.embed(images)
     for index, block in enumerate(tiny.dino.blocks):
         x = block(x)
         if index < 2:

@@ -1,5 +1,6 @@
 """DINOv2 against PyTorch's own transformer layer, `transformers` and the official code, in float64."""
 
+import copy
 import math
 
 import numpy as np
@@ -164,7 +165,7 @@ def test_adapters_add_to_patch_tokens_only(registers):
         assert tokens.shape == (1, 3, 2, 3, 128)
         return tokens.roll(1, dims=1)
 
-    x = model._tokens(video[0])
+    x = model.embed(video[0])
     for block in model.blocks[:2]:
         x = block(x)
         x = torch.cat([x[:, :prefix], x[:, prefix:] + x[:, prefix:].roll(1, dims=0)], dim=1)
@@ -316,3 +317,92 @@ def test_official_keys(official, name):  # noqa: F811
         peer = getattr(hub, f"dinov2_{name}")(pretrained=False).state_dict()
         ours = DINOv2(name).state_dict()
     assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in peer.items()}
+
+
+def counted_resampling(model, monkeypatch):
+    calls = []
+    resample = model._resampled_positions
+    monkeypatch.setattr(model, "_resampled_positions", lambda *grid: calls.append(grid) or resample(*grid))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: model.pos_embed.mul_(2),
+        lambda model: model.load_state_dict({k: v * 2 for k, v in model.state_dict().items()}),
+        lambda model: model.load_state_dict({k: v * 2 for k, v in model.state_dict().items()}, assign=True),
+        lambda model: setattr(model, "pos_embed", nn.Parameter(model.pos_embed * 2)),
+        lambda model: setattr(model.pos_embed, "data", model.pos_embed * 2),
+        lambda model: model.half().double(),  # rounded
+        lambda model: model.float(),
+    ],
+    ids=["in place", "load", "assign", "new parameter", "data", "rounded", "dtype"],
+)
+def test_position_embedding_is_made_once_for_a_parameter(change, monkeypatch):
+    model = tiny(depth=1)
+    calls = counted_resampling(model, monkeypatch)
+    with torch.no_grad():
+        for _ in range(3):
+            model.position_embedding(3, 4), model.position_embedding(4, 3)
+        assert calls == [(3, 4), (4, 3)]
+        change(model)
+        changed = model.position_embedding(3, 4)
+        assert len(calls) == 3 and changed.dtype == model.pos_embed.dtype
+        assert torch.equal(changed, model._resampled_positions(3, 4))
+
+
+def test_position_embedding_has_its_gradient_and_no_memory_of_inference(monkeypatch):
+    model = tiny(depth=1)
+    with torch.inference_mode():
+        kept = model.position_embedding(3, 4)
+    assert not kept.is_inference()
+    model.position_embedding(3, 4).sum().backward()
+    assert model.pos_embed.grad.abs().sum() > 0
+    calls = counted_resampling(model, monkeypatch)
+    model.pos_embed.requires_grad_(False)
+    assert model.position_embedding(3, 4) is kept and not calls
+    for grid in range(1, 30):
+        model.position_embedding(grid, 1)
+    assert len(model._positions._resampled) <= 8
+    assert not copy.deepcopy(model)._positions._resampled
+
+
+@pytest.mark.parametrize("registers", [0, 4])
+@pytest.mark.parametrize("norm", [True, False])
+def test_frames_in_chunks_give_the_same(registers, norm, monkeypatch):
+    """One frame at a time, as in a long clip, against all at once, which is how it goes with gradients."""
+    model = tiny(registers)
+    video = torch.randn(2, 3, 3, 28, 42, dtype=torch.float64)
+    adapters = [lambda x: x.roll(1, dims=1), lambda x: x.mean(1, keepdim=True).expand_as(x)]
+    options = dict(n=[0, 2], adapters=adapters, return_class_token=True, norm=norm)
+    expected = model.get_intermediate_layers(video, **options)
+    seen, forward = [], Block.forward
+    monkeypatch.setattr(Block, "forward", lambda self, x: seen.append(len(x)) or forward(self, x))
+    monkeypatch.setattr(DINOv2, "temporaries", {"cpu": 1})
+    with torch.no_grad():
+        actual = model.get_intermediate_layers(video, **options)
+    assert set(seen) == {1}
+    torch.testing.assert_close(actual, expected, **EXACT)
+
+
+def test_hooks_see_whole_clips(monkeypatch):
+    model = tiny()
+    monkeypatch.setattr(DINOv2, "temporaries", {"cpu": 1})
+    seen = []
+    model.blocks[1].register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    with torch.no_grad():
+        model(torch.randn(5, 3, 28, 28, dtype=torch.float64))
+    assert seen == [5]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_residual_stream_is_float32_under_autocast(dtype):
+    model = tiny().float()
+    seen = []
+    model.blocks[1].register_forward_hook(lambda module, args, output: seen.append((args[0].dtype, output.dtype)))
+    for images in (torch.randn(1, 3, 28, 28), torch.randn(1, 3, 28, 28, dtype=dtype)):
+        with torch.autocast("cpu", dtype):
+            assert model.get_intermediate_layers(images, norm=False)[0].dtype == torch.float32
+            assert model.blocks[0](torch.randn(1, 5, 128, dtype=dtype)).dtype == torch.float32
+    assert seen == [(torch.float32, torch.float32)] * 2

@@ -1,5 +1,7 @@
 """The residual sum with its LayerNorm: every backend against float64, the rule of twice eager PyTorch's error."""
 
+import os
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -16,7 +18,11 @@ PAIRS = [(dtype, dtype) for dtype in op.DTYPES] + MIXED
 """Residual stream and branch."""
 
 
-@pytest.fixture(params=native_backends(op.NAME))
+# `test_residual_norm_triton.py` runs this file in Triton's interpreter.
+INTERPRETED = [pytest.param(("triton", "cpu"), id="triton")] * (os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@pytest.fixture(params=[*native_backends(op.NAME), *INTERPRETED])
 def where(request):
     return request.param
 
@@ -57,6 +63,8 @@ def run(where, tensors, absent=()):
 
 
 def check(where, tensors, absent=()):
+    if where == ("triton", "cpu") and torch.bfloat16 in (x.dtype for x in tensors):
+        pytest.skip("the interpreter truncates to bfloat16 where a GPU rounds")
     inputs = [None if i in absent else x for i, x in enumerate(tensors[:5])]
     doubles = [None if x is None else x.double() for x in inputs]
     exact = results(textbook, doubles, [x.double() for x in tensors[5:]])
@@ -311,7 +319,7 @@ X = torch.randn(2, 8)
         ({"x": [1.0]}, TypeError, "x must be a torch.Tensor, got list"),
         ({"x": X.int()}, TypeError, "x must be float64.* got torch.int32"),
         ({"x": torch.tensor(1.0)}, ValueError, r"x must have shape \[..., C\]"),
-        ({"x": torch.zeros(2, 8193)}, ValueError, "C from 1 to 8192"),
+        ({"x": torch.zeros(2, 4097)}, ValueError, "C from 1 to 4096"),
         ({"branch": X[:1]}, ValueError, r"branch must have the shape of x, \(2, 8\), got \(1, 8\)"),
         ({"branch": X.double()}, TypeError, "branch must be torch.float32, bfloat16 or float16.*got torch.float64"),
         ({"x": X.bfloat16(), "branch": X}, TypeError, "branch must be torch.bfloat16, as x is torch.bfloat16"),

@@ -76,9 +76,24 @@ class Chrono(MatchingTracker):
     def features(self, video: Tensor) -> Tensor:
         """Unit-norm features `[B, T, 64, 64, C]` of a video `[B, T, 256, 256, 3]` in [-1, 1]."""
         batch, frames = video.shape[:2]
-        images = (((video.to(self.mean.dtype) + 1) / 2 - self.mean) / self.std).flatten(0, 1).movedim(-1, 1)
+        dino, grid = self.dino, (self.cells, self.cells)
+        tokens = 1 + dino.config.num_registers + self.cells**2
+        last = len(dino.blocks) - 1
+        # From frame to token a few frames at a time: at 896 x 896 the images alone would be larger than the tokens.
+        (x,) = dino.run_blocks(
+            dino.per_frame(self._embed, video.flatten(0, 1), tokens),
+            video.shape[:2], grid, {last}, list(self.adapter), norm=False,
+        )  # fmt: skip
+        return dino.per_frame(self._unit_features, x, tokens).unflatten(0, (batch, frames))
+
+    def _embed(self, frames: Tensor) -> Tensor:
+        """Frames `[N, 256, 256, 3]` in [-1, 1] -> what enters the first block of DINOv2."""
+        images = (((frames.to(self.mean.dtype) + 1) / 2 - self.mean) / self.std).movedim(-1, 1)
         size = self.cells * self.dino.config.patch_size
-        images = F.interpolate(images, size=(size, size), mode="bilinear").unflatten(0, (batch, frames))
-        tokens = self.dino.get_intermediate_layers(images, adapters=list(self.adapter))[0]
-        tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32)).unflatten(2, (self.cells, self.cells))
+        return self.dino.embed(F.interpolate(images, size=(size, size), mode="bilinear"))
+
+    def _unit_features(self, x: Tensor) -> Tensor:
+        """All tokens after the last block -> unit-norm features `[N, 64, 64, C]` of the patches."""
+        tokens = self.dino.norm(x)[:, 1 + self.dino.config.num_registers :]
+        tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32)).unflatten(1, (self.cells, self.cells))
         return tokens / tokens.square().sum(-1, keepdim=True).clamp(min=1e-6).sqrt()

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tritonkern.functional import residual_norm
 from tritonkern.models.checkpoints import load_strict, read_state_dict
 
 
@@ -122,8 +123,55 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
+        norm1, norm2, gamma1, gamma2 = self.norm1, self.norm2, self.ls1.gamma, self.ls2.gamma
+        # The residual stream has the precision of the parameters, also where autocast computes the branches in less.
+        x = x.to(torch.promote_types(x.dtype, gamma1.dtype))
+        x, normed = residual_norm(x, None, None, norm1.weight, norm1.bias, norm1.eps)
+        x, normed = residual_norm(x, self.attn(normed), gamma1, norm2.weight, norm2.bias, norm2.eps)
+        return torch.addcmul(x, self.mlp(normed), gamma2)
+
+
+class _PositionCache:
+    """Resampled position embeddings by grid, as long as the parameter they were made of is unchanged."""
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] = ()
+        self._resampled: dict[tuple[int, int], Tensor] = {}
+
+    def get(self, parameter: Tensor, grid: tuple[int, int], resample: Callable[[int, int], Tensor]) -> Tensor:
+        # A compiled graph, a graph of gradients, and a parameter that a transform has put in need it made anew.
+        if (
+            torch.compiler.is_compiling()
+            or (torch.is_grad_enabled() and parameter.requires_grad)
+            or type(parameter) is not nn.Parameter
+        ):
+            return resample(*grid)
+        if not self._valid(parameter):
+            # A tensor that shares the parameter's memory, whose address so cannot be given out again.
+            self._key, self._resampled = (parameter.detach(), parameter._version), {}
+        if grid not in self._resampled:
+            with torch.inference_mode(False), torch.no_grad():
+                made = resample(*grid)
+            if parameter.is_cuda and torch.cuda.is_current_stream_capturing():
+                return made  # its memory belongs to the graph
+            if len(self._resampled) == 8:
+                self._resampled.clear()
+            self._resampled[grid] = made
+        return self._resampled[grid]
+
+    def _valid(self, parameter: Tensor) -> bool:
+        if not self._key:
+            return False
+        made_of, version = self._key
+        return (
+            made_of.data_ptr() == parameter.data_ptr()
+            and made_of.dtype == parameter.dtype
+            and made_of.device == parameter.device
+            and version == parameter._version
+        )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _PositionCache, ()  # copies and files of a model are without it
 
 
 class DINOv2(nn.Module):
@@ -136,6 +184,11 @@ class DINOv2(nn.Module):
     Raises:
         ValueError: an unknown name.
     """
+
+    # Bytes. A GPU needs some frames side by side to be busy. A CPU is busy with one, and faster than with many: memory
+    # that is allocated anew for a whole clip, 25 MB a frame in each hidden layer of ViT-S at 64 x 64 patches, is pages
+    # that the kernel must clear first.
+    temporaries = {"cpu": 2**27, "cuda": 2**30}
 
     def __init__(self, config: str | DINOv2Config = "vitb14") -> None:
         super().__init__()
@@ -154,6 +207,7 @@ class DINOv2(nn.Module):
             nn.init.normal_(self.register_tokens, std=1e-6)
         self.blocks = nn.ModuleList(Block(config.dim, config.num_heads, config.swiglu) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
+        self._positions = _PositionCache()
 
         nn.init.normal_(self.cls_token, std=1e-6)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -187,6 +241,10 @@ class DINOv2(nn.Module):
         grid = self.config.grid
         if (rows, columns) == (grid, grid):
             return self.pos_embed
+        return self._positions.get(self.pos_embed, (rows, columns), self._resampled_positions)
+
+    def _resampled_positions(self, rows: int, columns: int) -> Tensor:
+        grid = self.config.grid
         pos_embed = self.pos_embed.to(torch.promote_types(self.pos_embed.dtype, torch.float32))
         patches = pos_embed[:, 1:].unflatten(1, (grid, grid)).movedim(-1, 1)
         if self.config.num_registers:
@@ -196,7 +254,7 @@ class DINOv2(nn.Module):
             patches = F.interpolate(patches, scale_factor=factors, mode="bicubic")
         return torch.cat([pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], dim=1).to(self.pos_embed.dtype)
 
-    def _tokens(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor) -> Tensor:
         """Images `[N, 3, H, W]` -> what enters the first block, `[N, 1 + registers + patches, dim]`."""
         x = self.patch_embed(images)
         x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
@@ -204,6 +262,59 @@ class DINOv2(nn.Module):
         if self.config.num_registers:
             x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
         return x
+
+    def per_frame(self, function: Callable[[Tensor], Tensor], x: Tensor, tokens: int, in_place: bool = False) -> Tensor:
+        """`function(x)` for a function that treats frames `[N, ...]`, of `tokens` tokens each, one by one.
+
+        Where no gradient is recorded, it runs on some frames at a time, so that its temporaries stay small however
+        long the clip. `in_place`: the result may take the place of `x`.
+        """
+        # A compiled graph is not cut: its number of frames may be a symbol.
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return function(x)
+        bound = self.temporaries.get(x.device.type, 2**30)
+        # Inside a block a token has some twelve vectors: queries, keys and values, the hidden layer before and after
+        # its GELU, and the residual stream.
+        frames = max(1, bound // (12 * 4 * self.config.dim * tokens))
+        if len(x) <= frames:
+            return function(x)
+        first = function(x[:frames])
+        out = x if in_place else first.new_empty((len(x), *first.shape[1:]))
+        out[:frames] = first
+        del first
+        for start in range(frames, len(x), frames):
+            out[start : start + frames] = function(x[start : start + frames])
+        return out
+
+    def run_blocks(
+        self,
+        x: Tensor,
+        leading: torch.Size,
+        grid: tuple[int, int],
+        wanted: set[int],
+        adapters: Sequence[Callable[[Tensor], Tensor]],
+        norm: bool,
+    ) -> list[Tensor]:
+        """All tokens after the `wanted` blocks, given what `embed` made of the frames, which is overwritten.
+
+        The other arguments are those of `get_intermediate_layers`. Blocks treat frames one by one; only adapters see
+        the whole clip.
+        """
+        prefix = 1 + self.config.num_registers
+        outputs: list[Tensor] = []
+        for index, block in enumerate(self.blocks):
+            if block._forward_hooks or block._forward_pre_hooks:
+                x = block(x)  # a hook may want the whole clip, as that of Chrono's own code does
+            else:
+                returned = any(x is output for output in outputs)
+                x = self.per_frame(block, x, x.shape[1], in_place=not returned)
+            if index < len(adapters):
+                patches = x[:, prefix:].unflatten(1, grid).unflatten(0, leading)
+                update = adapters[index](patches).flatten(0, len(leading) - 1).flatten(1, 2)
+                x = torch.cat([x[:, :prefix], x[:, prefix:] + update], dim=1)
+            if index in wanted:
+                outputs.append(self.norm(x) if norm else x)
+        return outputs
 
     def get_intermediate_layers(
         self,
@@ -241,20 +352,12 @@ class DINOv2(nn.Module):
             raise ValueError(f"adapters must be at most one for each of {depth} blocks, got {len(adapters)}")
 
         leading = images.shape[:-3]
-        x = self._tokens(images.flatten(0, -4))
         rows, columns = (side // size for side in images.shape[-2:])
         prefix = 1 + self.config.num_registers
-
-        outputs = []
-        for index, block in enumerate(self.blocks):
-            x = block(x)
-            if index < len(adapters):
-                patches = x[:, prefix:].unflatten(1, (rows, columns)).unflatten(0, leading)
-                update = adapters[index](patches).flatten(0, len(leading) - 1).flatten(1, 2)
-                x = torch.cat([x[:, :prefix], x[:, prefix:] + update], dim=1)
-            if index in wanted:
-                outputs.append(self.norm(x) if norm else x)
-
+        outputs = self.run_blocks(
+            self.per_frame(self.embed, images.flatten(0, -4), prefix + rows * columns),
+            leading, (rows, columns), wanted, adapters, norm,
+        )  # fmt: skip
         tokens = [out[:, prefix:].unflatten(0, leading) for out in outputs]
         if reshape:
             tokens = [out.transpose(-1, -2).unflatten(-1, (rows, columns)).contiguous() for out in tokens]
