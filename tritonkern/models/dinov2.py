@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonkern.functional import residual_norm
+from tritonkern.models.adapter import TemporalAdapter
 from tritonkern.models.checkpoints import load_strict, read_state_dict
 
 
@@ -309,9 +310,13 @@ class DINOv2(nn.Module):
                 returned = any(x is output for output in outputs)
                 x = self.per_frame(block, x, x.shape[1], in_place=not returned)
             if index < len(adapters):
-                patches = x[:, prefix:].unflatten(1, grid).unflatten(0, leading)
-                update = adapters[index](patches).flatten(0, len(leading) - 1).flatten(1, 2)
-                x = torch.cat([x[:, :prefix], x[:, prefix:] + update], dim=1)
+                adapter = adapters[index]
+                if isinstance(adapter, TemporalAdapter):
+                    x = adapter.add_to(x.unflatten(0, leading), grid).flatten(0, -3)
+                else:
+                    patches = x[:, prefix:].unflatten(1, grid).unflatten(0, leading)
+                    update = adapter(patches).flatten(0, len(leading) - 1).flatten(1, 2)
+                    x = torch.cat([x[:, :prefix], x[:, prefix:] + update], dim=1)
             if index in wanted:
                 outputs.append(self.norm(x) if norm else x)
         return outputs
