@@ -46,15 +46,42 @@ struct Cells {
 
     static bool usable_in_place(int64_t channels) { return std::is_same_v<S, A> && channels % kLanes<A> == 0; }
 
+    const S* at(int64_t cell) const {
+        const uint32_t y = uint32_t(cell) / uint32_t(columns), x = uint32_t(cell) % uint32_t(columns);
+        return data + y * row_stride + x * column_stride;
+    }
+
     // `padded` channels of one cell: where they lie, or widened into `scratch`.
     const A* row(int64_t cell, A* scratch) const {
-        const uint32_t y = uint32_t(cell) / uint32_t(columns), x = uint32_t(cell) % uint32_t(columns);
-        const S* in = data + y * row_stride + x * column_stride;
+        const S* in = at(cell);
         if constexpr (std::is_same_v<S, A>) {
             if (channels == padded) return in;
         }
         widen_row(in, channels, padded, scratch);
         return scratch;
+    }
+};
+
+// Brings cells into the second-level cache, some lines at a time, in the order in which they lie in memory.
+template <class S>
+class Prefetch {
+    const Cells<S>& cells;
+    int64_t cell, end, position = 0;
+
+    static constexpr int64_t kPerLine = kCacheLine / int64_t(sizeof(S));
+
+  public:
+    Prefetch(const Cells<S>& c, int64_t begin, int64_t end) : cells(c), cell(begin), end(end) {}
+
+    int64_t lines() const { return (end - cell) * ceil_div(cells.channels, kPerLine); }
+
+    void fetch(int64_t count) {
+        while (count > 0 && cell < end) {
+            const S* row = cells.at(cell);
+            for (; count > 0 && position < cells.channels; --count, position += kPerLine)
+                __builtin_prefetch(row + position, 0, 2);
+            if (position >= cells.channels) position = 0, ++cell;
+        }
     }
 };
 

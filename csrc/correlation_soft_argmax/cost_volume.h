@@ -11,7 +11,7 @@ template <class S>
 class CostVolume {
     using A = Accumulator<S>;
 
-    // Costs whose maximum is found at once; if it is the largest so far, they are looked through again for the place.
+    // Costs whose maximum is found at once; the piece that has the largest is looked through again for its place.
     static constexpr int64_t kPiece = 512;
 
     const SoftArgmax& call;
@@ -25,13 +25,16 @@ class CostVolume {
         const int64_t i = index / call.frames[2] / call.frames[1];
         return static_cast<const S*>(call.cost.data) + i * stride[0] + j * stride[1] + k * stride[2];
     }
-    A cost(const S* frame, int64_t cell) const {
-        return widen(frame[cell / call.width * row_stride + cell % call.width * column_stride]);
-    }
-    auto reader(const S* frame) const {
-        return [this, frame](Batch<A>& batch) {
-            for (int i = 0; i < batch.count; ++i) batch.score[i] = cost(frame, batch.cell[i]);
+    // Cells of a batch carry their offsets from the best one.
+    auto reader(const S* frame, int64_t best) const {
+        const S* at = frame + best / call.width * row_stride + best % call.width * column_stride;
+        return [at](Batch<A>& batch) {
+            for (int i = 0; i < batch.count; ++i) batch.score[i] = widen(at[batch.cell[i]]);
         };
+    }
+    auto offset() const {
+        const int64_t row = row_stride, column = column_stride;
+        return [row, column](int64_t, int64_t dx, int64_t dy) { return dy * row + dx * column; };
     }
 
   public:
@@ -53,7 +56,8 @@ class CostVolume {
             static_cast<A*>(call.maximum)[i] = maximum, call.best[i] = int32_t(best);
             A *point = static_cast<A*>(call.points) + 2 * i, *weight = static_cast<A*>(call.weight) + i;
             if (std::isfinite(maximum)) {
-                locate(disc, cells, call.width, best, A(call.temperature), maximum, reader(costs), point, weight);
+                locate(disc, cells, call.width, best, A(call.temperature), maximum, offset(), reader(costs, best),
+                       point, weight);
             } else {
                 no_point(point, weight);
             }
@@ -66,8 +70,9 @@ class CostVolume {
         const Result<S> result(call.grad_cost, frames * cells, cells);
         for_frames(strip, [&](int64_t i, A* zeros) {
             const S* costs = frame(i);
-            const auto read = reader(costs);
             const int64_t best = call.best[i];
+            const auto read = reader(costs, best);
+            const auto number = offset();
             const PointGradient<A> gradient(A(call.temperature), static_cast<const A*>(call.maximum)[i],
                                             static_cast<const A*>(call.weight)[i],
                                             static_cast<const A*>(call.points) + 2 * i,
@@ -77,14 +82,16 @@ class CostVolume {
                 std::memset(zeros, 0, strip * sizeof(A));
                 if (disc.reaches(best, begin, end)) {
                     Batch<A> batch;
+                    int64_t place[Batch<A>::kSize];
                     const auto flush = [&] {
                         read(batch);
                         gradient(batch);
-                        for (int k = 0; k < batch.count; ++k) zeros[batch.cell[k] - begin] = batch.value[k];
+                        for (int k = 0; k < batch.count; ++k) zeros[place[k]] = batch.value[k];
                         batch.count = 0;
                     };
                     disc.for_cells(best, begin, end, [&](int64_t cell, int64_t dx, int64_t dy) {
-                        batch.add(cell, dx, dy);
+                        place[batch.count] = cell - begin;
+                        batch.add(number(cell, dx, dy), dx, dy);
                         if (batch.full()) flush();
                     });
                     if (batch.count) flush();
@@ -112,9 +119,9 @@ class CostVolume {
         const bool one_row = row_stride == call.width * column_stride;
         const int64_t rows = one_row ? 1 : call.height, columns = one_row ? cells : call.width;
         A maximum = -std::numeric_limits<A>::infinity();
-        int64_t best = 0;
-        for (int64_t y = 0; y < rows; ++y) {
-            for (int64_t x = 0; x < columns; x += kPiece) {
+        int64_t row = 0, column = 0;  // where the piece with the maximum begins
+        for (int64_t y = 0; y < rows && maximum == maximum; ++y) {
+            for (int64_t x = 0; x < columns && maximum == maximum; x += kPiece) {
                 const int64_t count = min(kPiece, columns - x);
                 A copy[kPiece];
                 const A* piece = copy;
@@ -128,18 +135,16 @@ class CostVolume {
                 } else {
                     for (int64_t i = 0; i < count; ++i) copy[i] = widen(in[i * column_stride]);
                 }
-                if (!exceeds(piece, count, maximum)) continue;
-                int64_t at = 0;
-                while (!(piece[at] == maximum || piece[at] != piece[at])) ++at;
-                maximum = piece[at], best = y * columns + x + at;
-                if (maximum != maximum) {
-                    *result = maximum;
-                    return best;
-                }
+                if (exceeds(piece, count, maximum)) row = y, column = x;
             }
         }
+        const bool broken = maximum != maximum;
+        for (const S* in = costs + row * row_stride;; ++column) {
+            const A x = widen(in[column * column_stride]);
+            if (broken ? x != x : x == maximum) break;
+        }
         *result = maximum;
-        return best;
+        return row * columns + column;
     }
 
     // Whether any of `count` costs is above `maximum`, which then becomes the largest of them, or is NaN.
@@ -167,7 +172,7 @@ class CostVolume {
         }
         for (int l = 0; l < L; ++l) any |= broken[l] != 0;
         const bool found = highest > maximum || any;
-        maximum = highest;
+        maximum = any ? std::numeric_limits<A>::quiet_NaN() : highest;
         return found;
     }
 };

@@ -54,11 +54,11 @@ struct Batch {
     static constexpr int kSize = 16;
 
     alignas(kCacheLine) A dx[kSize] = {}, dy[kSize] = {}, score[kSize], value[kSize];
-    int64_t cell[kSize];
+    int64_t cell[kSize];  // or any other number of theirs
     int count = 0;
 
-    void add(int64_t which, int64_t x, int64_t y) {
-        cell[count] = which, dx[count] = A(x), dy[count] = A(y);
+    void add(int64_t number, int64_t x, int64_t y) {
+        cell[count] = number, dx[count] = A(x), dy[count] = A(y);
         ++count;
     }
     bool full() const { return count == kSize; }
@@ -76,10 +76,10 @@ struct Batch {
     }
 };
 
-// The soft-argmax around a finite maximum. fill(batch) puts scores to a batch's cells.
-template <class A, class Fill>
+// The soft-argmax around a finite maximum. fill(batch) puts scores to a batch of cells with numbers number(cell, dx, dy).
+template <class A, class Number, class Fill>
 inline void locate(const Disc& disc, int64_t cells, int64_t width, int64_t best, A temperature, A maximum,
-                   const Fill& fill, A* point, A* weight) {
+                   const Number& number, const Fill& fill, A* point, A* weight) {
     Batch<A> batch;
     Vec<A> sums[4] = {};
     const auto flush = [&] {
@@ -89,7 +89,7 @@ inline void locate(const Disc& disc, int64_t cells, int64_t width, int64_t best,
         batch.count = 0;
     };
     disc.for_cells(best, 0, cells, [&](int64_t cell, int64_t dx, int64_t dy) {
-        batch.add(cell, dx, dy);
+        batch.add(number(cell, dx, dy), dx, dy);
         if (batch.full()) flush();
     });
     if (batch.count) flush();

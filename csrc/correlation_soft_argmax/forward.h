@@ -43,6 +43,9 @@ class CorrelationForward {
     const ForwardPlan<S> plan;
     const Disc disc;
 
+    // So few queries leave a vector of them nearly empty; channels fill it, and cells are read one after the other.
+    static constexpr int64_t kFewQueries = 3;
+
     struct Scratch {
         A *query_rows, *panels, *rows, *scores;
         Statistics* statistics;
@@ -93,13 +96,12 @@ class CorrelationForward {
             pack(group, scratch);
             scan(group, i % plan.strips, scratch, statistics.data() + i * panels);
         });
-        const int64_t parts = panels;
-        parallel_for(plan.groups * parts, 1, plan.threads, count.used, [&](int64_t i, int64_t, Arena arena) {
-            const Group group(call, plan, i / parts);
+        parallel_for(plan.groups * panels, 1, plan.threads, count.used, [&](int64_t i, int64_t, Arena arena) {
+            const Group group(call, plan, i / panels);
             const Scratch scratch(plan, call.C, arena);
-            const int64_t begin = group.begin + i % parts * kPanel<A>;
+            const int64_t begin = group.begin + i % panels * kPanel<A>;
             for (int64_t n = begin; n < min(begin + kPanel<A>, group.end); ++n)
-                finish(group, n, statistics.data() + i / parts * plan.strips * panels, scratch);
+                finish(group, n, statistics.data() + i / panels * plan.strips * panels, scratch);
         });
     }
 
@@ -132,6 +134,7 @@ class CorrelationForward {
         for (int64_t d = 0; d < plan.padded; d += kLanes<A>) store(scratch + d, load(row + d) * scale);
     }
 
+    // Into panels; the last ones remain in `query_rows` as well.
     void pack(const Group& group, const Scratch& scratch) const {
         const Cells<S> queries = Cells<S>::queries(call, group.b);
         for (int64_t n = group.begin; n < group.end; n += kPanel<A>) {
@@ -148,12 +151,14 @@ class CorrelationForward {
         const int64_t begin = strip * plan.strip, end = min(begin + plan.strip, plan.cells);
         const int64_t queries = group.end - group.begin;
         for (int64_t n = 0; n < queries; n += kPanel<A>) statistics[n / kPanel<A>].reset(begin);
+        if (queries <= kFewQueries) std::memset(scratch.scores, 0, plan.block * kLanes<A> * sizeof(A));
         const Cells<S> frame = Cells<S>::frame(call, group.b, group.t);
         A* features_scale = static_cast<A*>(call.features_scale) + (group.b * call.T + group.t) * plan.cells;
         for (int64_t first = begin; first < end; first += plan.block) {
             const int64_t count = min(plan.block, end - first);
             const A* rows[kMostCells];
-            A squares[kMostCells], scale[kMostCells];
+            A squares[kMostCells], scale[kMostCells], products[kMostCells];
+            const A* factors = call.cosine ? scale : nullptr;
             for (int64_t i = 0; i < count; ++i) rows[i] = frame.row(first + i, scratch.rows + i * plan.padded);
             for (int64_t i = count; i % kCellMultiple; ++i) rows[i] = rows[count - 1];
             if (call.cosine) {
@@ -164,10 +169,28 @@ class CorrelationForward {
                     __atomic_store(features_scale + first + i, scale + i, __ATOMIC_RELAXED);
                 }
             }
+            if (queries <= kFewQueries) {
+                for (int64_t n = 0; n < queries; ++n) {
+                    row_products(scratch.query_rows + n * plan.padded, rows, count, plan.padded, products);
+                    for (int64_t i = 0; i < count; ++i) scratch.scores[i * kLanes<A> + n] = products[i];
+                }
+                if (queries) detail::panel_statistics<A, 1>(scratch.scores, count, factors, first, *statistics);
+                continue;
+            }
+            // The tiles read many rows side by side, each too short for the hardware to foresee the next.
+            Prefetch<S> ahead(frame, first + count, min(first + count + plan.block, end));
+            const int64_t lines = ceil_div(ahead.lines(), ceil_div(queries, int64_t(kPanel<A>)) * 8);
+            const auto fetch = [&] { ahead.fetch(lines); };
             for (int64_t n = 0; n < queries; n += kPanel<A>) {
-                const auto update = queries - n > kLanes<A> ? update_panel<A, 2> : update_panel<A, 1>;
-                update(rows, count, call.cosine ? scale : nullptr, first, scratch.panels + n * plan.padded, plan.padded,
-                       scratch.scores, statistics[n / kPanel<A>]);
+                const auto update = [&](auto vectors) {
+                    update_panel<A, vectors>(rows, count, factors, first, scratch.panels + n * plan.padded, plan.padded,
+                                             scratch.scores, statistics[n / kPanel<A>], fetch);
+                };
+                if (queries - n > kLanes<A>) {
+                    update(std::integral_constant<int, 2>{});
+                } else {
+                    update(std::integral_constant<int, 1>{});
+                }
             }
         }
     }
@@ -210,7 +233,8 @@ class CorrelationForward {
             score(only);
             maximum = only.score[0];
             minimum = minimum < maximum ? minimum : maximum;
-            locate(disc, plan.cells, call.width, best, A(call.temperature), maximum, score, point, weight);
+            const auto itself = [](int64_t cell, int64_t, int64_t) { return cell; };
+            locate(disc, plan.cells, call.width, best, A(call.temperature), maximum, itself, score, point, weight);
         } else {
             no_point(point, weight);
         }

@@ -113,15 +113,17 @@ inline void panel_statistics(const A* scores, int64_t count, const A* scale, int
 
 // Takes `count` cells, numbered from `first_cell`, into the statistics of a panel of V vectors. `rows` has count rounded up
 // to kCellMultiple entries, `scores` room for as many times the queries; scale[i] multiplies the scores of a cell, unless null.
-template <class A, int V>
+// between_tiles() is called before each tile.
+template <class A, int V, class BetweenTiles>
 inline void update_panel(const A* const* rows, int64_t count, const A* scale, int64_t first_cell, const A* panel,
-                         int64_t dim, A* scores, PanelStatistics<A>& statistics) {
+                         int64_t dim, A* scores, PanelStatistics<A>& statistics, const BetweenTiles& between_tiles) {
     // A part of a panel and of the rows of a tile (16 + 6 KiB in float32) share the first-level cache with the scores.
     constexpr int64_t deepest = 16384 / (kPanel<A> * int64_t(sizeof(A)));
     constexpr int cells = V == 2 ? kTileCells : kNarrowTileCells;
     const int64_t depth = ceil_div(dim, ceil_div(dim, deepest));
     for (int64_t d = 0; d < dim; d += depth) {
         for (int64_t i = 0; i < count; i += cells) {
+            between_tiles();
             const A* x[cells];
             for (int k = 0; k < cells; ++k) x[k] = rows[i + k] + d;
             detail::tile<A, cells, V>(x, panel + d * V * kLanes<A>, min(depth, dim - d), d > 0,
