@@ -44,7 +44,7 @@ class CorrelationForward {
     const Disc disc;
 
     // So few queries leave a vector of them nearly empty; channels fill it, and cells are read one after the other.
-    static constexpr int64_t kFewQueries = 3;
+    static constexpr int64_t kFewQueries = kLanes<A> < 3 ? kLanes<A> : 3;
 
     struct Scratch {
         A *query_rows, *panels, *rows, *scores;
