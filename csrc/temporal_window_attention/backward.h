@@ -82,13 +82,15 @@ class Backward {
 
         const int64_t frames = last_query - first_query;
         for (int64_t t = 0; t < frames; t += L) {
-            ahead.fetch_rows(L, {{&call.query, left},
-                                 {&call.key, left + right},
-                                 {&call.value, left + right},
-                                 {&call.grad_out, left},
-                                 {&call.grad_query, 0},
-                                 {&call.grad_key, 0},
-                                 {&call.grad_value, 0}});
+            ahead.fetch_rows(L,
+                             {{&call.query, left},
+                              {&call.key, left + right},
+                              {&call.value, left + right},
+                              {&call.grad_out, left},
+                              {&call.grad_query, 0},
+                              {&call.grad_key, 0},
+                              {&call.grad_value, 0}},
+                             streams ? 3 : 0);
             const auto dots = [&](Rows<A> rows, const A* columns, A* result) {
                 transpose_rows({rows[t], rows.stride}, min<int64_t>(L, frames - t), call.D, scratch.query_columns, L);
                 band_dots(scratch.query_columns, columns + t, plan.key_columns, call.D, plan.window, result + t,

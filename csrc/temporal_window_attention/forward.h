@@ -69,7 +69,8 @@ class Forward {
         const Rows<A> queries = view(call.query).rows(task.begin, task.end, scratch.query);
         A* lse = static_cast<A*>(call.lse) + ((task.b * call.T + task.begin) * call.N + n) * call.H + h;
         for (int64_t t = 0; t < frames; t += L) {
-            ahead.fetch_rows(L, {{&call.query, 0}, {&call.key, right}, {&call.value, right}, {&call.out, 0}});
+            ahead.fetch_rows(L, {{&call.query, 0}, {&call.key, right}, {&call.value, right}, {&call.out, 0}},
+                             streams ? 1 : 0);
             A* weights = scratch.weights + t;
             transpose_rows({queries[t], queries.stride}, min<int64_t>(L, frames - t), call.D, scratch.query_columns, L);
             band_dots(scratch.query_columns, scratch.key_columns + t, plan.key_columns, call.D, plan.window, weights,

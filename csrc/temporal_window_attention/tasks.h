@@ -1,6 +1,8 @@
 // How temporal window attention is cut into tasks, and what makes their way through memory fast.
 #pragma once
 
+#include <initializer_list>
+
 #include "common/banded.h"
 #include "temporal_window_attention/call.h"
 
@@ -76,13 +78,13 @@ class Prefetcher {
         spans = last / c.H != n;
     }
 
-    // `rows` rows of one sequence have been computed: as many of the coming task are due.
-    template <int Count>
-    TRITONKERN_INLINE void fetch_rows(int64_t rows, const Target (&targets)[Count]) {
+    // `rows` rows of one sequence have been computed: as many of the coming task are due. Results come last among the targets,
+    // and are left out where they bypass the caches.
+    TRITONKERN_INLINE void fetch_rows(int64_t rows, std::initializer_list<Target> targets, int64_t left_out) {
         for (due += rows; due >= task.sequences && t < task.end; due -= task.sequences, ++t) {
-            for (const Target& target : targets) {
-                const TensorView& x = *target.tensor;
-                const S* row = Sequence<S>(x, call.D, task.b, n, h).row(min(t + target.later, call.T - 1));
+            for (const Target* target = targets.begin(); target < targets.end() - left_out; ++target) {
+                const TensorView& x = *target->tensor;
+                const S* row = Sequence<S>(x, call.D, task.b, n, h).row(min(t + target->later, call.T - 1));
                 // Heads, and positions if there are several, that do not lie side by side are left to the hardware.
                 const bool dense = x.stride[3] == call.D && (!spans || x.stride[2] == call.H * call.D);
                 const int64_t count = (dense ? task.sequences : 1) * call.D;
