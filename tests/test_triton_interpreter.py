@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 
-CASES = Path(__file__).with_name("triton_interpreter_cases.py")
-
 
 @pytest.mark.slow
-def test_kernels_in_the_interpreter():
+@pytest.mark.parametrize("cases", ["triton_interpreter_cases.py", "triton_interpreter_matching_cases.py"])
+def test_kernels_in_the_interpreter(cases):
     pytest.importorskip("triton")
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(CASES)]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(cases))]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
