@@ -96,6 +96,7 @@ class TrackBackward {
         weigh(frame, lists, first, last, queries, h, scratch);
         const A* grad_out[kBatchRows];
         for (int64_t i = first; i < last; ++i) {
+            grad_outs.prefetch(frame.geometry.row(min(i + kAhead, lists.last - 1)), h);
             grad_out[i - first] = grad_outs.read(frame.geometry.row(i), h, scratch.grad_out + (i - first) * dim);
             softmax_gradient(grad_out[i - first], lists, i, first, dim, scratch);
         }

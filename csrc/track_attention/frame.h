@@ -9,7 +9,7 @@
 
 namespace tritonkern::TRITONKERN_ISA {
 
-// The distance from one to the next larger number of the dtype of the results.
+// The distance from one to the next larger number of a dtype.
 template <class S>
 constexpr double kEpsilon = std::is_same_v<S, double>     ? 0x1p-52
                             : std::is_same_v<S, float>    ? 0x1p-23
@@ -82,7 +82,7 @@ class Frame {
         const FrameRows<S> queries = rows_of(call.query), keys = columns_of(call.key);
         const double* key_norm = bounds.key_norm.get() + index * call.H;
         // Weights of at most epsilon / (8 columns) of the nearest column's; see the README.
-        const double negligible = std::log(8 * double(geometry.columns()) / kEpsilon<S>);
+        const double negligible = std::log(8 * double(geometry.columns()) / epsilon());
         for (int64_t i = first; i < last; ++i) {
             const Nearest nearest = geometry.nearest(i);
             double excess = 0;  // of another column's product over that of the nearest one, in any head
@@ -103,6 +103,9 @@ class Frame {
 
   private:
     static constexpr double kInfinity = std::numeric_limits<double>::infinity();
+
+    // Of the results; the gradients of positions are in the type of the accumulator.
+    double epsilon() const { return call.grad_precision ? kEpsilon<A> : kEpsilon<S>; }
 
     // Relative error of a computed product of two rows, at most, over the product of their norms.
     double rounding() const { return double(call.D) * double(std::numeric_limits<A>::epsilon()); }

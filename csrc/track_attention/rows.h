@@ -54,7 +54,7 @@ class FrameRows {
 
     TRITONKERN_INLINE void prefetch(int64_t i, int64_t h) const {
         const S* row = at(i, h);
-        for (int64_t d = 0; d < dim; d += kCacheLine / int64_t(sizeof(S))) __builtin_prefetch(row + d, 0, 2);
+        for (int64_t d = 0; d < dim; d += kCacheLine / int64_t(sizeof(S))) __builtin_prefetch(row + d, 0, 3);
     }
 
   private:

@@ -8,6 +8,8 @@ namespace tritonkern::TRITONKERN_ISA {
 // Rows of a batch go step by step together: a step of one row has nothing to wait for from the others.
 constexpr int64_t kBatchRows = 32;
 constexpr int64_t kBatchPairs = 2048;
+// Rows of one head lie far apart, a pattern that hardware does not foresee: they are asked for this many rows ahead.
+constexpr int64_t kAhead = 24;
 
 // One thread's share of a head: the columns of a frame, packed, and a batch of rows.
 template <class S>
@@ -29,10 +31,9 @@ struct HeadScratch {
 // Columns of one head, one after the other.
 template <class S, class A = Accumulator<S>>
 void pack(const Frame<S>& frame, const FrameRows<S>& from, int64_t h, A* to) {
-    constexpr int64_t ahead = 16;
     const int64_t columns = frame.geometry.columns();
     for (int64_t j = 0; j < columns; ++j) {
-        from.prefetch(frame.geometry.column(min(j + ahead, columns - 1)), h);
+        from.prefetch(frame.geometry.column(min(j + kAhead, columns - 1)), h);
         from.read_into(frame.geometry.column(j), h, to + j * frame.padded_dim);
     }
 }
@@ -54,6 +55,7 @@ void weigh(const Frame<S>& frame, const Lists<A>& lists, int64_t first, int64_t 
     const int64_t origin = lists.start[first], dim = frame.padded_dim;
     const A scale = A(frame.call.scale);
     for (int64_t i = first; i < last; ++i) {
+        queries.prefetch(frame.geometry.row(min(i + kAhead, lists.last - 1)), h);
         const A* query = queries.read(frame.geometry.row(i), h, scratch.query + (i - first) * dim);
         const A* bias = lists.bias + lists.start[i];
         A* weights = scratch.weights + lists.start[i] - origin;
