@@ -1,13 +1,13 @@
 """Tile sizes and warps of the Triton kernels by (C, dtype, architecture), with where each number came from.
 
 Estimate, not measured: no GPU was at hand. Known from ahead-of-time compilation (tests/test_triton_aot.py, Triton 3.9)
-is that nothing spills on sm_80, sm_90, sm_100 and gfx942; of the tiles tried, these are the largest of which that is so.
+is that nothing spills on sm_80, sm_90, sm_100 and gfx942, which larger tiles did.
 
 Estimates for N = 1024, C = 768, T = 24, 64 x 64 cells in bfloat16: the statistics are 155 GFLOP; tiles of 128 x 128 ask
 the L2 cache for a byte every 64 FLOP, 5.5 TB/s at 350 TFLOP/s. They take 230 registers on sm_90, so one program fits on
-a multiprocessor and its reductions, about a fifth of the time of its products, are not hidden; 128 x 256 spilled. Sixteen
-neighbours in the order of the queries cover about 600 cells in tiles of 8 x 8, so the points add a seventh of the
-products. Backward makes such products three times, two of them in two parts: more than a fifth of forward.
+a multiprocessor, and its reductions, about a fifth of the time of its products, are not hidden; 128 x 256 spilled.
+Sixteen neighbours in the order of the queries cover about 600 cells in tiles of 8 x 8, so the points add a seventh of
+the products. Backward makes such products three times, two of them in two parts: more than a fifth of forward.
 """
 
 from __future__ import annotations
