@@ -56,3 +56,29 @@ CORRELATION_SOFT_ARGMAX_GPU = MatchingShape("gpu", 1024, 24, (64, 64), 768, "Chr
 
 # Of LocoTrack (64 x 64, models/locotrack_model.py) behind its convolution; `channels` means nothing here.
 SOFT_ARGMAX_2D = MatchingShape("locotrack", 256, 24, (64, 64), 0, "LocoTrack's cost volume, 256 queries", 8, 8)
+
+
+class TrackShape(NamedTuple):
+    """A call of track attention, and how many times faster than eager each direction is meant to be on a CPU."""
+
+    name: str
+    frames: int
+    tracks: int
+    grid: tuple[int, int]
+    heads: int
+    head_dim: int
+    source: str
+    over_eager: float
+
+    @property
+    def size(self) -> tuple[int, ...]:
+        return (self.frames, self.tracks, *self.grid, self.heads, self.head_dim)
+
+
+TRACK_ATTENTION = [
+    TrackShape("vit-b", 24, 576, (37, 37), 12, 64, "Tracktention: 576 tracks, ViT-B/14 at 518 x 518, 24 frames", 8),
+    TrackShape("conv", 24, 576, (64, 64), 8, 32, "Tracktention on a ConvNet's stage of 64 x 64 cells, C 256", 10),
+]
+
+# Weights and bias of the eager form would take more than 9 GB a direction.
+TRACK_ATTENTION_DENSE = TrackShape("dense", 1, 4096, (64, 64), 8, 32, "a track a cell, 64 x 64 cells", 0)
