@@ -86,8 +86,10 @@ class CorrelationSoftArgmax(nn.Module):
             logits = self.occ_linear(statistics.to(self.occ_linear.weight.dtype)).to(match.points.dtype)
 
             # [B, N, T, 2]; torch.round is half to even, as in the official code
-            pixels = match.points * match.points.new_tensor([width / columns, height / rows])
-            t, place = queries[..., 0], queries[..., None, [2, 1]].to(pixels.dtype)
+            # Factor by factor, and flipped: a tensor or an index made of numbers here would be copied to a GPU.
+            x, y = match.points.unbind(-1)
+            pixels = torch.stack([x * (width / columns), y * (height / rows)], dim=-1)
+            t, place = queries[..., 0], queries[..., None, 1:].flip(-1).to(pixels.dtype)
             own_frame = t[..., None].round() == torch.arange(frames, device=t.device)
             return TrackerOutput(torch.where(own_frame[..., None], place, pixels), logits[..., 0], logits[..., 1])
 
