@@ -7,8 +7,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from official import needs_official, official  # noqa: F401
-from oracle import eager
+from oracle import eager, run_python
 from safetensors.torch import save_file
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tritonkern.models.adapter import TemporalAdapter
 from tritonkern.models.checkpoints import read_state_dict
@@ -302,3 +304,120 @@ def test_official(official, monkeypatch, tmp_path, registers):  # noqa: F811
     torch.testing.assert_close(actual.tracks, expected["tracks"], atol=1e-3, rtol=0)
     torch.testing.assert_close(actual.occlusion, expected["occlusion"], atol=1e-5, rtol=0)
     torch.testing.assert_close(actual.expected_distance, expected["expected_dist"], atol=1e-5, rtol=0)
+
+
+class NothingReadBack(TorchDispatchMode):
+    """Refuses operators whose result the host has to wait for."""
+
+    WAITING = {"_local_scalar_dense", "nonzero", "is_nonzero", "masked_select", "_unique2", "equal"}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        assert name not in self.WAITING, f"{name} waits for the device"
+        return function(*args, **(kwargs or {}))
+
+
+class NothingMadeOfNumbers(TorchFunctionMode):
+    """Refuses what makes a tensor of Python numbers, which a GPU would have to wait for."""
+
+    MAKING = {torch.tensor, torch.as_tensor, torch.from_numpy, torch.Tensor.new_tensor}
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        assert function not in self.MAKING, f"{function.__name__} copies numbers to the device"
+        if function is torch.Tensor.__getitem__:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            assert not any(isinstance(part, list) for part in index), "a list as an index is copied to the device"
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("grad", [False, True])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_nothing_waits_for_the_host(tiny, grad, autocast):
+    """What CUDA graphs need: no value is read back, and no tensor is made of Python numbers."""
+    video, queries = random_clip(dtype=torch.float32)
+    tiny.float()
+    with NothingMadeOfNumbers(), NothingReadBack(), torch.set_grad_enabled(grad):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            output = tiny(video, queries)
+        if grad:
+            output.tracks.sum().backward()
+    forbidden = (lambda: video[..., [2, 1]], lambda: video.new_tensor([1.0]), video.nonzero, video.sum().item)
+    for call in (*forbidden, lambda: bool(video.sum()), lambda: torch.tensor([1.0])):
+        with pytest.raises(AssertionError), NothingMadeOfNumbers(), NothingReadBack():
+            call()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("autocast", [False, True])
+def test_cuda_graph(tiny, autocast):
+    tiny.float().cuda()
+    video, queries = (x.cuda() for x in random_clip(dtype=torch.float32))
+    other = [x.cuda() for x in random_clip(dtype=torch.float32)]
+    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=autocast, cache_enabled=False):
+        expected = tiny(*other)
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            tiny(video, queries)
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            output = tiny(video, queries)
+        video.copy_(other[0])
+        queries.copy_(other[1])
+        graph.replay()
+    for actual, plain in zip(output, expected, strict=True):
+        torch.testing.assert_close(actual, plain)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_compiled_as_one_graph(tiny, autocast):
+    tiny.float()
+    video, queries = random_clip(dtype=torch.float32)
+    torch._dynamo.reset()
+    compiled = torch.compile(tiny, fullgraph=True, backend="aot_eager")
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        for actual, expected in zip(compiled(video, queries), tiny(video, queries), strict=True):
+            torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_gradients_of_the_compiled_model(tiny):
+    """The backbone is frozen, as in training."""
+    video, queries = random_clip()
+    tiny.dino.requires_grad_(False)
+
+    def gradients(model):
+        tiny.zero_grad()
+        output = model(video, queries)
+        (output.tracks.square().mean() + output.occlusion.sum()).backward()
+        return {name: parameter.grad for name, parameter in tiny.named_parameters() if parameter.grad is not None}
+
+    torch._dynamo.reset()
+    expected = gradients(tiny)
+    actual = gradients(torch.compile(tiny, fullgraph=True, backend="aot_eager"))
+    assert expected and actual.keys() == expected.keys()
+    for name, grad in expected.items():
+        torch.testing.assert_close(actual[name], grad, msg=name)
+
+
+@pytest.mark.slow
+def test_exported_tracker_runs_in_another_process(tiny, tmp_path):
+    """Any number of frames and queries, with the weights inside; the process knows the operators alone."""
+    tiny.float().requires_grad_(False)
+    frames, queries = torch.export.Dim("frames", min=2, max=1000), torch.export.Dim("queries", min=2, max=100000)
+    program = torch.export.export(
+        tiny, random_clip(3, 5, torch.float32), dynamic_shapes=({1: frames}, {1: queries}), strict=False
+    )
+    torch.export.save(program, tmp_path / "chrono.pt2")
+    clip = random_clip(7, 11, torch.float32)
+    torch.save(clip, tmp_path / "clip.pt")
+    run_python(
+        f"""
+        import torch, tritonkern
+        clip = torch.load("{tmp_path}/clip.pt")
+        model = torch.export.load("{tmp_path}/chrono.pt2").module()
+        torch.save(tuple(model(*clip)), "{tmp_path}/output.pt")
+        """
+    )
+    for actual, expected in zip(torch.load(tmp_path / "output.pt"), tiny(*clip), strict=True):
+        torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)

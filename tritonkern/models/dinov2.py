@@ -258,10 +258,12 @@ class DINOv2(nn.Module):
     def embed(self, images: Tensor) -> Tensor:
         """Images `[N, 3, H, W]` -> what enters the first block, `[N, 1 + registers + patches, dim]`."""
         x = self.patch_embed(images)
-        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1)
+        # Not len(x), which would fix the number of frames of an exported program.
+        frames = x.shape[0]
+        x = torch.cat([self.cls_token.expand(frames, -1, -1), x], dim=1)
         x = x + self.position_embedding(*(side // self.config.patch_size for side in images.shape[2:]))
         if self.config.num_registers:
-            x = torch.cat([x[:, :1], self.register_tokens.expand(len(x), -1, -1), x[:, 1:]], dim=1)
+            x = torch.cat([x[:, :1], self.register_tokens.expand(frames, -1, -1), x[:, 1:]], dim=1)
         return x
 
     def per_frame(self, function: Callable[[Tensor], Tensor], x: Tensor, tokens: int, in_place: bool = False) -> Tensor:

@@ -10,7 +10,7 @@ from tritonkern.ops import _backends, _registry
 NAME = "residual_norm"
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # A row is one tile of a Triton program; the gradients of wider ones spill registers.
-MAX_CHANNELS = 4096
+MAX_CHANNELS, MAX_CHANNELS_FLOAT64 = 4096, 2048
 
 
 def check(
@@ -36,8 +36,9 @@ def check(
             )
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}; move one of them")
-    if x.dim() < 1 or not 1 <= x.shape[-1] <= MAX_CHANNELS:
-        raise ValueError(f"x must have shape [..., C] with C from 1 to {MAX_CHANNELS}, got {tuple(x.shape)}")
+    limit = MAX_CHANNELS_FLOAT64 if x.dtype == torch.float64 else MAX_CHANNELS
+    if x.dim() < 1 or not 1 <= x.shape[-1] <= limit:
+        raise ValueError(f"x must have shape [..., C] with C from 1 to {limit}, got {tuple(x.shape)}")
     for name, tensor in (("gamma", gamma), ("weight", weight), ("bias", bias)):
         if tensor is not None and tensor.shape != x.shape[-1:]:
             raise ValueError(f"{name} must have the shape of x's channels, [{x.shape[-1]}], got {tuple(tensor.shape)}")
