@@ -290,7 +290,7 @@ class Tupled(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.embed = nn.Conv2d(3, 32, 14, stride=14)
+        self.embed = nn.Sequential(nn.Conv2d(3, 3, 1), nn.Conv2d(3, 32, 14, stride=14))
         self.blocks = nn.ModuleList(self.Block() for _ in range(3))
 
     def forward(self, x):

@@ -118,7 +118,7 @@ class TracktentionModel(nn.Module):
     def _grid(self, height: int, width: int) -> tuple[int, int]:
         """Rows and columns of patches: the image network begins with a convolution whose stride is its kernel."""
         for module in self.image.modules():
-            if isinstance(module, nn.Conv2d) and module.stride == module.kernel_size:
+            if isinstance(module, nn.Conv2d) and module.stride == module.kernel_size != (1, 1):
                 return height // module.kernel_size[0], width // module.kernel_size[1]
         raise ValueError(
             "blocks return tokens, but the model has no patch embedding, a convolution with kernel = stride"
