@@ -334,8 +334,8 @@ def residual_norm(
     second one raises RuntimeError. Nothing is saved for it but the sum.
 
     Args:
-        x: residual stream ``[..., C]`` with C from 1 to 4096 (2048 in float64); float64, float32, bfloat16 or float16. Sums are kept in
-            float32 (float64 for float64). Rows that are not adjacent in memory are copied first.
+        x: residual stream ``[..., C]`` with C from 1 to 4096 (2048 in float64); float64, float32, bfloat16 or float16.
+            Sums are kept in float32 (float64 for float64). Rows that are not adjacent in memory are copied first.
         branch: what attention or the feed-forward adds, of x's shape, in x's dtype or, beside float32, bfloat16 or
             float16 (the float32 residual stream of autocast). None adds nothing.
         gamma: factor ``[C]`` on branch (LayerScale); None is 1.
