@@ -62,13 +62,13 @@ class TemporalAdapter(nn.Module):
 class Tracker(nn.Module):
     """Takes videos `[B, T, H, W, 3]` in [-1, 1] and queries `[B, N, 3]` (t, y, x) in pixels."""
 
-    def __init__(self, dim=128, depth=3, cells=8, registers=0):
+    def __init__(self, dim=128, depth=3, cells=8, registers=0, hidden=32, grid=None):
         super().__init__()
         self.softmax_temperature = 20.0
         self.initial_resolution = (256, 256)
         self.img_mult = cells
-        self.dino = DINOv2(DINOv2Config(dim, depth, dim // 64, num_registers=registers, grid=cells))
-        self.adapter = nn.ModuleList(TemporalAdapter(dim, 32) for _ in range(depth - 1))
+        self.dino = DINOv2(DINOv2Config(dim, depth, dim // 64, num_registers=registers, grid=grid or cells))
+        self.adapter = nn.ModuleList(TemporalAdapter(dim, hidden) for _ in range(depth - 1))
         self.occ_linear = nn.Linear(3, 2)
 
     def forward(self, video, query_points, query_chunk_size=64):
