@@ -43,7 +43,7 @@ class Hazy:
 
 
 def coloured_by_roughness(rng: np.random.Generator, size: int) -> Tensor:
-    """A surface whose colour follows from its texture: smooth is blue, rough is red."""
+    """A surface whose colour follows from its texture: green where smooth, blue between, red where rough."""
     roughness = rng.uniform()
     frequency = np.hypot(np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)[None])
     frequency[0, 0] = 1 / size
