@@ -74,8 +74,10 @@ def in_backward(
     need_tokens, need_norm, need_conv = needs
     (batch, frames, length, channels), out_channels = tokens.shape, len(weight)
     empty = hidden.numel() == 0
-    nothing = tokens.new_empty(0)
-    grad_tokens = grad_norm_weight = grad_norm_bias = grad_weight = grad_bias = nothing
+    # Outputs of an operator must not share memory, not even none.
+    grad_tokens, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias = (
+        x.new_empty(0) for x in (tokens, norm_weight, norm_bias, weight, weight)
+    )
     call = (batch, frames, rows, columns), torch.get_num_threads()
     tokens, grad_hidden, hidden = _adjacent_channels(tokens), grad_hidden.contiguous(), hidden.contiguous()
     image = _token_image(tokens, rows, columns)
@@ -188,8 +190,7 @@ def out_backward(
     """As reference.out_backward."""
     need_hidden, need_conv = needs
     (batch, frames), (channels, hidden_channels) = hidden.shape[:2], weight.shape[:2]
-    nothing = hidden.new_empty(0)
-    grad_hidden = grad_weight = grad_bias = nothing
+    grad_hidden, grad_weight, grad_bias = (x.new_empty(0) for x in (hidden, weight, weight))
     call = (batch, frames, rows, columns), torch.get_num_threads()
     grad_out, hidden = _adjacent_channels(grad_out), hidden.contiguous()
     image = _hidden_image(hidden, columns, pool)

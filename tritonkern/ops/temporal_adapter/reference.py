@@ -23,15 +23,13 @@ def in_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`[B, T, prefix + h * w, C]` -> relu(conv(norm(patches))) as `hidden`; mean and 1 / deviation `[B]`, float64."""
     patches = _accurate(_patches(tokens, rows, columns))
-    if patches.numel():
-        variance, mean = torch.var_mean(patches, dim=(1, 2, 3), correction=0)
-    else:
-        variance, mean = patches.new_zeros((2, len(patches)))
+    mean = patches.mean((1, 2, 3))
+    variance = (patches - _per_entry(mean)).square().mean((1, 2, 3))
     rstd = (variance + eps).rsqrt()
     compute = hidden_dtype(tokens.device, dtype)
     normed = _normed(patches, norm_weight, norm_bias, mean, rstd).to(compute)
     image = F.conv2d(_image(normed, rows, columns), weight.to(compute), bias.to(compute), padding=1)
-    return _to_hidden(image.relu(), len(tokens), pool), mean.double(), rstd.double()
+    return _to_hidden(image.relu(), tokens.shape[:2], pool), mean.double(), rstd.double()
 
 
 def in_backward(
@@ -59,13 +57,15 @@ def in_backward(
         _from_hidden(grad, rows, columns, pool), _image(normed, rows, columns), weight.to(hidden.dtype),
         weight.shape[:1], (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (need_tokens or need_norm, need_conv, need_conv),
     )  # fmt: skip
-    nothing = tokens.new_empty(0)
-    grad_tokens = grad_norm_weight = grad_norm_bias = nothing
+    # Outputs of an operator must not share memory, not even none.
+    grad_tokens = tokens.new_empty(0)
+    grad_norm_weight, grad_norm_bias = norm_weight.new_empty(0), norm_bias.new_empty(0)
     if need_tokens or need_norm:
         centred = (patches - _per_entry(mean)) * _per_entry(rstd)
         grad = grad_image.movedim(1, -1).reshape(patches.shape).to(patches.dtype)
-        grad_norm_weight, grad_norm_bias = (grad * centred).sum((0, 1, 2)), grad.sum((0, 1, 2))
-        grad_norm_weight, grad_norm_bias = grad_norm_weight.to(norm_weight.dtype), grad_norm_bias.to(norm_bias.dtype)
+        if need_norm:
+            grad_norm_weight = (grad * centred).sum((0, 1, 2)).to(norm_weight.dtype)
+            grad_norm_bias = grad.sum((0, 1, 2)).to(norm_bias.dtype)
         if need_tokens:
             grad = grad * norm_weight.to(grad.dtype)
             along = (grad * centred).mean((1, 2, 3), keepdim=True)
@@ -74,10 +74,10 @@ def in_backward(
             grad_tokens = F.pad(grad, (0, 0, prefix, 0)).to(tokens.dtype)
     return (
         grad_tokens,
-        grad_norm_weight if need_norm else nothing,
-        grad_norm_bias if need_norm else nothing,
-        grad_weight.to(weight.dtype).contiguous() if need_conv else nothing,
-        grad_bias.to(weight.dtype) if need_conv else nothing,
+        grad_norm_weight,
+        grad_norm_bias,
+        grad_weight.to(weight.dtype).contiguous() if need_conv else weight.new_empty(0),
+        grad_bias.to(weight.dtype) if need_conv else weight.new_empty(0),
     )
 
 
@@ -119,14 +119,13 @@ def out_backward(
         grad, image, weight.to(hidden.dtype),
         weight.shape[:1], (1, 1), (1, 1), (1, 1), False, (0, 0), 1, (need_hidden, need_conv, need_conv),
     )  # fmt: skip
-    nothing = hidden.new_empty(0)
-    grad_hidden = nothing
+    grad_hidden = hidden.new_empty(0)
     if need_hidden:
-        grad_hidden = _to_hidden(grad_image, len(hidden), pool).masked_fill_(hidden <= 0, 0)
+        grad_hidden = _to_hidden(grad_image, hidden.shape[:2], pool).masked_fill_(hidden <= 0, 0)
     return (
         grad_hidden,
-        grad_weight.to(weight.dtype).contiguous() if need_conv else nothing,
-        grad_bias.to(weight.dtype) if need_conv else nothing,
+        grad_weight.to(weight.dtype).contiguous() if need_conv else weight.new_empty(0),
+        grad_bias.to(weight.dtype) if need_conv else weight.new_empty(0),
     )
 
 
@@ -153,12 +152,11 @@ def _image(patches: Tensor, rows: int, columns: int) -> Tensor:
     return patches.flatten(0, 1).unflatten(1, (rows, columns)).movedim(-1, 1)
 
 
-def _to_hidden(image: Tensor, batch: int, pool: int) -> Tensor:
+def _to_hidden(image: Tensor, leading: torch.Size, pool: int) -> Tensor:
     """[B * T, O, h, w] -> [B, T, h/p * w/p, p * p * O]"""
-    frames, channels, rows, columns = image.shape
-    x = image.reshape(frames, channels, rows // pool, pool, columns // pool, pool).permute(0, 2, 4, 3, 5, 1)
-    shape = (batch, frames // max(batch, 1), rows // pool * (columns // pool), pool**2 * channels)
-    return x.reshape(shape).contiguous()
+    count, channels, rows, columns = image.shape
+    x = image.reshape(count, channels, rows // pool, pool, columns // pool, pool).permute(0, 2, 4, 3, 5, 1)
+    return x.reshape(*leading, rows // pool * (columns // pool), pool**2 * channels).contiguous()
 
 
 def _from_hidden(hidden: Tensor, rows: int, columns: int, pool: int) -> Tensor:

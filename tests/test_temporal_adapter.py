@@ -1,0 +1,368 @@
+"""The two ends of a temporal adapter, and the adapter as a whole, against plain modules in float64."""
+
+import functools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from official import needs_official, official  # noqa: F401
+from oracle import assert_as_exact_as_eager, native_backends
+from torch.library import opcheck
+
+from tritonkern.functional import norm_conv_relu, relu_conv_add
+from tritonkern.models.adapter import TemporalAdapter
+from tritonkern.ops.temporal_adapter import op
+
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=native_backends(op.NAME))
+def where(request):
+    return request.param
+
+
+def patch_rows(image, pool):
+    """[B, T, h, w, O] -> [B, T, h/p * w/p, p * p * O]"""
+    batch, frames, height, width, channels = image.shape
+    x = image.reshape(batch, frames, height // pool, pool, width // pool, pool, channels).transpose(3, 4)
+    return x.reshape(batch, frames, height // pool * (width // pool), pool * pool * channels)
+
+
+def plain_in(tokens, grid, norm_weight, norm_bias, weight, bias, pool, eps=1e-5, backwards=False):
+    """What a PyTorch user writes: views, GroupNorm, Conv2d, ReLU. `backwards` reverses the order of all sums."""
+    batch, frames, _, channels = tokens.shape
+    x = tokens[:, :, tokens.shape[2] - grid[0] * grid[1] :].unflatten(2, grid).movedim(-1, 1)
+    if backwards:
+        x, norm_weight, norm_bias, weight = (
+            x.flip(1, 3, 4),
+            norm_weight.flip(0),
+            norm_bias.flip(0),
+            weight.flip(1, 2, 3),
+        )
+    x = F.group_norm(x, 1, norm_weight, norm_bias, eps).transpose(1, 2).flatten(0, 1)
+    x = F.conv2d(x, weight, bias, padding=1).relu()
+    if backwards:
+        x = x.flip(2, 3)
+    return patch_rows(x.unflatten(0, (batch, frames)).movedim(2, -1), pool)
+
+
+def plain_out(hidden, grid, weight, bias, tokens, pool, backwards=False):
+    batch, frames, _, width = hidden.shape
+    x = hidden.reshape(batch, frames, grid[0] // pool, grid[1] // pool, pool, pool, width // pool**2).transpose(3, 4)
+    x = x.reshape(batch * frames, *grid, width // pool**2).movedim(-1, 1).relu()
+    if backwards:
+        x, weight = x.flip(1, 2, 3), weight.flip(1, 2, 3)
+    x = F.conv2d(x, weight, bias, padding=1)
+    if backwards:
+        x = x.flip(2, 3)
+    x = x.movedim(1, -1).flatten(1, 2).unflatten(0, (batch, frames))
+    if tokens is None:
+        return x
+    prefix = tokens.shape[2] - grid[0] * grid[1]
+    return tokens + torch.cat([x.new_zeros(*tokens.shape[:2], prefix, tokens.shape[3]), x], dim=2)
+
+
+def results(function, tensors, grad_out):
+    tensors = [x.detach().requires_grad_() for x in tensors]
+    out = function(*tensors)
+    return [out.detach(), *torch.autograd.grad(out, tensors, grad_out.to(out.dtype))]
+
+
+def check(ours, plain, tensors, grad_out):
+    """Results and gradients of ours, and of the plain form at the same dtype, against the plain form in float64.
+
+    The plain form sums forwards and backwards. Float64 has no better judge than itself: its error is what these two
+    differ by, or the plain form's error in float32 times the ratio of their ulps. A hidden value within rounding of
+    zero may pass ReLU in one and not in the other, which is nobody's error; the inputs are such that none is.
+    """
+    exact = results(plain, [x.double().cpu() for x in tensors], grad_out.double().cpu())
+    eager = [results(functools.partial(plain, backwards=order), tensors, grad_out) for order in (False, True)]
+    if grad_out.dtype == torch.float64:
+        single = [x.float() for x in tensors]
+        truth = results(plain, [x.double() for x in single], grad_out)
+        errors = (x - y for x, y in zip(results(plain, single, grad_out), truth, strict=True))
+        eager.append([x + error * 2.0**-29 for x, error in zip(exact, errors, strict=True)])
+    found = results(ours, tensors, grad_out)
+    # Parameters' gradients are sums over the clip that may cancel; one rounding of a term is allowed, as in oracle.py.
+    largest = grad_out.abs().max() * tensors[0].abs().max()
+    for number, (actual, *simple, truth) in enumerate(zip(found, *eager, exact, strict=True)):
+        simple, term = [x.cpu() for x in simple], largest.cpu() if number else 0
+        assert_as_exact_as_eager(actual.cpu(), simple, truth, term, f"result {number}")
+
+
+def in_tensors(shape, grid, prefix, out_channels, dtype, device="cpu"):
+    """tokens, norm_weight, norm_bias, weight, bias; biases keep hidden values away from zero."""
+    batch, frames, channels = shape
+    generator = torch.Generator().manual_seed(3)
+    random = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+    tokens = random(batch, frames, prefix + grid[0] * grid[1], channels) * 2 + 1
+    weight = random(out_channels, channels, 3, 3) / (9 * channels) ** 0.5
+    sign = torch.where(torch.arange(out_channels) % 2 == 0, 8.0, -8.0).double()
+    parameters = (random(channels) * 0.3 + 1, random(channels) * 0.3, weight, sign + random(out_channels) * 0.1)
+    return [x.to(device, dtype) for x in (tokens, *parameters)]
+
+
+def out_tensors(shape, grid, pool, prefix, channels, dtype, device="cpu"):
+    """hidden (away from zero), weight, bias, tokens"""
+    batch, frames, inner = shape
+    generator = torch.Generator().manual_seed(4)
+    random = functools.partial(torch.randn, generator=generator, dtype=torch.float64)
+    hidden = random(batch, frames, grid[0] * grid[1] // pool**2, pool**2 * inner)
+    hidden = hidden + hidden.sign() * 0.1
+    weight = random(channels, inner, 3, 3) / (9 * inner) ** 0.5
+    tokens = random(batch, frames, prefix + grid[0] * grid[1], channels)
+    tensors = [x.to(device, dtype) for x in (hidden, weight, random(channels), tokens)]
+    tensors[0] = tensors[0].to(op.hidden_dtype(tensors[0].device, dtype))
+    return tensors
+
+
+# (B, T, C), grid, prefix, O, pool: more than one block of tiles, sizes that no vector or tile divides, one pixel
+SHAPES = [
+    ((1, 2, 24), (8, 8), 1, 32, 4),
+    ((2, 3, 13), (5, 7), 0, 19, 1),
+    ((1, 1, 8), (1, 1), 5, 8, 1),
+    ((2, 5, 64), (12, 20), 5, 40, 2),
+    ((1, 1, 3), (2, 18), 1, 1, 2),
+]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape, grid, prefix, out_channels, pool", SHAPES)
+def test_in(where, shape, grid, prefix, out_channels, pool, dtype):
+    backend, device = where
+    tensors = in_tensors(shape, grid, prefix, out_channels, dtype, device)
+    rows = grid[0] * grid[1] // pool**2
+    grad_out = torch.randn(*shape[:2], rows, pool**2 * out_channels, dtype=torch.float64).to(device, dtype)
+    ours = lambda tokens, *rest: norm_conv_relu(tokens, grid, *rest, pool=pool, backend=backend)  # noqa: E731
+
+    def plain(tokens, *rest, backwards=False):
+        return plain_in(tokens, grid, *rest, pool, backwards=backwards)
+
+    check(ours, plain, tensors, grad_out)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape, grid, prefix, out_channels, pool", SHAPES)
+@pytest.mark.parametrize("add", [True, False])
+def test_out(where, shape, grid, prefix, out_channels, pool, dtype, add):
+    backend, device = where
+    tensors = out_tensors(shape, grid, pool, prefix, out_channels, dtype, device)
+    if not add:
+        del tensors[3]
+    rows = grid[0] * grid[1] + (prefix if add else 0)
+    grad_out = torch.randn(*shape[:2], rows, out_channels, dtype=torch.float64).to(device, dtype)
+
+    def ours(hidden, weight, bias, tokens=None):
+        return relu_conv_add(hidden, grid, weight, bias, tokens, pool=pool, dtype=dtype, backend=backend)
+
+    def plain(hidden, weight, bias, tokens=None, backwards=False):
+        return plain_out(hidden.to(weight.dtype), grid, weight, bias, tokens, pool, backwards)
+
+    check(ours, plain, tensors, grad_out)
+
+
+@pytest.mark.parametrize("kind", ["large mean", "outlier channels"])
+def test_statistics_keep_their_digits(where, kind):
+    """Tokens of a vision transformer have a few channels a hundred times larger than the others."""
+    tensors = in_tensors((1, 2, 24), (8, 8), 1, 16, torch.float32, where[1])
+    if kind == "large mean":
+        tensors[0] = tensors[0] + 1000
+    else:
+        tensors[0][..., 3] *= 300
+    truth = plain_in(*[tensors[0].double(), (8, 8), *(x.double() for x in tensors[1:])], 1)
+    eager = plain_in(tensors[0], (8, 8), *tensors[1:], 1)
+    actual = norm_conv_relu(tensors[0], (8, 8), *tensors[1:], backend=where[0])
+    assert_as_exact_as_eager(actual, [eager], truth)
+
+
+@pytest.mark.parametrize("view", ["transposed", "channels apart", "expanded"])
+def test_any_strides(where, view):
+    tensors = in_tensors((3, 2, 24), (4, 8), 1, 16, torch.float32, where[1])
+    tokens = tensors[0]
+    if view == "transposed":
+        tokens = tokens.transpose(0, 1).contiguous().transpose(0, 1)
+    elif view == "channels apart":
+        tokens = torch.stack([tokens, tokens], dim=-1)[..., 0]
+    else:
+        tokens = tokens[:1, :1].expand(3, 2, -1, -1)
+    contiguous = tokens.contiguous()
+    expected = norm_conv_relu(contiguous, (4, 8), *tensors[1:], backend=where[0])
+    hidden = norm_conv_relu(tokens, (4, 8), *tensors[1:], backend=where[0])
+    torch.testing.assert_close(hidden, expected)
+    _, weight, bias, _ = out_tensors((3, 2, 16), (4, 8), 1, 1, 24, torch.float32, where[1])
+    expected = relu_conv_add(hidden, (4, 8), weight, bias, contiguous, backend=where[0])
+    torch.testing.assert_close(relu_conv_add(hidden, (4, 8), weight, bias, tokens, backend=where[0]), expected)
+
+
+def adapter_and_tokens(dim=24, frames=3, grid=(8, 4), prefix=1, dtype=torch.float64, batch=2):
+    adapter = TemporalAdapter(dim, hidden=32)
+    with torch.no_grad():
+        for parameter in adapter.parameters():
+            parameter.copy_(torch.randn_like(parameter) * 0.2)
+    return adapter.to(dtype), torch.randn(batch, frames, prefix + grid[0] * grid[1], dim, dtype=dtype)
+
+
+@pytest.mark.parametrize("prefix", [0, 1, 5])
+def test_add_to_is_forward_added_to_the_patches(prefix):
+    adapter, tokens = adapter_and_tokens(prefix=prefix)
+    out = adapter.add_to(tokens, (8, 4))
+    assert torch.equal(out[:, :, :prefix], tokens[:, :, :prefix])
+    update = adapter(tokens[:, :, prefix:].unflatten(2, (8, 4))).flatten(2, 3)
+    torch.testing.assert_close(out[:, :, prefix:], tokens[:, :, prefix:] + update, atol=1e-13, rtol=0)
+
+
+def test_nan_reaches_its_own_clip_alone():
+    adapter, tokens = adapter_and_tokens()
+    tokens[0, 1, 5, 2] = float("nan")
+    tokens.requires_grad_()
+    out = adapter.add_to(tokens, (8, 4))
+    assert out[0, :, 1:].isnan().all() and out[0, :, :1].isfinite().all() and out[1].isfinite().all()
+    (grad,) = torch.autograd.grad(out[1].sum() + out[0, :, :1].sum(), tokens)
+    assert grad[1].isfinite().all()
+
+
+def test_bits_do_not_depend_on_threads():
+    adapter, tokens = adapter_and_tokens(dim=64, grid=(20, 24), dtype=torch.float32)
+    tokens.requires_grad_()
+    threads, runs = torch.get_num_threads(), []
+    try:
+        for number in (1, 2, 3):
+            torch.set_num_threads(number)
+            hidden = norm_conv_relu(tokens, (20, 24), *adapter.norm.parameters(), *adapter.conv1.parameters(), pool=4)
+            out = relu_conv_add(hidden, (20, 24), *adapter.conv2.parameters(), tokens, pool=4)
+            grads = torch.autograd.grad(
+                out.square().sum(),
+                [tokens, *adapter.norm.parameters(), *adapter.conv1.parameters(), *adapter.conv2.parameters()],
+            )
+            runs.append([out, *grads])
+    finally:
+        torch.set_num_threads(threads)
+    for run in runs[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(run, runs[0], strict=True))
+
+
+def test_gradcheck(where):
+    tensors = in_tensors((1, 2, 5), (2, 4), 1, 6, torch.float64, where[1])
+    call = lambda tokens, *rest: norm_conv_relu(tokens, (2, 4), *rest, pool=2, backend=where[0])  # noqa: E731
+    torch.autograd.gradcheck(call, [x.requires_grad_() for x in tensors], nondet_tol=0)
+    tensors = out_tensors((1, 2, 5), (2, 4), 2, 1, 6, torch.float64, where[1])
+    call = lambda hidden, *rest: relu_conv_add(hidden, (2, 4), *rest, pool=2, backend=where[0])  # noqa: E731
+    torch.autograd.gradcheck(call, [x.requires_grad_() for x in tensors], nondet_tol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_opcheck(where, dtype):
+    backend, device = where
+    tensors = [x.requires_grad_() for x in in_tensors((1, 2, 8), (4, 4), 1, 8, dtype, device)]
+    options = (4, 4, 2, dtype)
+    opcheck(op.adapter_in_fwd, (*tensors[:3], 1e-5, *tensors[3:], *options, backend))
+    hidden, mean, rstd = op.adapter_in_fwd(*tensors[:3], 1e-5, *tensors[3:], *options, backend)
+    saved = [x.detach() for x in (hidden, *tensors[:4], hidden, mean, rstd)]
+    for needs in ([True, True, True], [False, True, False], [True, False, False]):
+        opcheck(op.adapter_in_bwd, (*saved, *options, needs, backend))
+    tensors = [x.requires_grad_() for x in out_tensors((1, 2, 8), (4, 4), 2, 1, 8, dtype, device)]
+    opcheck(op.adapter_out_fwd, (*tensors, *options, backend))
+    opcheck(op.adapter_out_fwd, (*tensors[:3], None, *options, backend))
+    grad = torch.randn_like(tensors[3])
+    for needs in ([True, True], [False, True], [True, False]):
+        opcheck(op.adapter_out_bwd, (grad, *(x.detach() for x in tensors[:2]), *options, needs, backend))
+
+
+def test_empty(where):
+    for batch, frames in ((0, 2), (2, 0)):
+        tensors = in_tensors((batch, frames, 8), (4, 4), 1, 8, torch.float32, where[1])
+        call = lambda tokens, *rest: norm_conv_relu(tokens, (4, 4), *rest, backend=where[0])  # noqa: E731
+        out, *grads = results(call, tensors, torch.zeros(batch, frames, 16, 8))
+        assert out.shape == (batch, frames, 16, 8)
+        assert not any(grad.any() for grad in grads)
+        tensors = out_tensors((batch, frames, 8), (4, 4), 1, 1, 8, torch.float32, where[1])
+        call = lambda hidden, *rest: relu_conv_add(hidden, (4, 4), *rest, backend=where[0])  # noqa: E731
+        out, *grads = results(call, tensors, torch.zeros(batch, frames, 17, 8))
+        assert out.shape == (batch, frames, 17, 8)
+        assert not any(grad.any() for grad in grads)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_and_exported(dtype):
+    adapter, tokens = adapter_and_tokens(dtype=dtype)
+    expected = adapter.add_to(tokens, (8, 4))
+    compiled = torch.compile(lambda x: adapter.add_to(x, (8, 4)), fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(tokens), expected)
+    images = tokens[:, :, 1:].unflatten(2, (8, 4))
+    exported = torch.export.export(adapter, (images,))
+    torch.testing.assert_close(exported.module()(images), adapter(images))
+
+
+def test_frozen_parts_cost_and_get_nothing():
+    adapter, tokens = adapter_and_tokens(dtype=torch.float32)
+    adapter.conv1.requires_grad_(False)
+    adapter.norm.requires_grad_(False)
+    adapter.add_to(tokens, (8, 4)).sum().backward()
+    got = {name for name, parameter in adapter.named_parameters() if parameter.grad is not None}
+    assert got == {name for name, parameter in adapter.named_parameters() if parameter.requires_grad}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_half_precision(dtype):
+    """Tokens in 16 bits are as close to float64 as eager ones are; under autocast the residual stream stays float32."""
+    adapter, tokens = adapter_and_tokens(dtype=dtype, frames=4)
+    exact = TemporalAdapter(24, hidden=32).double()
+    exact.load_state_dict(adapter.state_dict())
+    truth = exact.add_to(tokens.double(), (8, 4))
+    out = adapter.add_to(tokens, (8, 4))
+    assert out.dtype == dtype and adapter(tokens[:, :, 1:].unflatten(2, (8, 4))).dtype == dtype
+    # Only the result is rounded to 16 bits; all before it errs by less than a 64th of that.
+    inside = torch.finfo(dtype).eps / 64 * truth.abs().max()
+    assert ((out.double() - truth).abs() <= torch.finfo(dtype).eps / 2 * truth.abs() + inside).all()
+
+    single = adapter.float()
+    with torch.autocast("cpu", dtype):
+        out = single.add_to(tokens.float(), (8, 4))
+        assert single(tokens[:, :, 1:].unflatten(2, (8, 4)).float()).dtype == dtype
+    assert out.dtype == torch.float32
+    assert (out.double() - truth).abs().max() <= inside
+
+
+@pytest.mark.parametrize(
+    "change, error, match",
+    [
+        (dict(tokens=torch.zeros(1, 2, 17, 7)), ValueError, r"weight must have shape \[O, 7, 3, 3\]"),
+        (dict(tokens=torch.zeros(1, 2, 9)), ValueError, "tokens must have shape"),
+        (dict(tokens=torch.zeros(1, 2, 15, 8)), ValueError, "at least h \\* w = 4 \\* 4 rows"),
+        (dict(tokens=torch.zeros(1, 2, 17, 8).double()), TypeError, "norm_weight must be torch.float64 here"),
+        (dict(tokens=torch.zeros(1, 2, 17, 8).int()), TypeError, "tokens must be float64"),
+        (dict(tokens=None), TypeError, "tokens must be a torch.Tensor"),
+        (dict(norm_weight=torch.zeros(7)), ValueError, "norm_weight must have shape"),
+        (dict(bias=torch.zeros(7)), ValueError, "bias must have shape"),
+        (dict(grid=(4, 3)), ValueError, "multiples of pool=2, got 4 x 3"),
+        (dict(backend="cuda"), ValueError, "backend must be one of"),
+    ],
+)
+def test_errors(change, error, match):
+    names = ("tokens", "norm_weight", "norm_bias", "weight", "bias")
+    call = dict(zip(names, in_tensors((1, 2, 8), (4, 4), 1, 8, torch.float32), strict=True))
+    with pytest.raises(error, match=match):
+        norm_conv_relu(**{"grid": (4, 4), "pool": 2, **call, **change})
+
+
+def test_second_derivative_is_refused():
+    adapter, tokens = adapter_and_tokens()
+    tokens.requires_grad_()
+    (grad,) = torch.autograd.grad(adapter.add_to(tokens, (8, 4)).sum(), tokens, create_graph=True)
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        grad.sum().backward()
+
+
+@needs_official
+@pytest.mark.parametrize("frames", [1, 5])
+def test_official_adapter(official, frames):  # noqa: F811
+    theirs = official("Chrono", "models.locotrack_model").TemporalAdapter(24, 32, 11).double()
+    ours, tokens = adapter_and_tokens(frames=frames, grid=(8, 8))
+    ours.load_state_dict(theirs.state_dict())
+    with torch.no_grad():
+        for parameter in ours.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.1)
+    theirs.load_state_dict(ours.state_dict())
+    patches = tokens[:, :, 1:].unflatten(2, (8, 8))
+    expected = theirs(patches.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
+    torch.testing.assert_close(ours(patches), expected, atol=1e-12, rtol=0)
