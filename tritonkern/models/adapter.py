@@ -1,5 +1,7 @@
 """The temporal adapter that lets the tokens of a per-frame backbone look along time."""
 
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -74,7 +76,7 @@ class TemporalAdapter(nn.Module):
         """`[B, T, prefix + h * w, C]` -> the image that the last ReLU and convolution take, patch after patch."""
         norm, conv, pool, upsample, attn = self.norm, self.conv1, self.conv_pool, self.conv_upsample, self.attn_temp
         hidden = norm_conv_relu(
-            tokens, grid, norm.weight, norm.bias, conv.weight, conv.bias, pool=self.pool, eps=norm.eps
+            tokens, grid, norm.weight, norm.bias, conv.weight, cast(Tensor, conv.bias), pool=self.pool, eps=norm.eps
         )
         # What follows has the dtype that the convolution chose: on the CPU float32 even for half precision.
         with torch.autocast(tokens.device.type, enabled=False):
@@ -103,4 +105,5 @@ class TemporalAdapter(nn.Module):
     def _restore(
         self, x: Tensor, grid: tuple[int, int], tokens: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
-        return relu_conv_add(x, grid, self.conv2.weight, self.conv2.bias, tokens, pool=self.pool, dtype=dtype)
+        bias = cast(Tensor, self.conv2.bias)
+        return relu_conv_add(x, grid, self.conv2.weight, bias, tokens, pool=self.pool, dtype=dtype)

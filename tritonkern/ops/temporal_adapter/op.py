@@ -150,7 +150,8 @@ def _in_fwd_fake(
     batch, frames = tokens.shape[:2]
     shape = (batch, frames, rows * columns // pool**2, pool**2 * weight.shape[0])
     hidden = tokens.new_empty(shape, dtype=hidden_dtype(tokens.device, dtype))
-    return hidden, *(tokens.new_empty((batch,), dtype=torch.float64) for _ in range(2))
+    mean, rstd = (tokens.new_empty((batch,), dtype=torch.float64) for _ in range(2))
+    return hidden, mean, rstd
 
 
 def _in_bwd(

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from tritonkern import _cpp
 
+_Video = tuple[int, tuple[int, ...]]
 _DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
@@ -46,18 +47,18 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, tracks and precision; the last two are of shape [0] unless `positions`. `out` and
     `lse` are not read: a row's weights are at hand at once."""
-    grads = tuple(x.new_empty(x.shape) for x in (query, key, value))
+    grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
     grad_tracks = tracks.new_empty(tracks.shape if positions else 0)
     grad_precision = precision.new_empty(() if positions else 0)
     tracks, visible = tracks.contiguous(), visible.contiguous()
     _cpp.track_attention_backward(
         *_inputs(query, key, value, tracks, visible, precision, scale, splat, culling),
         _video(grad_out),
-        [grad.data_ptr() for grad in grads],
+        [grad.data_ptr() for grad in (grad_query, grad_key, grad_value)],
         grad_tracks.data_ptr(),
         grad_precision.data_ptr(),
     )
-    return (*grads, grad_tracks, grad_precision)
+    return grad_query, grad_key, grad_value, grad_tracks, grad_precision
 
 
 def _inputs(
@@ -70,7 +71,7 @@ def _inputs(
     scale: float,
     splat: bool,
     culling: bool,
-) -> tuple:
+) -> tuple[int, tuple[int, ...], tuple[float, float, bool, bool, int], _Video, _Video, _Video, int, int]:
     height, width = (query if splat else key).shape[2:4]
     return (
         _DTYPES[query.dtype],
@@ -84,6 +85,6 @@ def _inputs(
     )
 
 
-def _video(x: Tensor) -> tuple[int, tuple[int, ...]]:
+def _video(x: Tensor) -> _Video:
     """Address and strides as `[B, T, height, width, H, D]`; tracks are a grid of height 1."""
     return x.data_ptr(), (x if x.dim() == 6 else x.unsqueeze(2)).stride()
