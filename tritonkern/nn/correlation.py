@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import _register_namedtuple
 
 from tritonkern.functional import correlation_soft_argmax
 
@@ -24,6 +25,10 @@ class TrackerOutput(NamedTuple):
     def visible(self) -> Tensor:
         """[B, N, T] bool: `(1 - sigmoid(occlusion)) * (1 - sigmoid(expected_distance)) >= 0.5`."""
         return (1 - self.occlusion.sigmoid()) * (1 - self.expected_distance.sigmoid()) >= 0.5
+
+
+# Without a name of its own, an exported program that returns it cannot be saved.
+_register_namedtuple(TrackerOutput, serialized_type_name="tritonkern.TrackerOutput")
 
 
 class CorrelationSoftArgmax(nn.Module):
