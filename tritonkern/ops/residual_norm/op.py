@@ -199,10 +199,8 @@ def _gradient(ctx, grad_sum, grad_normed):
     )
     if shared:
         grads[1] = grads[0]
-    results = [grad if need else None for grad, need in zip(grads, needed, strict=True)]
-    for at, dtype in enumerate(ctx.dtypes, start=2):
-        if results[at] is not None:
-            results[at] = results[at].to(dtype)
+    dtypes = (total.dtype, ctx.branch_dtype, *ctx.dtypes)
+    results = [grad.to(dtype) if need else None for grad, need, dtype in zip(grads, needed, dtypes, strict=True)]
     return (*results, None, None, None)
 
 

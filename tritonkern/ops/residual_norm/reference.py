@@ -55,7 +55,7 @@ def backward(
         lambda: (grad if gamma is None else grad * _accurate(gamma)).to(
             branch_dtype, memory_format=torch.contiguous_format
         ),
-        lambda: (grad * _accurate(branch)).sum(rows),
+        lambda: (grad if branch is None else grad * _accurate(branch)).sum(rows),
         lambda: (grad_out * standard).sum(rows),
         lambda: grad_out.sum(rows),
     )
