@@ -43,6 +43,10 @@ def main(rows_path: str, picture: str) -> None:
             }
             places = sorted(points)
             for line, (_, quantity) in enumerate(quantities):
+                if backend == "tritonkern":  # measured everywhere
+                    axes[line][column].set_xscale("log")
+                    axes[line][column].set_xticks(places, [str(place) for place in places])
+                    axes[line][column].minorticks_off()
                 values = [quantity(points[place]) for place in places]
                 axes[line][column].loglog(places, values, style, label=backend)
         axes[1][column].set_xlabel(label)
