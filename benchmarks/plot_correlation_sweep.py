@@ -35,7 +35,7 @@ def main(rows_path: str, picture: str) -> None:
         ("peak memory in MiB", lambda row: row["peak_memory"] / 2**20),
     )
     for column, (label, position) in enumerate(sweeps):
-        for backend, style in (("tritonkern", "o-"), ("eager", "s--")):
+        for backend, style in (("eager", "s--"), ("tritonkern", "o-")):
             points = {
                 position(n, rows): row
                 for (name, n, frames, rows, _, channels), row in latest.items()
@@ -43,12 +43,11 @@ def main(rows_path: str, picture: str) -> None:
             }
             places = sorted(points)
             for line, (_, quantity) in enumerate(quantities):
-                if backend == "tritonkern":  # measured everywhere
-                    axes[line][column].set_xscale("log")
-                    axes[line][column].set_xticks(places, [str(place) for place in places])
-                    axes[line][column].minorticks_off()
                 values = [quantity(points[place]) for place in places]
                 axes[line][column].loglog(places, values, style, label=backend)
+                if backend == "tritonkern":  # the last, and measured everywhere
+                    axes[line][column].set_xticks(places, [str(place) for place in places])
+                    axes[line][column].minorticks_off()
         axes[1][column].set_xlabel(label)
     for line, (label, _) in enumerate(quantities):
         axes[line][0].set_ylabel(label)
