@@ -1,5 +1,5 @@
 // Runs the kernels of correlation_soft_argmax of one instruction set on buffers that end exactly where their tensors end, for
-// AddressSanitizer and UndefinedBehaviorSanitizer to watch, as kernel_memory_driver.cpp does for temporal window attention.
+// AddressSanitizer and UndefinedBehaviorSanitizer to watch, as temporal_window_attention_memory_driver.cpp does for temporal window attention.
 // Shapes cover tails of channels, queries and cells, strips (few queries in a large frame) and chunks (many queries).
 #include <cstdio>
 #include <vector>
