@@ -5,6 +5,7 @@ from collections.abc import Callable
 from os import PathLike
 
 import numpy as np
+from numpy.typing import ArrayLike
 from PIL import Image, ImageDraw
 
 from tritonkern.files import atomic_path
@@ -15,6 +16,8 @@ _TAIL_FRAMES = 12
 _OUTLINE = (0, 0, 0)
 # Shapes are drawn this many times larger, then averaged down: Pillow's own have hard edges and whole-pixel positions.
 _OVERSAMPLING = 4
+# Pixels; larger frames have larger shapes, whose edges need half as much.
+_LARGE = 1280 * 720
 
 
 def write_overlay(
@@ -65,18 +68,20 @@ def draw_points(frame: np.ndarray, tracks: PointTracks, index: int, colours: np.
     """
     if colours is None:
         colours = point_colours(tracks.queries)
-    image = Image.fromarray(frame)
-    inks = [tuple(colour) for colour in colours.tolist()]
-    radius = _radius(frame.shape[1], frame.shape[0], len(inks))
+    radius = _radius(frame.shape[1], frame.shape[0], len(colours))
     first = max(0, index - _TAIL_FRAMES)
     positions, seen = tracks.tracks[:, first : index + 1], tracks.visibility[:, first : index + 1]
-    for tail, visible, ink in zip(positions, seen, inks, strict=True):
-        _draw_tail(image, tail, visible, ink, 0.4 * radius)
-    for position, visible, ink in zip(positions[:, -1], seen[:, -1], inks, strict=True):
+    layer = _Layer(frame.shape[1], frame.shape[0])
+    # Newer over older, so that a tail that crosses itself stays bright where it is new.
+    for step in range(positions.shape[1] - 1):
+        opacity = 0.9 * (step + 1) / positions.shape[1]
+        for point in np.flatnonzero(seen[:, step] & seen[:, step + 1]):
+            layer.segment(positions[point, step], positions[point, step + 1], 0.4 * radius, colours[point], opacity)
+    for position, visible, colour in zip(positions[:, -1], seen[:, -1], colours, strict=True):
         hole = 0.0 if visible else 0.65 * radius
-        _draw_marker(image, position, radius + max(1.0, 0.2 * radius), hole, _OUTLINE)
-        _draw_marker(image, position, radius, hole, ink)
-    return np.array(image)
+        layer.ring(position, radius + max(1.0, 0.2 * radius), hole, _OUTLINE)
+        layer.ring(position, radius, hole, colour)
+    return layer.over(frame)
 
 
 def _radius(width: int, height: int, count: int) -> float:
@@ -84,49 +89,39 @@ def _radius(width: int, height: int, count: int) -> float:
     return max(1.5, min(area**0.5 / 180, 0.2 * (area / count) ** 0.5))
 
 
-def _draw_marker(image: Image.Image, centre: np.ndarray, radius: float, hole: float, ink: tuple[int, ...]) -> None:
-    stamp = _Stamp(image, centre, centre, radius)
-    stamp.disc(centre, radius, 255)
-    if hole:
-        stamp.disc(centre, hole, 0)
-    stamp.press(image, ink)
+class _Layer:
+    """Shapes over a transparent picture, drawn enlarged: one layer for all of a frame's, however many they are."""
 
+    def __init__(self, width: int, height: int) -> None:
+        self._scale = _OVERSAMPLING if width * height <= _LARGE else _OVERSAMPLING // 2
+        self._image = Image.new("RGBA", (width * self._scale, height * self._scale))
+        self._draw = ImageDraw.Draw(self._image)
 
-def _draw_tail(image: Image.Image, tail: np.ndarray, visible: np.ndarray, ink: tuple[int, ...], radius: float) -> None:
-    steps = np.flatnonzero(visible[:-1] & visible[1:])
-    if len(steps) == 0:
-        return
-    drawn = tail[np.union1d(steps, steps + 1)]
-    stamp = _Stamp(image, drawn.min(axis=0), drawn.max(axis=0), radius)
-    for step in steps:
-        # Newer over older, so that a tail that crosses itself stays bright where it is new.
-        stamp.segment(tail[step], tail[step + 1], radius, round(230 * (step + 1) / len(visible)))
-    stamp.press(image, ink)
-
-
-class _Stamp:
-    """The opacity of one shape over the part of a picture that it touches, drawn enlarged."""
-
-    def __init__(self, image: Image.Image, low: np.ndarray, high: np.ndarray, margin: float) -> None:
-        limit = np.array(image.size)
-        self._low = np.clip(np.floor(low - margin), 0, limit).astype(int)
-        self._high = np.clip(np.ceil(high + margin), self._low, limit).astype(int)
-        size = (self._high - self._low) * _OVERSAMPLING
-        self._mask = Image.new("L", (int(size[0]), int(size[1])))
-        self._draw = ImageDraw.Draw(self._mask)
-
-    def disc(self, centre: np.ndarray, radius: float, opacity: int) -> None:
-        x, y = (centre - self._low) * _OVERSAMPLING
-        r = radius * _OVERSAMPLING
+    def ring(self, centre: np.ndarray, radius: float, hole: float, colour: ArrayLike) -> None:
+        """A disc, or a ring whose inside shows what was drawn before; `hole` is the radius of the inside."""
+        x, y = (centre * self._scale).tolist()
+        r = radius * self._scale
         # Pillow's boxes include their last pixel.
-        self._draw.ellipse((x - r, y - r, x + r - 1, y + r - 1), fill=opacity)
+        box = (x - r, y - r, x + r - 1, y + r - 1)
+        ink = _ink(colour, 1.0)
+        if hole:
+            self._draw.ellipse(box, outline=ink, width=max(1, round((radius - hole) * self._scale)))
+        else:
+            self._draw.ellipse(box, fill=ink)
 
-    def segment(self, start: np.ndarray, end: np.ndarray, radius: float, opacity: int) -> None:
-        corners = np.concatenate([start - self._low, end - self._low]) * _OVERSAMPLING - 0.5
-        self._draw.line(corners.tolist(), fill=opacity, width=max(1, round(2 * radius * _OVERSAMPLING)))
-        self.disc(end, radius, opacity)
+    def segment(self, start: np.ndarray, end: np.ndarray, radius: float, colour: ArrayLike, opacity: float) -> None:
+        """A line with a round end."""
+        ink = _ink(colour, opacity)
+        x0, y0, x1, y1 = (np.concatenate([start, end]) * self._scale).tolist()
+        r = radius * self._scale
+        self._draw.line((x0 - 0.5, y0 - 0.5, x1 - 0.5, y1 - 0.5), fill=ink, width=max(1, round(2 * r)))
+        self._draw.ellipse((x1 - r, y1 - r, x1 + r - 1, y1 + r - 1), fill=ink)
 
-    def press(self, image: Image.Image, ink: tuple[int, ...]) -> None:
-        if self._mask.width and self._mask.height:
-            box = (*self._low.tolist(), *self._high.tolist())
-            image.paste(ink, box, self._mask.reduce(_OVERSAMPLING))
+    def over(self, frame: np.ndarray) -> np.ndarray:
+        """The layer laid over uint8 RGB `[H, W, 3]`."""
+        picture = Image.fromarray(frame).convert("RGBA")
+        return np.array(Image.alpha_composite(picture, self._image.reduce(self._scale)).convert("RGB"))
+
+
+def _ink(colour: ArrayLike, opacity: float) -> tuple[int, ...]:
+    return (*np.asarray(colour).tolist(), round(255 * opacity))
