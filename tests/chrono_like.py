@@ -12,8 +12,10 @@ from torch import nn
 from tritonkern.models.dinov2 import DINOv2, DINOv2Config
 
 
-class Grids(NamedTuple):
+class FeatureGrids(NamedTuple):
     lowres: tuple
+    hires: tuple = ()
+    highest: tuple = ()
     resolutions: tuple = ((256, 256),)
 
 
@@ -95,7 +97,7 @@ class Tracker(nn.Module):
         for handle in hooks:
             handle.remove()
         tokens = tokens.unflatten(1, (cells, cells)).unflatten(0, (batch, frames))
-        return Grids((tokens / tokens.square().sum(-1, keepdim=True).clamp(min=1e-6).sqrt(),))
+        return FeatureGrids((tokens / tokens.square().sum(-1, keepdim=True).clamp(min=1e-6).sqrt(),))
 
     def get_query_features(self, video, is_training, query_points, feature_grids, refinement_resolutions=None):
         (grid,) = feature_grids.lowres
@@ -106,7 +108,7 @@ class Tracker(nn.Module):
         sampled = F.grid_sample(
             grid.permute(0, 4, 1, 2, 3), at[:, :, None, None], padding_mode="border", align_corners=False
         )
-        return Grids((sampled[..., 0, 0].mT,))
+        return FeatureGrids((sampled[..., 0, 0].mT,))
 
     def estimate_trajectories(
         self,

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 import torch
-from chrono_like import Tracker
+from chrono_like import TemporalAdapter, Tracker
 from official import needs_official, official  # noqa: F401
 from torch import nn
 
@@ -81,7 +81,7 @@ def test_handle_lists_what_it_replaced(tracker):
             self.model = tracker
 
     with tritonkern.patch(Lightning()) as handle:
-        assert "model.adapter.0.attn_temp.forward" in handle.replaced
+        assert "model.adapter.0.forward" in handle.replaced
         assert "model.tracks_from_cost_volume" in handle.replaced
         assert handle.replaced[0] in repr(handle)
         assert tracker.tracks_from_cost_volume.__func__ is not Tracker.tracks_from_cost_volume
@@ -101,7 +101,9 @@ def test_replaced_methods_run(tracker, monkeypatch):
     video, queries = clip()
     with tritonkern.patch(tracker):
         monkeypatch.delitem(sys.modules, "xformers.ops")
-        monkeypatch.setattr(Tracker, "tracks_from_cost_volume", None)
+        for method in ("forward_dino", "tracks_from_cost_volume"):
+            monkeypatch.setattr(Tracker, method, None)
+        monkeypatch.setattr(TemporalAdapter, "forward", None)
         tracker(video, queries)
 
 
@@ -142,5 +144,5 @@ def test_official(official, monkeypatch):  # noqa: F811
         expected = model(video, queries)
         with tritonkern.patch(model) as handle:
             actual = model(video, queries)
-    assert len(handle.replaced) == 11 + 2
+    assert len(handle.replaced) == 11 + 3
     assert_same(actual, expected)

@@ -1,8 +1,8 @@
 """The official repository of Chrono (github.com/cvlab-kaist/Chrono, read at commit 153b2f2, Apache-2.0).
 
-Its model class is still called `LocoTrack`; it is recognised by its parts. Replaced are the temporal attention of the
-adapters (xformers' has float16 and bfloat16 kernels for NVIDIA GPUs from Ampere on, nothing else), the way of the video
-through DINOv2 and the adapters, and the matching head with its chunks of queries.
+Its model class is still called `LocoTrack`; it is recognised by its parts. Replaced are the temporal adapters with the
+hooks that hang them into DINOv2 (their attention, from xformers, has kernels for float16 and bfloat16 on NVIDIA GPUs
+from Ampere on, and nothing else), and the matching head with its chunks of queries. DINOv2 itself stays as it is.
 """
 
 from __future__ import annotations
@@ -15,9 +15,11 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonkern.functional import correlation_soft_argmax, temporal_window_attention
+from tritonkern.models.adapter import TemporalAdapter
 
 
 @contextmanager
@@ -73,9 +75,11 @@ def replacements(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
     for path, tracker in model.named_modules():
         if not _is_tracker(tracker):
             continue
-        for name, layer in tracker.adapter.named_modules(prefix=f"{path}.adapter" if path else "adapter"):
-            if _is_attention(layer):
-                yield name, layer, "forward", _attention_forward
+        twins = [_twin(adapter) for adapter in tracker.adapter]
+        for index, (adapter, twin) in enumerate(zip(tracker.adapter, twins, strict=True)):
+            name = f"adapter.{index}"
+            yield f"{path}.{name}" if path else name, adapter, "forward", _adapter_forward(twin)
+        yield path, tracker, "forward_dino", _forward_dino(twins)
         yield path, tracker, "tracks_from_cost_volume", _tracks_from_cost_volume
         yield path, tracker, "estimate_trajectories", _estimate_trajectories
 
@@ -90,19 +94,65 @@ def _is_tracker(module: nn.Module) -> bool:
     )
 
 
-def _is_attention(module: nn.Module) -> bool:
-    names = ("qkv", "q_norm", "k_norm", "proj", "proj_drop")
-    return all(isinstance(getattr(module, name, None), nn.Module) for name in names) and hasattr(
-        getattr(module, "bias", None), "window_left"
+def _twin(adapter: Any) -> TemporalAdapter:
+    """Our adapter around the very layers of an official one: what is loaded, moved or trained there is so here."""
+    mask, layers = adapter.attn_temp.bias, ("norm", "conv1", "conv_pool", "norm2", "conv_upsample", "conv2")
+    twin = TemporalAdapter(
+        adapter.norm.num_channels,
+        hidden=adapter.conv1.out_channels,
+        num_heads=adapter.attn_temp.num_heads,
+        pool=adapter.conv_pool.stride[0],
     )
+    twin.attn_temp.window = (mask.window_left, mask.window_right)
+    for name in layers:
+        setattr(twin, name, getattr(adapter, name))
+    twin.attn_temp.qkv, twin.attn_temp.proj = adapter.attn_temp.qkv, adapter.attn_temp.proj
+    return twin
 
 
-def _attention_forward(self: Any, x: Tensor) -> Tensor:
-    """Takes the place of `LocalAttentionLayer.forward`: `[B, T, C]` -> the same shape."""
-    query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(-3)
-    window = (self.bias.window_left, self.bias.window_right)
-    out = temporal_window_attention(self.q_norm(query), self.k_norm(key), value, window)
-    return self.proj_drop(self.proj(out.flatten(-2)))
+def _adapter_forward(twin: TemporalAdapter) -> Any:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """Takes the place of `TemporalAdapter.forward`: `[B, C, T, h, w]` -> the same shape."""
+        return twin(x.movedim(1, -1)).movedim(-1, 1)
+
+    return forward
+
+
+def _forward_dino(twins: list[TemporalAdapter]) -> Any:
+    def forward_dino(self: Any, video: Tensor, use_bfloat16: bool = True, img_mult: int = 64) -> Any:
+        """Takes the place of the method of that name: `[B, T, H, W, 3]` in [-1, 1] -> unit-norm features."""
+        # Like the official code, which reads the attribute and not the argument.
+        batch, frames, cells = *video.shape[:2], self.img_mult
+        grid = (cells, cells)
+        mean, std = (_channels(values, video) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+        images = (((video + 1) / 2 - mean) / std).flatten(0, 1).movedim(-1, 1)
+        images = F.interpolate(images, size=(14 * cells, 14 * cells), mode="bilinear", align_corners=False)
+
+        hooks = []
+        try:
+            for block, twin in zip(self.dino.blocks, twins, strict=False):
+
+                def hook(module: nn.Module, args: Any, output: Tensor, twin: TemporalAdapter = twin) -> Tensor:
+                    return twin.add_to(output.unflatten(0, (batch, frames)), grid).flatten(0, 1)
+
+                hooks.append(block.register_forward_hook(hook))
+            with torch.autocast("cuda", torch.bfloat16, enabled=use_bfloat16 and video.is_cuda):
+                tokens = self.dino.get_intermediate_layers(images, n=1, return_class_token=False)[-1]
+        finally:
+            for handle in hooks:
+                handle.remove()
+        tokens = tokens.unflatten(1, grid).unflatten(0, (batch, frames))
+        tokens = tokens / tokens.square().sum(-1, keepdim=True).clamp(min=1e-6).sqrt()
+        # The repository's own tuple, whatever the name under which its file was imported.
+        grids = sys.modules[type(self).__module__].FeatureGrids
+        return grids((tokens,), (), (), ((256, 256),))
+
+    return forward_dino
+
+
+def _channels(values: tuple[float, ...], video: Tensor) -> Tensor:
+    """One number a channel, without a copy from the CPU that a CUDA graph could not hold."""
+    return torch.stack([video.new_full((), value) for value in values])
 
 
 def _estimate_trajectories(
