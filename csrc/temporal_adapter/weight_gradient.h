@@ -67,7 +67,7 @@ void weight_gradient(const Conv3x3WeightGradient& call) {
     constexpr int n = Winograd<A, m>::n, points = n * n;
     constexpr int64_t group = 8, rows = 8 * kRows;  // tiles, and rows of a product, that one task takes
     const Tiles tiles(call.shape, m);
-    const BlockLayout<A> layout(call.C, call.O, points, tiles.count, 1, 2 * kBlockBytes);
+    const BlockLayout<A> layout(call.C, call.O, points, tiles.count, 1, 4 * kBlockBytes);
     const Buffer<A> left = allocate<A>(points * layout.left_point), right = allocate<A>(points * layout.right_point);
     const int64_t products_panel = call.C * kCols<A>, products_point = layout.panels * products_panel;
     const Buffer<A> products = allocate<A>(points * products_point);
