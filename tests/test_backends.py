@@ -67,7 +67,7 @@ print(_backends.report())
     backend = "triton" if missing == "triton" else "cpp"
     lines = [line for line in output.splitlines() if line.split()[:1] == [backend]]
     written = [line for line in lines if "is not written for it" not in line]
-    assert len(lines) >= 5 and len(written) >= 4  # one for each operation
+    assert len(lines) >= 5 and len(written) >= 3  # one for each operation
     for line in written:
         assert f"missing: {'Triton' if missing == 'triton' else 'the C++ extension'} cannot be imported" in line
         assert "install" in line
