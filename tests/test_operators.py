@@ -216,7 +216,7 @@ GOOD = torch.randn(2, 5, 3, 2, 8)
         ({"window": 13.0}, TypeError, "window must be an odd int or a pair"),
         ({"window": True}, TypeError, "window must be an odd int or a pair"),
         ({"window": (1, 2, 3)}, TypeError, "window must be an odd int or a pair"),
-        ({"scale": "1"}, TypeError, "scale must be a number or None, got str"),
+        ({"scale": "1"}, TypeError, "scale must be a number, got str"),
         ({"scale": torch.tensor(1.0)}, TypeError, "scale must be a number"),
         ({"backend": "cuda"}, ValueError, "backend must be one of cpp, triton, reference or None, got 'cuda'"),
         ({"backend": 1}, TypeError, "backend must be a string"),

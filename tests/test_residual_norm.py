@@ -8,13 +8,14 @@ import torch.nn.functional as F
 from oracle import assert_as_exact_as_eager, native_backends, run_python
 
 from tritonkern.functional import residual_norm
+from tritonkern.ops._contract import DTYPES
 from tritonkern.ops.residual_norm import op
 
 FWD, BWD = op.residual_norm_fwd, op.residual_norm_bwd
 EPS = 1e-6
 NAMES = ("total", "normed", "grad x", "grad branch", "grad gamma", "grad weight", "grad bias")
 MIXED = [(torch.float32, torch.bfloat16), (torch.float32, torch.float16)]
-PAIRS = [(dtype, dtype) for dtype in op.DTYPES] + MIXED
+PAIRS = [(dtype, dtype) for dtype in DTYPES] + MIXED
 """Residual stream and branch."""
 
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tritonkern.ops import _backends
+from tritonkern.ops._contract import accumulator
 from tritonkern.ops.correlation_soft_argmax import op as _match_op
 from tritonkern.ops.residual_norm import op as _norm_op
 from tritonkern.ops.temporal_adapter import op as _adapter_op
@@ -147,8 +148,7 @@ def correlation_soft_argmax(
     """
     _backends.check_name(backend)
     _match_op.check_tensors(query, features)
-    for name, x in (("temperature", temperature), ("radius", radius), ("eps", eps)):
-        _check_number(name, x)
+    temperature, radius, eps = _real("temperature", temperature), _real("radius", radius), _real("eps", eps)
     if not isinstance(cosine, bool):
         raise TypeError(f"cosine must be a bool, got {type(cosine).__name__}")
     _match_op.check_options(temperature, radius, eps)
@@ -177,8 +177,7 @@ def soft_argmax_2d(
     """
     _backends.check_name(backend)
     _match_op.check_cost_volume(cost_volume)
-    for name, x in (("temperature", temperature), ("radius", radius)):
-        _check_number(name, x)
+    temperature, radius = _real("temperature", temperature), _real("radius", radius)
     _match_op.check_options(temperature, radius)
     _refuse_forward_mode("soft_argmax_2d", cost_volume)
     return _match_op.soft_argmax_2d_fwd(cost_volume, temperature, radius, backend)[0]
@@ -292,17 +291,17 @@ def _track_attention(
     if scale is None:
         scale = query.shape[-1] ** -0.5
     else:
-        _check_number("scale", scale)
-    dtype = _track_op.accumulator(query.dtype)
+        scale = _real("scale", scale)
+    dtype = accumulator(query.dtype)
     if isinstance(sigma, Tensor):
         if sigma.dim() != 0 or not sigma.is_floating_point() or sigma.device != query.device:
             raise ValueError(
                 f"sigma must be a number or a 0-d floating-point tensor on {query.device}, got shape "
                 f"{tuple(sigma.shape)}, {sigma.dtype} on {sigma.device}"
             )
-        precision = 0.5 / sigma.to(dtype).square()
+        precision = (0.5 / sigma.to(dtype).square()).clamp(max=torch.finfo(dtype).max)
     else:
-        _check_number("sigma", sigma)
+        sigma = _real("sigma", sigma)
         if not sigma > 0:
             raise ValueError(f"sigma must be positive, got {sigma}; float('inf') means no bias")
         precision = query.new_full((), min(0.5 / sigma / sigma, torch.finfo(dtype).max), dtype=dtype)
@@ -358,7 +357,7 @@ def residual_norm(
     LayerNorm: Ba et al., 2016; LayerScale: Touvron et al., "Going deeper with Image Transformers", ICCV 2021.
     """
     _backends.check_name(backend)
-    _check_number("eps", eps)
+    eps = _real("eps", eps)
     if not isinstance(x, Tensor):
         raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
     if out_dtype is None:
@@ -375,7 +374,7 @@ def residual_norm(
 def _real(name: str, x: float) -> float:
     """A number as Python's own, those of NumPy included."""
     if isinstance(x, bool) or not isinstance(x, (int, float, numbers.Real)):
-        raise TypeError(f"{name} must be a number or None, got {type(x).__name__}; use .item() on a tensor")
+        raise TypeError(f"{name} must be a number, got {type(x).__name__}; use .item() on a tensor")
     try:
         return float(x)
     except OverflowError:
@@ -425,6 +424,7 @@ def norm_conv_relu(
     by Winograd's algorithm (Lavin and Gray, CVPR 2016).
     """
     _backends.check_name(backend)
+    eps = _real("eps", eps)
     dtype = _adapter_dtype(tokens)
     _adapter_op.check_in(tokens, norm_weight, norm_bias, weight, bias, *grid, pool, dtype)
     _refuse_forward_mode("norm_conv_relu", tokens, norm_weight, norm_bias, weight, bias)
@@ -471,11 +471,6 @@ def _adapter_dtype(tokens: Tensor) -> torch.dtype:
     if not isinstance(tokens, Tensor):
         raise TypeError(f"tokens must be a torch.Tensor, got {type(tokens).__name__}")
     return _autocast_dtype(tokens)
-
-
-def _check_number(name: str, x: float) -> None:
-    if isinstance(x, bool) or not isinstance(x, (int, float)):
-        raise TypeError(f"{name} must be a number, got {type(x).__name__}; use .item() on a tensor")
 
 
 def window_extent(window: int | tuple[int, int]) -> tuple[int, int]:

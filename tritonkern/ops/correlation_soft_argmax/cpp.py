@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from tritonkern import _cpp
-
-_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+from tritonkern.ops._contract import CPP_DTYPES
 
 
 def forward(
@@ -26,7 +25,7 @@ def forward(
     features_scale = query.new_empty(features.shape[:4] if cosine else (0,), dtype=dtype)
     results = (points, mean, maximum, minimum, best, worst, weight, query_scale, features_scale)
     _cpp.correlation_soft_argmax_forward(
-        _DTYPES[query.dtype],
+        CPP_DTYPES[query.dtype],
         shape,
         temperature,
         radius,
@@ -67,7 +66,7 @@ def backward(
     saved = [x.contiguous() for x in (points, maximum, best, worst, weight, query_scale, features_scale)]
     address = [x.data_ptr() for x in saved]
     _cpp.correlation_soft_argmax_backward(
-        _DTYPES[query.dtype],
+        CPP_DTYPES[query.dtype],
         _shape(query, features),
         temperature,
         radius,
@@ -93,7 +92,7 @@ def soft_argmax_forward(cost: Tensor, temperature: float, radius: float) -> tupl
     best = cost.new_empty(frames, dtype=torch.int32)
     if best.numel():
         _cpp.soft_argmax_forward(
-            _DTYPES[cost.dtype],
+            CPP_DTYPES[cost.dtype],
             cost.shape,
             temperature,
             radius,
@@ -121,7 +120,7 @@ def soft_argmax_backward(
     saved = [x.contiguous() for x in (points, maximum, best, weight)]
     if best.numel():
         _cpp.soft_argmax_backward(
-            _DTYPES[cost.dtype],
+            CPP_DTYPES[cost.dtype],
             cost.shape,
             temperature,
             radius,

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from tritonkern.ops import _backends, _registry
+from tritonkern.ops._contract import accumulator, check_dense, check_saved
 
 NAME = "correlation_soft_argmax"
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # Flat cell numbers are int32 in the kernels.
 MAX_CELLS = 2**30
 
@@ -46,15 +46,10 @@ class SoftArgmax(NamedTuple):
     weight: Tensor
 
 
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The type of sums and results: float32, and float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
 def check_tensors(query: Tensor, features: Tensor) -> None:
     """Raise TypeError or ValueError unless the two tensors fit together."""
     for name, x, shape in (("query", query, "[B, N, C]"), ("features", features, "[B, T, h, w, C]")):
-        _check_floating(name, x)
+        check_dense(name, x)
         if x.dim() != shape.count(",") + 1:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
     if features.dtype != query.dtype:
@@ -74,7 +69,7 @@ def check_tensors(query: Tensor, features: Tensor) -> None:
 
 def check_cost_volume(cost_volume: Tensor) -> None:
     """Raise TypeError or ValueError unless this is a `[..., h, w]` with at least one cell."""
-    _check_floating("cost_volume", cost_volume)
+    check_dense("cost_volume", cost_volume)
     if cost_volume.dim() < 2:
         raise ValueError(f"cost_volume must have shape [..., h, w], got {tuple(cost_volume.shape)}")
     _check_grid("cost_volume", *cost_volume.shape[-2:])
@@ -87,29 +82,11 @@ def check_options(temperature: float, radius: float, eps: float = 1.0) -> None:
             raise ValueError(f"{name} must be a positive{'' if name == 'radius' else ' finite'} number, got {x}")
 
 
-def _check_floating(name: str, x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {x.layout}; call .to_dense() on it")
-    if x.dtype not in DTYPES:
-        raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}; convert it first")
-
-
 def _check_grid(name: str, rows: int, columns: int) -> None:
     if rows == 0 or columns == 0:
         raise ValueError(f"{name} must have at least one cell, got a grid of {rows} x {columns}")
     if rows * columns > MAX_CELLS:
         raise ValueError(f"{name} must have at most 2**30 cells a frame, got {rows} x {columns}")
-
-
-def _check_saved(expected: dict[str, tuple[Tensor | None, tuple[int, ...], torch.dtype]], device: torch.device) -> None:
-    for name, (x, shape, dtype) in expected.items():
-        if x is not None and (tuple(x.shape) != tuple(shape) or x.dtype != dtype or x.device != device):
-            raise ValueError(
-                f"{name} must be {dtype} of shape {tuple(shape)} on {device}, "
-                f"got {x.dtype} of shape {tuple(x.shape)} on {x.device}; pass what the forward operator returned"
-            )
 
 
 def _forward(
@@ -160,7 +137,7 @@ def _check_backward(grads, query, features, saved, temperature, radius, cosine, 
     pairs, dtype = (query.shape[0], query.shape[1], features.shape[1]), accumulator(query.dtype)
     grad_points, grad_mean, grad_max, grad_min = grads
     points, maximum, best, worst, weight, query_scale, features_scale = saved
-    _check_saved(
+    check_saved(
         {
             "grad_points": (grad_points, (*pairs, 2), dtype),
             "grad_mean": (grad_mean, pairs, dtype),
@@ -297,7 +274,7 @@ def _check_soft_argmax_backward(grad_points, cost_volume, points, maximum, best,
     check_cost_volume(cost_volume)
     check_options(temperature, radius)
     frames, dtype = tuple(cost_volume.shape[:-2]), accumulator(cost_volume.dtype)
-    _check_saved(
+    check_saved(
         {
             "grad_points": (grad_points, (*frames, 2), dtype),
             "points": (points, (*frames, 2), dtype),

@@ -6,9 +6,8 @@ import torch
 from torch import Tensor
 
 from tritonkern import _cpp
-from tritonkern.ops.residual_norm.op import accumulator
+from tritonkern.ops._contract import CPP_DTYPES, accumulator
 
-_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 # Rows whose share of the parameters' gradients is summed first; by the data alone, so that threads change no bit.
 _CHUNK = 64
 
@@ -27,7 +26,7 @@ def forward(
     total = x.new_empty(0 if branch is None else x.shape)
     normed = x.new_empty(x.shape, dtype=out_dtype)
     if x.numel():
-        dtypes = (_DTYPES[x.dtype], _DTYPES[x.dtype if branch is None else branch.dtype], _DTYPES[out_dtype])
+        dtypes = (CPP_DTYPES[x.dtype], CPP_DTYPES[x.dtype if branch is None else branch.dtype], CPP_DTYPES[out_dtype])
         shape = (x.numel() // x.shape[-1], x.shape[-1])
         results = (_address(None if branch is None else total), normed.data_ptr())
         _cpp.residual_norm_forward(dtypes, shape, eps, torch.get_num_threads(), inputs.addresses, results)
@@ -57,7 +56,7 @@ def backward(
         partial = total.new_empty((-(-rows // _CHUNK), 3, channels), dtype=accumulator(total.dtype))
     if rows:
         out_dtype = total.dtype if grad_normed is None else grad_normed.dtype
-        dtypes = (_DTYPES[total.dtype], _DTYPES[branch_dtype], _DTYPES[out_dtype])
+        dtypes = (CPP_DTYPES[total.dtype], CPP_DTYPES[branch_dtype], CPP_DTYPES[out_dtype])
         results = (
             _address(grad_x if needed[0] else None),
             _address(grad_branch if needed[1] else None),

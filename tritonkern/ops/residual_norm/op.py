@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from tritonkern.ops import _backends, _registry
+from tritonkern.ops._contract import accumulator, check_dense
 
 NAME = "residual_norm"
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 # A row is one tile of a Triton program; the gradients of wider ones spill registers.
 MAX_CHANNELS, MAX_CHANNELS_FLOAT64 = 4096, 2048
 
@@ -23,17 +23,11 @@ def check(
     out_dtype: torch.dtype,
 ) -> None:
     """Raise TypeError or ValueError unless the arguments fit together."""
-    for name, tensor in (("x", x), ("branch", branch), ("gamma", gamma), ("weight", weight), ("bias", bias)):
-        if tensor is None and name != "x":
+    check_dense("x", x)
+    for name, tensor in (("branch", branch), ("gamma", gamma), ("weight", weight), ("bias", bias)):
+        if tensor is None:
             continue
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
-        if tensor.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense (strided) tensor, got layout {tensor.layout}; call .to_dense()")
-        if tensor.dtype not in DTYPES:
-            raise TypeError(
-                f"{name} must be float64, float32, bfloat16 or float16, got {tensor.dtype}; convert it first"
-            )
+        check_dense(name, tensor)
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}; move one of them")
     limit = MAX_CHANNELS_FLOAT64 if x.dtype == torch.float64 else MAX_CHANNELS
@@ -58,10 +52,6 @@ def _check_narrow(name: str, dtype: torch.dtype | None, x: Tensor) -> None:
     if dtype not in (None, x.dtype, *narrower):
         also = ", bfloat16 or float16" if narrower else ""
         raise TypeError(f"{name} must be {x.dtype}{also}, as x is {x.dtype}, got {dtype}")
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def _forward(

@@ -11,8 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tritonkern.ops._contract import accumulator
 from tritonkern.ops.residual_norm import configs
-from tritonkern.ops.residual_norm.op import accumulator
 
 
 @triton.jit

@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 from tritonkern import _cpp
+from tritonkern.ops._contract import CPP_DTYPES
 from tritonkern.ops.temporal_adapter.op import HALF, hidden_dtype
 
-_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 # How a pixel is loaded, see csrc/temporal_adapter/call.h.
 _PLAIN, _AFFINE, _RELU, _MASKED = range(4)
 
@@ -241,7 +241,7 @@ def _token_image(tokens: Tensor, rows: int, columns: int) -> tuple:
     """The patches of [B, T, prefix + h * w, C]."""
     batch, frame, token, _ = tokens.stride()
     first = tokens.data_ptr() + (tokens.shape[2] - rows * columns) * token * tokens.element_size()
-    return first, (batch, frame, columns * token, 0, token, 0), 1, _DTYPES[tokens.dtype]
+    return first, (batch, frame, columns * token, 0, token, 0), 1, CPP_DTYPES[tokens.dtype]
 
 
 def _hidden_image(hidden: Tensor, columns: int, pool: int) -> tuple:
@@ -249,4 +249,4 @@ def _hidden_image(hidden: Tensor, columns: int, pool: int) -> tuple:
     batch, frame, patch, _ = hidden.stride()
     channels = patch // pool**2
     strides = (batch, frame, columns // pool * patch, pool * channels, patch, channels)
-    return hidden.data_ptr(), strides, pool, _DTYPES[hidden.dtype]
+    return hidden.data_ptr(), strides, pool, CPP_DTYPES[hidden.dtype]

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from tritonkern.ops import _backends, _registry
+from tritonkern.ops._contract import check_dense
 
 NAME = "temporal_adapter"
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -29,12 +29,7 @@ def _check_tensors(device: torch.device, **tensors: Tensor | None) -> None:
     for name, x in tensors.items():
         if x is None:
             continue
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense (strided) tensor, got layout {x.layout}; call .to_dense() on it")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}; convert it first")
+        check_dense(name, x)
         if x.device != device:
             raise ValueError(f"{name} must be on the device of the tokens, {device}, got {x.device}; move one of them")
 

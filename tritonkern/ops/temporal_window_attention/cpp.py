@@ -4,8 +4,7 @@ import torch
 from torch import Tensor
 
 from tritonkern import _cpp
-
-_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+from tritonkern.ops._contract import CPP_DTYPES
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, left: int, right: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -15,7 +14,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, left: int, right: int, sc
     lse = query.new_empty(shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
     if out.numel():
         _cpp.temporal_window_attention_forward(
-            _DTYPES[query.dtype],
+            CPP_DTYPES[query.dtype],
             shape,
             left,
             right,
@@ -46,7 +45,7 @@ def backward(
     grad_query, grad_key, grad_value = (query.new_empty(shape) for _ in range(3))
     if grad_query.numel():
         _cpp.temporal_window_attention_backward(
-            _DTYPES[query.dtype],
+            CPP_DTYPES[query.dtype],
             shape,
             left,
             right,

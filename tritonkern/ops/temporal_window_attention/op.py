@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tritonkern.ops import _backends, _registry
+from tritonkern.ops._contract import accumulator, check_dense, check_saved
 
 NAME = "temporal_window_attention"
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
 # Counts are added to frame numbers in the kernels; this keeps them far from overflow and beyond every clip.
 MAX_WINDOW_COUNT = 2**30
@@ -17,12 +16,7 @@ MAX_WINDOW_COUNT = 2**30
 def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise TypeError or ValueError unless the three tensors fit together. Takes 4-D calls too."""
     for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense (strided) tensor, got layout {x.layout}; call .to_dense() on it")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}; convert it first")
+        check_dense(name, x)
         if x.dim() not in (4, 5):
             raise ValueError(f"{name} must have shape [B, T, H, D] or [B, T, N, H, D], got {tuple(x.shape)}")
     for name, x in (("key", key), ("value", value)):
@@ -59,20 +53,8 @@ def _check(query: Tensor, key: Tensor, value: Tensor, left: int, right: int) -> 
 
 
 def _check_saved(grad_out: Tensor, query: Tensor, out: Tensor, lse: Tensor) -> None:
-    for name, x, shape, dtype in (
-        ("grad_out", grad_out, query.shape, query.dtype),
-        ("out", out, query.shape, query.dtype),
-        ("lse", lse, query.shape[:-1], _lse_dtype(query)),
-    ):
-        if x.shape != shape or x.dtype != dtype or x.device != query.device:
-            raise ValueError(
-                f"{name} must be {dtype} of shape {tuple(shape)} on {query.device}, "
-                f"got {x.dtype} of shape {tuple(x.shape)} on {x.device}; pass what the forward operator returned"
-            )
-
-
-def _lse_dtype(query: Tensor) -> torch.dtype:
-    return torch.float64 if query.dtype == torch.float64 else torch.float32
+    of_query, of_lse = (query.shape, query.dtype), (query.shape[:-1], accumulator(query.dtype))
+    check_saved({"grad_out": (grad_out, *of_query), "out": (out, *of_query), "lse": (lse, *of_lse)}, query.device)
 
 
 def _forward(
@@ -86,7 +68,7 @@ def _forward_fake(
     query: Tensor, key: Tensor, value: Tensor, left: int, right: int, scale: float, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     _check(query, key, value, left, right)
-    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=_lse_dtype(query))
+    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=accumulator(query.dtype))
 
 
 def _backward(

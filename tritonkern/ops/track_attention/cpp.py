@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 
 from tritonkern import _cpp
+from tritonkern.ops._contract import CPP_DTYPES
 
 _Video = tuple[int, tuple[int, ...]]
-_DTYPES = {torch.float64: 0, torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
 
 
 def forward(
@@ -74,7 +74,7 @@ def _inputs(
 ) -> tuple[int, tuple[int, ...], tuple[float, float, bool, bool, int], _Video, _Video, _Video, int, int]:
     height, width = (query if splat else key).shape[2:4]
     return (
-        _DTYPES[query.dtype],
+        CPP_DTYPES[query.dtype],
         (*tracks.shape[:3], height, width, *query.shape[-2:]),
         (scale, float(precision), splat, culling, torch.get_num_threads()),
         _video(query),

@@ -10,15 +10,10 @@ import torch
 from torch import Tensor
 
 from tritonkern.ops import _backends, _registry
+from tritonkern.ops._contract import accumulator, check_dense, check_saved
 
 NAME = "track_attention"
-DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_DIM = 256
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The type of sums, positions, log-sum-exps and of the precision: float32, and float64 for float64."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, tracks: Tensor, splat: bool) -> None:
@@ -30,12 +25,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, tracks: Tensor, spl
         ("value", value, of_tracks if splat else of_grid),
         ("tracks", tracks, "[B, T, M, 2]"),
     ):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.layout != torch.strided:
-            raise TypeError(f"{name} must be a dense (strided) tensor, got layout {x.layout}; call .to_dense() on it")
-        if x.dtype not in DTYPES:
-            raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}; convert it first")
+        check_dense(name, x)
         if x.dim() != shape.count(",") + 1:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
         if x.device != query.device:
@@ -77,16 +67,9 @@ def _check(query, key, value, tracks, visible, precision, splat) -> None:
 
 def _check_saved(grad_out: Tensor, query: Tensor, out: Tensor, lse: Tensor) -> None:
     rows = query.shape[2:-2].numel()
-    for name, x, shape, dtype in (
-        ("grad_out", grad_out, query.shape, query.dtype),
-        ("out", out, query.shape, query.dtype),
-        ("lse", lse, (*query.shape[:2], rows, query.shape[-2]), accumulator(query.dtype)),
-    ):
-        if tuple(x.shape) != tuple(shape) or x.dtype != dtype or x.device != query.device:
-            raise ValueError(
-                f"{name} must be {dtype} of shape {tuple(shape)} on {query.device}, "
-                f"got {x.dtype} of shape {tuple(x.shape)} on {x.device}; pass what the forward operator returned"
-            )
+    of_lse = ((*query.shape[:2], rows, query.shape[-2]), accumulator(query.dtype))
+    of_query = (query.shape, query.dtype)
+    check_saved({"grad_out": (grad_out, *of_query), "out": (out, *of_query), "lse": (lse, *of_lse)}, query.device)
 
 
 def _forward(
