@@ -10,7 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "common/memory.h"
+#include "common/kept_memory.h"
 #include "correlation_soft_argmax/call.h"
 #include "residual_norm/call.h"
 #include "temporal_window_attention/call.h"
@@ -90,12 +90,8 @@ TensorView view(const PyTensor& tensor) {
     return result;
 }
 
-int64_t size_of(int dtype) {
-    return static_cast<DType>(dtype) == DType::kFloat64 ? 8 : static_cast<DType>(dtype) == DType::kFloat32 ? 4 : 2;
-}
-
-// A result: contiguous, and not written yet.
-TensorView result_view(uintptr_t data, const Shape& shape, int dtype) {
+// A result: contiguous.
+TensorView result_view(uintptr_t data, const Shape& shape) {
     TensorView result;
     result.data = reinterpret_cast<void*>(data);
     int64_t stride = 1;
@@ -103,7 +99,6 @@ TensorView result_view(uintptr_t data, const Shape& shape, int dtype) {
         result.stride[i] = stride;
         stride *= shape[i];
     }
-    expect_writes(result.data, stride * size_of(dtype));
     return result;
 }
 
@@ -177,6 +172,13 @@ PYBIND11_MODULE(_cpp, m) {
     m.doc() =
         "CPU kernels of tritonkern. Pointers are integers, strides count elements; the callers in tritonkern.ops check "
         "them.";
+    py::class_<KeptMemory>(m, "KeptMemory", py::buffer_protocol(),
+                           "Bytes for a large result; see csrc/common/kept_memory.h.")
+        .def(py::init<size_t>())
+        .def_static("kept", &KeptMemory::kept, "Bytes that wait for a next result.")
+        .def_buffer([](KeptMemory& memory) {
+            return py::buffer_info(static_cast<uint8_t*>(memory.data()), py::ssize_t(memory.size));
+        });
     m.def("isa", [] { return kernels().isa; }, "The instruction set that the kernels use: avx512, avx2 or baseline.");
     m.def(
         "isas",
@@ -193,7 +195,7 @@ PYBIND11_MODULE(_cpp, m) {
            const PyTensor& query, const PyTensor& key, const PyTensor& value, uintptr_t out, uintptr_t lse) {
             auto call = describe(dtype, shape, left, right, scale, num_threads, query, key, value);
             call.lse = reinterpret_cast<void*>(lse);
-            call.out = result_view(out, shape, dtype);
+            call.out = result_view(out, shape);
             kernels().forward(call);
         },
         py::call_guard<py::gil_scoped_release>());
@@ -204,9 +206,9 @@ PYBIND11_MODULE(_cpp, m) {
            uintptr_t grad_query, uintptr_t grad_key, uintptr_t grad_value) {
             auto call = describe(dtype, shape, left, right, scale, num_threads, query, key, value);
             call.grad_out = view(grad_out);
-            call.grad_query = result_view(grad_query, shape, dtype);
-            call.grad_key = result_view(grad_key, shape, dtype);
-            call.grad_value = result_view(grad_value, shape, dtype);
+            call.grad_query = result_view(grad_query, shape);
+            call.grad_key = result_view(grad_key, shape);
+            call.grad_value = result_view(grad_value, shape);
             kernels().backward(call);
         },
         py::call_guard<py::gil_scoped_release>());
@@ -227,9 +229,6 @@ PYBIND11_MODULE(_cpp, m) {
             call.grad_points = pointer(grads[0]), call.grad_mean = pointer(grads[1]);
             call.grad_maximum = pointer(grads[2]), call.grad_minimum = pointer(grads[3]);
             call.grad_query = pointer(grad_query), call.grad_features = pointer(grad_features);
-            const int64_t row = call.C * size_of(dtype);
-            expect_writes(call.grad_query, call.B * call.N * row);
-            expect_writes(call.grad_features, call.B * call.T * call.height * call.width * row);
             kernels().correlation_backward(call);
         },
         py::call_guard<py::gil_scoped_release>());
@@ -246,7 +245,7 @@ PYBIND11_MODULE(_cpp, m) {
            const std::array<uintptr_t, 4>& results, uintptr_t grad_points, uintptr_t grad_cost) {
             auto call = describe(dtype, shape, temperature, radius, num_threads, cost, results);
             call.grad_points = pointer(grad_points);
-            call.grad_cost = result_view(grad_cost, shape, dtype).data;
+            call.grad_cost = result_view(grad_cost, shape).data;
             kernels().soft_argmax_backward(call);
         },
         py::call_guard<py::gil_scoped_release>());
@@ -256,8 +255,6 @@ PYBIND11_MODULE(_cpp, m) {
            const std::array<uintptr_t, 5>& inputs, const std::array<uintptr_t, 2>& results) {
             auto call = describe(dtypes, shape, eps, num_threads, inputs);
             call.sum = pointer(results[0]), call.normed = pointer(results[1]);
-            if (call.sum) expect_writes(call.sum, call.rows * call.C * size_of(dtypes[0]));
-            expect_writes(call.normed, call.rows * call.C * size_of(dtypes[2]));
             kernels().residual_norm_forward(call);
         },
         py::call_guard<py::gil_scoped_release>());
@@ -270,8 +267,6 @@ PYBIND11_MODULE(_cpp, m) {
             call.grad_sum = pointer(grads[0]), call.grad_normed = pointer(grads[1]);
             call.grad_x = pointer(results[0]), call.grad_branch = pointer(results[1]);
             call.partial = pointer(results[2]), call.chunk = chunk;
-            if (call.grad_x) expect_writes(call.grad_x, call.rows * call.C * size_of(dtypes[0]));
-            if (call.grad_branch) expect_writes(call.grad_branch, call.rows * call.C * size_of(dtypes[1]));
             kernels().residual_norm_backward(call);
         },
         py::call_guard<py::gil_scoped_release>());

@@ -5,7 +5,7 @@
 #include <cstdlib>
 #include <new>
 
-#include "common/memory.h"
+#include "common/streaming.h"
 
 // Called by name rather than through `#pragma omp`: GCC would emit the same call, but clang would pull in LLVM's
 // runtime, whose second pool of threads would compete with that of PyTorch.

@@ -18,10 +18,8 @@ using Buffer = std::unique_ptr<A[], FreeDeleter>;
 
 template <class A>
 Buffer<A> allocate(int64_t count) {
-    const int64_t bytes = round_up(count * int64_t(sizeof(A)), int64_t(2) << 20);
-    A* p = static_cast<A*>(std::aligned_alloc(size_t(2) << 20, bytes));
+    A* p = static_cast<A*>(std::aligned_alloc(kCacheLine, round_up(count * int64_t(sizeof(A)), kCacheLine)));
     if (!p) throw std::bad_alloc();
-    expect_writes(p, bytes);
     return Buffer<A>(p);
 }
 

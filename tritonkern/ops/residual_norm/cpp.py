@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tritonkern import _cpp
 from tritonkern.ops._contract import CPP_DTYPES, accumulator
+from tritonkern.ops._results import new_result
 
 # Rows whose share of the parameters' gradients is summed first; by the data alone, so that threads change no bit.
 _CHUNK = 64
@@ -23,8 +24,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """x and branch `[..., C]` -> the sum (empty without a branch) and its LayerNorm, contiguous."""
     inputs = _Inputs(x, branch, gamma, weight, bias)
-    total = x.new_empty(0 if branch is None else x.shape)
-    normed = x.new_empty(x.shape, dtype=out_dtype)
+    total = new_result(x, (0,) if branch is None else x.shape)
+    normed = new_result(x, x.shape, out_dtype)
     if x.numel():
         dtypes = (CPP_DTYPES[x.dtype], CPP_DTYPES[x.dtype if branch is None else branch.dtype], CPP_DTYPES[out_dtype])
         shape = (x.numel() // x.shape[-1], x.shape[-1])
@@ -49,8 +50,8 @@ def backward(
     rows = total.numel() // channels
     inputs = _Inputs(total, branch, gamma, weight, None)
     grads = _Inputs(grad_sum, grad_normed)
-    grad_x = total.new_empty(total.shape) if needed[0] else total.new_empty(0)
-    grad_branch = total.new_empty(total.shape, dtype=branch_dtype) if needed[1] else total.new_empty(0)
+    grad_x = new_result(total, total.shape if needed[0] else (0,))
+    grad_branch = new_result(total, total.shape, branch_dtype) if needed[1] else total.new_empty(0)
     partial = None
     if any(needed[2:]):
         partial = total.new_empty((-(-rows // _CHUNK), 3, channels), dtype=accumulator(total.dtype))
