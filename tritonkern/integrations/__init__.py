@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import MethodType, TracebackType
 from typing import Any
 
@@ -12,6 +12,11 @@ from tritonkern.integrations import chrono
 
 Replacement = tuple[str, nn.Module, str, Callable[..., Any]]
 """Path of a module inside the model, the module, the method's name, and the function that takes the method's place."""
+
+REPOSITORIES: dict[str, Callable[[nn.Module], Iterator[Replacement]]] = {
+    "cvlab-kaist/Chrono": chrono.replacements,
+}
+"""The models that `patch` recognises, each with the function that finds them, wherever they sit in a given module."""
 
 _MISSING = object()
 
@@ -68,11 +73,12 @@ def patch(model: nn.Module) -> Patch:
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    replacements = list(chrono.replacements(model))
+    replacements = [found for find in REPOSITORIES.values() for found in find(model)]
     if not replacements:
         raise ValueError(
-            f"model holds no tracker that tritonkern knows: {type(model).__name__} and its submodules are not the "
-            "model of cvlab-kaist/Chrono; pass the model itself, uncompiled and not wrapped by FSDP"
+            f"model holds no tracker that tritonkern knows: neither {type(model).__name__} nor one of its submodules is "
+            f"built like the model of {' or '.join(REPOSITORIES)}; pass the model itself, uncompiled and not wrapped "
+            "by FSDP"
         )
     for path, module, method, _ in replacements:
         if method in module.__dict__:
