@@ -6,14 +6,10 @@ BIN := .venv/bin
 
 .PHONY: demo test check format bench gpu aot clean
 
-.venv/ready: pyproject.toml setup.py constraints.txt
-	$(PYTHON) -m venv .venv
+# Also when a C++ file is newer than the last build; ninja compiles only what changed.
+.venv/built: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*.h)
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
-	touch $@
-
-# The extension is rebuilt when a C++ file is newer than the last build; ninja compiles only what changed.
-.venv/built: .venv/ready $(wildcard csrc/*.cpp csrc/*/*.h)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 
 ## Track points in a video of moving photographs; ends with the path of the overlay.

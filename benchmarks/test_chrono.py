@@ -96,7 +96,7 @@ def stopwatch(monkeypatch, theirs):
     """Seconds by stage, taken around the functions that do the work, on the CPU."""
     import tritonkern.models.dinov2 as dinov2
     import tritonkern.nn.correlation as correlation
-    from tritonkern.models.adapter import TemporalAdapter
+    from tritonkern.nn import TemporalAdapter
 
     seconds, inside = {}, []
 

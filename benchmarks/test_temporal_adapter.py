@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tritonkern.models.adapter import TemporalAdapter
+from tritonkern.nn import TemporalAdapter
 
 OURS = "tritonkern"
 OP = "temporal_adapter"

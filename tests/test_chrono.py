@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tritonkern.models.adapter import TemporalAdapter
 from tritonkern.models.checkpoints import read_state_dict
 from tritonkern.models.chrono import Chrono
 from tritonkern.models.dinov2 import DINOv2Config
+from tritonkern.nn import TemporalAdapter
 
 TINY = DINOv2Config(dim=64, depth=3, num_heads=1)
 EXACT = dict(atol=1e-11, rtol=0)

@@ -247,3 +247,30 @@ def test_direct_calls_of_the_operators_are_checked():
 
 def test_uninitialised_memory_is_poisoned_in_every_test():
     assert torch.empty(100).isnan().all() and torch.empty_like(GOOD).isnan().all()
+
+
+def test_memory_of_large_results_is_kept_for_the_next():
+    cpp = pytest.importorskip("tritonkern._cpp")
+    from tritonkern.ops._results import new_result
+
+    like = torch.empty(0)
+    first = new_result(like, (3, 1 << 22))
+    address, size = first.data_ptr(), first.untyped_storage().nbytes()
+    assert (first.shape, first.stride(), first.dtype, size) == ((3, 1 << 22), (1 << 22, 1), torch.float32, 3 << 24)
+    assert first.isnan().all()  # poisoned, see conftest.py
+    view = first[1]
+    del first
+    other = new_result(like, (3, 1 << 22))
+    assert other.data_ptr() != address  # a view still lives there
+    kept = cpp.KeptMemory.kept()
+    del view
+    assert cpp.KeptMemory.kept() == kept + size
+    smaller = new_result(like, (9, 1 << 20))
+    assert smaller.data_ptr() != address  # a quarter of that block would lie idle
+    assert new_result(like, (3, 1 << 22)).data_ptr() == address
+    for _ in range(20):  # nobody asks for that size again
+        new_result(like, (5, 1 << 22))
+    assert cpp.KeptMemory.kept() <= 5 << 24
+    many = [new_result(like, (1 << 25,)) for _ in range(5)]
+    del many
+    assert 384 << 20 <= cpp.KeptMemory.kept() <= 512 << 20

@@ -10,7 +10,7 @@ from oracle import assert_as_exact_as_eager, native_backends
 from torch.library import opcheck
 
 from tritonkern.functional import norm_conv_relu, relu_conv_add
-from tritonkern.models.adapter import TemporalAdapter
+from tritonkern.nn import TemporalAdapter
 from tritonkern.ops.temporal_adapter import op
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -16,6 +16,7 @@ from oracle import (
     gradients,
     largest_terms,
     native_backends,
+    peak_memory,
     random_inputs,
     textbook,
 )
@@ -280,31 +281,6 @@ def test_long_clip_in_linear_memory(where):
     cut = run(where, [x[:, 4900:5100] for x in tensors], 13)
     for whole, part in zip(results, cut, strict=True):
         torch.testing.assert_close(whole[:, 4950:5050], part[:, 50:150])
-
-
-class peak_memory:
-    """Peak of the memory in use above what was in use before."""
-
-    def __init__(self, device):
-        self.device = device
-
-    def __enter__(self):
-        if self.device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        else:
-            with open("/proc/self/clear_refs", "w") as file:
-                file.write("5")  # resets VmHWM
-        self.before = self.now()
-        return self
-
-    def __exit__(self, *_):
-        self.mebibytes = (self.now() - self.before) / 2**20
-
-    def now(self):
-        if self.device == "cuda":
-            return torch.cuda.max_memory_allocated()
-        with open("/proc/self/status") as file:
-            return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 
 def test_float32_means_float32(where):

@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonkern.functional import correlation_soft_argmax, temporal_window_attention
-from tritonkern.models.adapter import TemporalAdapter
+from tritonkern.functional import temporal_window_attention
+from tritonkern.nn import CorrelationSoftArgmax, TemporalAdapter
 
 
 @contextmanager
@@ -180,16 +180,6 @@ def _tracks_from_cost_volume(
 
     The products are summed in float32 under autocast as well, where the official code rounds them to bfloat16.
     """
-    frames, rows, columns = feature_grid.shape[1:4]
-    match = correlation_soft_argmax(
-        interp_feature.to(feature_grid.dtype), feature_grid, temperature=float(self.softmax_temperature)
-    )
-    # Factor by factor: a tensor of them would have to be copied to the GPU at every call.
-    x, y = match.points.unbind(-1)
-    points = torch.stack([x * (im_shp[3] / columns), y * (im_shp[2] / rows)], -1)
-    if query_points is not None:
-        own_frame = query_points[..., :1].detach().round() == torch.arange(frames, device=points.device)
-        points = torch.where(own_frame[..., None], query_points[:, :, None, 1:].flip(-1).to(points.dtype), points)
-    statistics = torch.stack([match.mean, match.max, match.min], -1).detach()
-    logits = self.occ_linear(statistics.to(self.occ_linear.weight.dtype))
-    return points, logits[..., 0], logits[..., 1]
+    head = CorrelationSoftArgmax((im_shp[2], im_shp[3]), float(self.softmax_temperature))
+    head.occ_linear = self.occ_linear
+    return tuple(head.match(interp_feature, feature_grid, query_points))  # type: ignore[return-value]

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonkern.models.adapter import TemporalAdapter
 from tritonkern.models.checkpoints import load_strict, read_state_dict
 from tritonkern.models.dinov2 import Block
 from tritonkern.models.matching import MatchingTracker
+from tritonkern.nn import TemporalAdapter
 
 
 class ResidualBlock(nn.Module):

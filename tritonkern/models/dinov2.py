@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonkern.functional import residual_norm
-from tritonkern.models.adapter import TemporalAdapter
 from tritonkern.models.checkpoints import load_strict, read_state_dict
+from tritonkern.nn import TemporalAdapter
 
 
 @dataclass(frozen=True)

@@ -96,7 +96,9 @@ class TracktentionModel(nn.Module):
                     raise ValueError(f"a block returned {x.shape[1]} tokens for {rows} x {columns} patches")
                 # [B, T, h, w, C]
                 grid = x.movedim(1, -1) if x.ndim == 4 else x[:, prefix:].unflatten(1, (rows, columns))
-                cells = tracks * tracks.new_tensor([columns / width, rows / height])
+                # Factor by factor: a tensor of them would have to be copied to the GPU.
+                x_pixels, y_pixels = tracks.unbind(-1)
+                cells = torch.stack([x_pixels * (columns / width), y_pixels * (rows / height)], -1)
                 grid = layer(grid.unflatten(0, (batch, frames)), cells, visibility).flatten(0, 1)
                 if x.ndim == 4:
                     y = grid.movedim(-1, 1)

@@ -83,20 +83,27 @@ class CorrelationSoftArgmax(nn.Module):
             raise ValueError(
                 f"queries must be [{features.shape[0]}, N, 3] with rows (t, y, x), got {list(queries.shape)}"
             )
+        with torch.autocast(features.device.type, enabled=False):
+            return self.match(self.query_features(features, queries), features, queries)
+
+    def match(self, query: Tensor, features: Tensor, queries: Tensor | None) -> TrackerOutput:
+        """As `forward`, of query features `[B, N, C]`; without `queries` no position is overwritten."""
         (height, width), (frames, rows, columns) = self.resolution, features.shape[1:4]
         with torch.autocast(features.device.type, enabled=False):
-            query = self.query_features(features, queries).to(features.dtype)
+            query = query.to(features.dtype)
             match = correlation_soft_argmax(query, features, temperature=self.temperature, radius=self.radius)
             statistics = torch.stack([match.mean, match.max, match.min], dim=-1).detach()
             logits = self.occ_linear(statistics.to(self.occ_linear.weight.dtype)).to(match.points.dtype)
 
-            # [B, N, T, 2]; torch.round is half to even, as in the official code
             # Factor by factor, and flipped: a tensor or an index made of numbers here would be copied to a GPU.
             x, y = match.points.unbind(-1)
-            pixels = torch.stack([x * (width / columns), y * (height / rows)], dim=-1)
-            t, place = queries[..., 0], queries[..., None, 1:].flip(-1).to(pixels.dtype)
-            own_frame = t[..., None].round() == torch.arange(frames, device=t.device)
-            return TrackerOutput(torch.where(own_frame[..., None], place, pixels), logits[..., 0], logits[..., 1])
+            tracks = torch.stack([x * (width / columns), y * (height / rows)], dim=-1)  # [B, N, T, 2]
+            if queries is not None:
+                t, place = queries[..., 0], queries[..., None, 1:].flip(-1).to(tracks.dtype)
+                # torch.round is half to even, as in the official code
+                own_frame = t[..., None].round() == torch.arange(frames, device=t.device)
+                tracks = torch.where(own_frame[..., None], place, tracks)
+            return TrackerOutput(tracks, logits[..., 0], logits[..., 1])
 
     def query_features(self, features: Tensor, queries: Tensor) -> Tensor:
         """The features `[B, N, C]` of `[B, T, h, w, C]` at `queries` `[B, N, 3]` (t, y, x), trilinearly interpolated.

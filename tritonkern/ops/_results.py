@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.utils import deterministic
 
 from tritonkern import _cpp
 
@@ -23,6 +24,6 @@ def new_result(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = N
     storage = torch.frombuffer(_cpp.KeptMemory(size), dtype=torch.uint8).untyped_storage()
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     result = like.new_empty(0, dtype=dtype).set_(storage, 0, shape, strides)
-    if torch.are_deterministic_algorithms_enabled() and torch.utils.deterministic.fill_uninitialized_memory:
+    if torch.are_deterministic_algorithms_enabled() and deterministic.fill_uninitialized_memory:  # type: ignore[attr-defined]
         result.fill_(math.nan)
     return result

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonkern.functional import norm_conv_relu, relu_conv_add, temporal_window_attention
-from tritonkern.nn import TemporalWindowAttention
+from tritonkern.nn.temporal import TemporalWindowAttention
 
 
 class TemporalAdapter(nn.Module):

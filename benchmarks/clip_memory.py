@@ -1,0 +1,43 @@
+"""Peak memory of Chrono-S on a clip: `python benchmarks/clip_memory.py FRAMES`, of the tritonkern that is imported.
+
+Another version is measured by PYTHONPATH=its/checkout. Two blocks stand for twelve, as the peak does not depend on
+depth, and the core of DINOv2's attention, whose memory is its result alone, is left out to save minutes.
+"""
+
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from tritonkern.models.chrono import Chrono
+from tritonkern.models.dinov2 import DINOv2Config
+
+
+def peak() -> float:
+    """GB of resident memory, since /proc/self/clear_refs was last written to."""
+    match = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert match
+    return int(match[1]) / 1e6
+
+
+@torch.no_grad()
+def main(frames: int) -> None:
+    F.scaled_dot_product_attention = lambda query, key, value, **options: value.clone()
+    model = Chrono(DINOv2Config(384, 2, 6)).eval()
+    video = torch.rand(1, frames, 256, 256, 3) * 2 - 1
+    queries = torch.rand(1, 64, 3) * torch.tensor([frames - 1.0, 256, 256])
+    model(video[:, :1], queries * 0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before, start = peak(), time.perf_counter()
+    model(video, queries)
+    seconds = time.perf_counter() - start
+    print(f"{frames} frames: {peak() - before:.2f} GB above the {before:.2f} GB of before, {seconds:.0f} s")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2 or not sys.argv[1].isdigit():
+        sys.exit(__doc__)
+    main(int(sys.argv[1]))
