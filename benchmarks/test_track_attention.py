@@ -9,7 +9,8 @@ import torch
 from shapes import TRACK_ATTENTION, TRACK_ATTENTION_DENSE
 from torch.nn.functional import scaled_dot_product_attention
 
-from tritonkern import track_sample_attention, track_splat_attention
+from tritonkern import Tracktention, track_sample_attention, track_splat_attention
+from tritonkern.models import DINOv2
 
 OURS = "tritonkern"
 OP = "track_attention"
@@ -134,3 +135,19 @@ def test_growth_with_tracks(compare, device, splat, tracks):
     calls |= {name: functools.partial(peer, splat, *inputs, places) for name, peer in peers(device).items()}
     direction = "splat" if splat else "sample"
     compare(OP, shape.size, dtype, direction, calls, *cost(shape, dtype, False))
+
+
+def test_layer_beside_a_block(compare, device):
+    """One Tracktention layer against a block of the ViT-B that it is inserted into."""
+    dtype, shape = main_dtype(device), TRACK_ATTENTION[0]._replace(frames=4)
+    dim, cells = shape.heads * shape.head_dim, math.prod(shape.grid)
+    layer = Tracktention(dim, shape.heads).to(device, dtype)
+    block = DINOv2("vitb14").blocks[0].to(device, dtype)
+    features = torch.randn(1, shape.frames, *shape.grid, dim, device=device, dtype=dtype)
+    tracks = torch.rand(1, shape.frames, shape.tracks, 2, device=device) * shape.grid[0]
+    tokens = features[0].flatten(1, 2)
+    flops = shape.frames * cells * (24 * dim**2 + 4 * cells * dim)
+    # Two different things: nothing to compare but the time.
+    calls = {OURS: lambda: (layer(features, tracks), None)[1], "a ViT-B block": lambda: (block(tokens), None)[1]}
+    with torch.no_grad():
+        compare("tracktention", shape.size, dtype, "forward", calls, 0, flops)
