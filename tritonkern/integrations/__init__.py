@@ -76,9 +76,9 @@ def patch(model: nn.Module) -> Patch:
     replacements = [found for find in REPOSITORIES.values() for found in find(model)]
     if not replacements:
         raise ValueError(
-            f"model holds no tracker that tritonkern knows: neither {type(model).__name__} nor one of its submodules is "
-            f"built like the model of {' or '.join(REPOSITORIES)}; pass the model itself, uncompiled and not wrapped "
-            "by FSDP"
+            f"model holds no tracker that tritonkern knows: neither {type(model).__name__} nor one of its submodules "
+            f"is built like the model of {' or '.join(REPOSITORIES)}; pass the model itself, uncompiled and not "
+            "wrapped by FSDP"
         )
     for path, module, method, _ in replacements:
         if method in module.__dict__:
