@@ -5,6 +5,8 @@ Importing this package loads neither Triton nor a device; a backend is loaded at
 
 from tritonkern.functional import (
     correlation_soft_argmax,
+    local_correlation,
+    local_correlation_linear,
     soft_argmax_2d,
     temporal_window_attention,
     track_sample_attention,
@@ -21,6 +23,8 @@ __all__ = [
     "Tracktention",
     "__version__",
     "correlation_soft_argmax",
+    "local_correlation",
+    "local_correlation_linear",
     "patch",
     "soft_argmax_2d",
     "temporal_window_attention",
