@@ -47,10 +47,11 @@ def compare(request, device, benchmark):
     """`compare(op, shape, dtype, direction, calls, ...)` checks that all calls agree, times them, and keeps the rows.
 
     The first of `calls` is this package. `moved` and `flops` are the least bytes and FLOPs that the job needs;
-    `targets` says for some peers how many times the package's time they are meant to take.
+    `targets` says for some peers how many times the package's time they are meant to take; `ulps` how many units in the
+    last place of the largest value a peer may be off by.
     """
 
-    def run(op, shape, dtype, direction, calls, moved, flops, targets=None):
+    def run(op, shape, dtype, direction, calls, moved, flops, targets=None, ulps=16):
         # A call that cannot run here, such as a backward pass that a peer lacks, is named in the table and left out.
         ours = next(iter(calls))
         results, first_calls, failures = {}, {}, {}
@@ -62,7 +63,7 @@ def compare(request, device, benchmark):
                 if name == ours:
                     raise
                 failures[name] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:80]}"
-        measure.assert_agree(results)
+        measure.assert_agree(results, ulps)
         timings = measure.interleaved({name: calls[name] for name in results}, device)
         ratios = {name: timing.median / timings[ours].median for name, timing in timings.items()}
         floor = max(moved / measure.copy_bandwidth(device), flops / measure.matmul_rate(device, dtype))

@@ -43,14 +43,14 @@ def interleaved(calls: dict[str, Callable[[], Result]], device: str, seconds: fl
     return {name: Timing(statistics.median(ts), _quantile(ts, 0.2), _quantile(ts, 0.8)) for name, ts in times.items()}
 
 
-def assert_agree(results: dict[str, Result]) -> None:
+def assert_agree(results: dict[str, Result], ulps: int = 16) -> None:
     """Every result equals the first one, up to some units in the last place of its coarser dtype."""
     (name, expected), *others = results.items()
     for other, result in others:
         for x, y in zip(_tensors(expected), _tensors(result), strict=False):
             eps = max(torch.finfo(x.dtype).eps, torch.finfo(y.dtype).eps)
             error, size = (x.double() - y.double()).abs().max().item(), x.abs().max().item()
-            if not error <= 16 * eps * size:
+            if not error <= ulps * eps * size:
                 raise AssertionError(f"{name} and {other} differ by {error:.2e} where values reach {size:.2e}")
 
 

@@ -134,7 +134,8 @@ def test_growth_with_tracks(compare, device, splat, tracks):
     calls = {OURS: functools.partial(ours, splat, *inputs, places)}
     calls |= {name: functools.partial(peer, splat, *inputs, places) for name, peer in peers(device).items()}
     direction = "splat" if splat else "sample"
-    compare(OP, shape.size, dtype, direction, calls, *cost(shape, dtype, False))
+    # Of a few tracks the nearest may be far: SDPA then adds biases of -100 and more to its scores, and rounds.
+    compare(OP, shape.size, dtype, direction, calls, *cost(shape, dtype, False), ulps=64)
 
 
 def test_layer_beside_a_block(compare, device):
