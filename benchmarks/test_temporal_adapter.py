@@ -90,7 +90,8 @@ def test_forward(compare, device, shape):
     if device == "cpu":
         half, half_official = make(side, channels, torch.bfloat16, device)
         calls["tritonkern in bfloat16"] = functools.partial(ours, half, side, tokens.bfloat16())
-        calls["eager in bfloat16"] = functools.partial(half_official, tokens.bfloat16())
+        if torch.ops.mkldnn._is_mkldnn_bf16_supported():  # elsewhere one call takes minutes
+            calls["eager in bfloat16"] = functools.partial(half_official, tokens.bfloat16())
     with torch.no_grad():
         compare(OP, shape, dtype, "forward", calls, *cost(shape, dtype, False), {"official form, eager": 1.8})
 
