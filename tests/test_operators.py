@@ -274,3 +274,5 @@ def test_memory_of_large_results_is_kept_for_the_next():
     many = [new_result(like, (1 << 25,)) for _ in range(5)]
     del many
     assert 384 << 20 <= cpp.KeptMemory.kept() <= 512 << 20
+    cpp.KeptMemory.forget()
+    assert cpp.KeptMemory.kept() == 0
