@@ -6,6 +6,7 @@ the table of stages. TRITONKERN_CHRONO_FRAMES sets the length of the clip.
 """
 
 import contextlib
+import functools
 import os
 import sys
 import time
@@ -89,6 +90,27 @@ def test_chrono_end_to_end(compare, models, device, dtype):
         silent["our DINOv2 alone"] = backbone
         targets["our DINOv2 alone"] = 1 / OVER_BACKBONE
     compare("chrono", shape, dtype, "forward", silent, 0, matrix_flops(), targets)
+
+
+def test_training_step(compare, models, device):
+    """One step as the authors train: DINOv2 frozen, gradients for adapters and head, bfloat16 on a GPU."""
+    video, queries = clip(device)
+    half = device == "cuda"
+    target = torch.rand(1, QUERIES, FRAMES, 2, device=device) * 256
+
+    def step(model):
+        model.dino.requires_grad_(False)
+        model.zero_grad(set_to_none=True)
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            output = model(video, queries)
+        fields = [output[x] for x in ("tracks", "occlusion")] if isinstance(output, dict) else output[:2]
+        F.huber_loss(fields[0], target).add(fields[1].square().mean()).backward()
+
+    ours, theirs = models
+    calls = {"tritonkern": functools.partial(step, ours), "official form": functools.partial(step, theirs)}
+    # A gradient cannot agree to the last digits: rounding decides about a ReLU, and about the cell of an arg max.
+    dtype, targets = (torch.bfloat16, {"official form": 2}) if half else (torch.float32, None)
+    compare("chrono", (1, FRAMES, QUERIES), dtype, "training step", calls, 0, 2 * matrix_flops(), targets)
 
 
 @contextlib.contextmanager
