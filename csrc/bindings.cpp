@@ -12,6 +12,7 @@
 
 #include "common/kept_memory.h"
 #include "correlation_soft_argmax/call.h"
+#include "local_correlation/bindings.h"
 #include "residual_norm/call.h"
 #include "temporal_window_attention/call.h"
 #include "track_attention/bindings.h"
@@ -39,6 +40,8 @@ struct Kernels {
     void (*conv3x3_weight_gradient)(const Conv3x3WeightGradient&);
     void (*track_attention_forward)(const TrackAttention&);
     void (*track_attention_backward)(const TrackAttention&);
+    void (*local_correlation_forward)(const LocalCorrelation&);
+    void (*local_correlation_backward)(const LocalCorrelation&);
 };
 
 #define TRITONKERN_KERNELS(isa, condition)                                                                             \
@@ -48,7 +51,7 @@ struct Kernels {
             isa::correlation_soft_argmax_backward, isa::soft_argmax_forward, isa::soft_argmax_backward,                \
             isa::residual_norm_forward, isa::residual_norm_backward, isa::group_norm_statistics, isa::group_norm_sums, \
             isa::group_norm_gradient, isa::conv3x3, isa::conv3x3_weight_gradient, isa::track_attention_forward,        \
-            isa::track_attention_backward                                                                              \
+            isa::track_attention_backward, isa::local_correlation_forward, isa::local_correlation_backward             \
     }
 
 // Best first.
@@ -272,4 +275,5 @@ PYBIND11_MODULE(_cpp, m) {
         py::call_guard<py::gil_scoped_release>());
     bind_temporal_adapter(m, [] { return &kernels(); });
     bind_track_attention(m, kernels);
+    bind_local_correlation(m, kernels);
 }

@@ -10,6 +10,8 @@ class KeptMemory:
     def __init__(self, size: int, /) -> None: ...
     @staticmethod
     def kept() -> int: ...
+    @staticmethod
+    def forget() -> None: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 def isa() -> str: ...
@@ -199,5 +201,41 @@ def track_attention_backward(
     grads: Sequence[int],
     grad_tracks: int,
     grad_precision: int,
+    /,
+) -> None: ...
+def local_correlation_forward(
+    shape: Sequence[int], options: tuple[int, int, bool, bool, bool, int], tensors: Sequence[_Tensor], /
+) -> None: ...
+def local_correlation_backward(
+    shape: Sequence[int],
+    options: tuple[int, int, bool, bool, bool, int],
+    tensors: Sequence[_Tensor],
+    grads: Sequence[_Tensor],
+    /,
+) -> None: ...
+def temporal_mixer_tasks(shape: Sequence[int], /) -> int: ...
+def temporal_mixer_forward(
+    dtype: int,
+    shape: Sequence[int],
+    causal: bool,
+    eps: float,
+    num_threads: int,
+    x: tuple[int, Sequence[int]],
+    parameters: Sequence[int],
+    states: Sequence[int],
+    results: Sequence[int],
+    /,
+) -> None: ...
+def temporal_mixer_backward(
+    dtype: int,
+    shape: Sequence[int],
+    causal: bool,
+    eps: float,
+    num_threads: int,
+    x: tuple[int, Sequence[int]],
+    grad_out: tuple[int, Sequence[int]],
+    parameters: Sequence[int],
+    results: Sequence[int],
+    chunk: int,
     /,
 ) -> None: ...

@@ -111,7 +111,7 @@ def _forward(
     _check(features, support, position, radius)
     kernels = _backends.load(NAME, features.device, backend)
     out = kernels.new_result(features, _shape(support, position, radius))
-    kernels.correlate_into(out, features, support, position, radius, zeros, y_first)
+    kernels.correlate_into(out, kernels.readable(features), support, position, radius, zeros, y_first)
     return out
 
 
@@ -144,7 +144,8 @@ def _backward(
     inputs = (features, support, position)
     kernels = _backends.load(NAME, features.device, backend)
     grads = tuple(_zeros(x, want) for x, want in zip(inputs, wanted, strict=True))
-    kernels.add_gradients(grad_out, *inputs, radius, zeros, y_first, *grads)
+    tensors = (kernels.readable(features), support, position)
+    kernels.add_gradients(grad_out, *tensors, radius, zeros, y_first, *grads)
     return _results(inputs, grads)
 
 
@@ -178,7 +179,7 @@ def _linear_forward(
     _check(features, support, position, radius)
     check_linear(features, support, weight, bias, radius)
     kernels = _backends.load(NAME, features.device, backend)
-    return linear.forward(kernels, features, support, position, weight, bias, radius, zeros, y_first)
+    return linear.forward(kernels, kernels.readable(features), support, position, weight, bias, radius, zeros, y_first)
 
 
 def _linear_forward_fake(
@@ -215,7 +216,8 @@ def _linear_backward(
     inputs = (features, support, position, weight)
     kernels = _backends.load(NAME, features.device, backend)
     grads = tuple(_zeros(x, want) for x, want in zip(inputs, wanted, strict=True))
-    linear.add_gradients(kernels, grad_out, *inputs, radius, zeros, y_first, grads)
+    tensors = (kernels.readable(features), support, position, weight)
+    linear.add_gradients(kernels, grad_out, *tensors, radius, zeros, y_first, grads)
     return _results(inputs, grads)
 
 

@@ -94,13 +94,13 @@ class _Patches:
         """The samples, or their derivative by x (0) or y (1)."""
         B, T, _, _, C = self.features.shape
         cells = self.features.flatten(2, 3)
-        total = None
+        parts = []
         for index, exists, (along_x, along_y), signs in self.corners:
             flat = index.flatten(2)[..., None].expand(-1, -1, -1, C)
             value = torch.where(exists[..., None], cells.gather(2, flat).view(*index.shape, C), 0)
             weight = along_x * along_y if slope is None else signs[slope] * (along_x, along_y)[1 - slope]
-            total = weight[..., None] * value if total is None else total + weight[..., None] * value
-        return torch.where(self.unknown[..., None, None], torch.nan, total)
+            parts.append(weight[..., None] * value)
+        return torch.where(self.unknown[..., None, None], torch.nan, functools.reduce(torch.add, parts))
 
     def add_transposed(self, grad: Tensor, grad_features: Tensor) -> None:
         """Adds grad `[B, T, N, P, C]` to the cells that were sampled; nobody knows where a NaN position was."""
@@ -117,3 +117,8 @@ class _Patches:
 def new_result(like: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Uninitialised, contiguous."""
     return like.new_empty(shape)
+
+
+def readable(features: Tensor) -> Tensor:
+    """Any strides are."""
+    return features

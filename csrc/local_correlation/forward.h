@@ -1,0 +1,87 @@
+// Correlations of all points with the samples around them.
+#pragma once
+
+#include <limits>
+
+#include "local_correlation/correlator.h"
+
+namespace tritonkern::TRITONKERN_ISA {
+
+// The samples of one point and frame in the caller's memory; P * S adjacent numbers of type R.
+template <class R>
+inline R* sample_row(const LocalCorrelation& call, int64_t b, int64_t t, int64_t n) {
+    const int64_t* stride = call.rows.stride;
+    return static_cast<R*>(call.rows.data) + b * stride[0] + t * stride[1] + n * stride[2];
+}
+
+// Frames of one point that are one task. Packing its supports costs about as much as one frame.
+constexpr int64_t kTaskFrames = 16;
+
+// R: the type of the result.
+template <class S, class R>
+class LocalForward {
+    using A = Accumulator<S>;
+
+    struct Scratch {
+        Supports<S> supports;
+        Cells<S> cells;
+        Lattice<S> lattice;
+        A *values, *row, *samples;
+
+        Scratch(const LocalCorrelation& call, Arena& arena)
+            : supports(call, arena),
+              cells(call, false, arena),
+              lattice(call),
+              values(arena.take<A>(lattice.cells * supports.pitch)),
+              row(arena.take<A>(lattice.side * supports.pitch)),
+              samples(arena.take<A>((lattice.side - 1) * (lattice.side - 1) * call.S + supports.pitch)) {}
+    };
+
+    const LocalCorrelation& call;
+
+  public:
+    explicit LocalForward(const LocalCorrelation& call) : call(call) {}
+
+    void run() const {
+        Arena count;
+        Scratch(call, count);
+        const int64_t chunks = ceil_div(call.T, kTaskFrames);
+        parallel_for(call.B * call.N * chunks, 1, call.num_threads, count.used,
+                     [&](int64_t first, int64_t last, Arena arena) {
+                         Scratch scratch(call, arena);
+                         for (int64_t task = first; task < last; ++task) {
+                             const int64_t point = task / chunks, begin = task % chunks * kTaskFrames;
+                             frames(point / call.N, point % call.N, begin, min(begin + kTaskFrames, call.T), scratch);
+                         }
+                     });
+    }
+
+  private:
+    void frames(int64_t b, int64_t n, int64_t begin, int64_t end, Scratch& scratch) const {
+        for (int64_t t = begin; t < end; ++t) {
+            if (t == begin || call.supports_differ) scratch.supports.load(b, n, t);
+            samples(b, t, n, scratch);
+        }
+    }
+
+    void samples(int64_t b, int64_t t, int64_t n, Scratch& scratch) const {
+        Lattice<S>& lattice = scratch.lattice;
+        const int64_t count = (lattice.side - 1) * (lattice.side - 1) * call.S;
+        R* out = sample_row<R>(call, b, t, n);
+        lattice.place(call, b, t, n);
+        if (!lattice.known) {
+            for (int64_t i = 0; i < count; ++i) narrow(std::numeric_limits<A>::quiet_NaN(), out + i);
+            return;
+        }
+        scratch.cells.find(lattice, b, t);
+        const int64_t pitch = scratch.supports.pitch;
+        scratch.supports.correlate(scratch.cells.rows, lattice.cells, scratch.values);
+        interpolate(scratch.values, lattice.side, pitch, call.S, lattice.slow, lattice.fast, scratch.row,
+                    scratch.samples);
+        int64_t i = 0;
+        for (; i + 8 <= count; i += 8) narrow8(scratch.samples + i, out + i);
+        for (; i < count; ++i) narrow(scratch.samples[i], out + i);
+    }
+};
+
+}  // namespace tritonkern::TRITONKERN_ISA
