@@ -6,47 +6,12 @@
 #include <algorithm>
 #include <cmath>
 
-#include "common/dtype.h"
 #include "common/parallel.h"
-#include "common/simd.h"
+#include "common/rows.h"
 #include "residual_norm/call.h"
 
 namespace tritonkern::TRITONKERN_ISA {
 namespace {
-
-template <class S>
-void read_as(const void* base, int64_t row, int64_t C, Accumulator<S>* out) {
-    const S* in = static_cast<const S*>(base) + row * C;
-    int64_t c = 0;
-    for (; c + 8 <= C; c += 8) widen8(in + c, out + c);
-    for (; c < C; ++c) out[c] = widen(in[c]);
-}
-
-template <class S>
-void write_as(const Accumulator<S>* in, int64_t row, int64_t C, void* base) {
-    S* out = static_cast<S*>(base) + row * C;
-    int64_t c = 0;
-    for (; c + 8 <= C; c += 8) narrow8(in + c, out + c);
-    for (; c < C; ++c) narrow(in[c], out + c);
-}
-
-// Rows of any storage type that belongs to the accumulator A.
-void read(DType dtype, const void* base, int64_t row, int64_t C, float* out) {
-    if (dtype == DType::kFloat32) return read_as<float>(base, row, C, out);
-    if (dtype == DType::kBFloat16) return read_as<BFloat16>(base, row, C, out);
-    read_as<Float16>(base, row, C, out);
-}
-void read(DType, const void* base, int64_t row, int64_t C, double* out) {
-    read_as<double>(base, row, C, out);
-}
-void write(DType dtype, const float* in, int64_t row, int64_t C, void* base) {
-    if (dtype == DType::kFloat32) return write_as<float>(in, row, C, base);
-    if (dtype == DType::kBFloat16) return write_as<BFloat16>(in, row, C, base);
-    write_as<Float16>(in, row, C, base);
-}
-void write(DType, const double* in, int64_t row, int64_t C, void* base) {
-    write_as<double>(in, row, C, base);
-}
 
 template <class A>
 class Glue {
@@ -88,21 +53,13 @@ class Glue {
 
     // A row from memory; its tail is zero again, whatever a NaN has made of it.
     void fetch(DType dtype, const void* base, int64_t r, A* row) const {
-        read(dtype, base, r, C, row);
+        read_row(dtype, base, r * C, C, row);
         std::fill(row + C, row + padded, A(0));
     }
 
-    // Sum over a row of value(c). Four sums side by side, in an order that depends on C alone.
     template <class Value>
     TRITONKERN_INLINE A total(const Value& value) const {
-        Vec<A> sums[4] = {};
-        int64_t c = 0;
-        for (; c + 4 * L <= padded; c += 4 * L) {
-            TRITONKERN_UNROLL
-            for (int i = 0; i < 4; ++i) sums[i] += value(c + i * L);
-        }
-        for (; c < padded; c += L) sums[0] += value(c);
-        return detail::fold<A, L / 2>((sums[0] + sums[1]) + (sums[2] + sums[3]), Sum{})[0];
+        return row_sum<A>(padded, value);
     }
 
     // Takes the mean off the row; returns the factor that gives it unit variance.
@@ -151,13 +108,13 @@ class Glue {
         if (call.branch) {
             fetch(call.branch_dtype, call.branch, r, s.other);
             each([&](int64_t c) { store(row + c, load(row + c) + load(s.gamma + c) * load(s.other + c)); });
-            write(call.dtype, row, r, C, call.sum);
+            write_row(call.dtype, row, call.sum, r * C, C);
             // What is normalised is what the next block sees.
             if (call.dtype == DType::kBFloat16 || call.dtype == DType::kFloat16) fetch(call.dtype, call.sum, r, row);
         }
         const A scale = centre(row);
         each([&](int64_t c) { store(row + c, load(row + c) * scale * load(s.weight + c) + load(s.bias + c)); });
-        write(call.out_dtype, row, r, C, call.normed);
+        write_row(call.out_dtype, row, call.normed, r * C, C);
     }
 
     //   grad = grad_sum + scale * (g - mean(g) - n * mean(g * n)),   g = grad_normed * weight,   n = the normalised row
@@ -187,14 +144,14 @@ class Glue {
                 store(grad + c, load(grad + c) + scale * (load(arriving + c) - mean - load(row + c) * slope));
             });
         }
-        if (call.grad_x) write(call.dtype, grad, r, C, call.grad_x);
+        if (call.grad_x) write_row(call.dtype, grad, call.grad_x, r * C, C);
         if (call.partial && call.branch) {
             fetch(call.branch_dtype, call.branch, r, row);
             each([&](int64_t c) { store(s.partial + c, load(s.partial + c) + load(grad + c) * load(row + c)); });
         }
         if (call.grad_branch) {
             each([&](int64_t c) { store(grad + c, load(grad + c) * load(s.gamma + c)); });
-            write(call.branch_dtype, grad, r, C, call.grad_branch);
+            write_row(call.branch_dtype, grad, call.grad_branch, r * C, C);
         }
     }
 };

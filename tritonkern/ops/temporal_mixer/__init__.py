@@ -1,0 +1,1 @@
+"""Mixing over time by depthwise convolutions; see README.md in this folder."""
