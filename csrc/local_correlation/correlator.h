@@ -23,8 +23,11 @@ template <class S>
 class Cells {
     using A = Accumulator<S>;
 
+    const LocalCorrelation& call;
+
   public:
     const A* rows[kMostSide * kMostSide];  // a missing cell is a row of zeros
+    const bool in_place;
 
     Cells(const LocalCorrelation& call, bool whole_vectors, Arena& arena)
         : call(call),
@@ -39,29 +42,25 @@ class Cells {
     void find(const Lattice<S>& lattice, int64_t b, int64_t t) {
         const int64_t* stride = call.features.stride;
         const S* frame = static_cast<const S*>(call.features.data) + b * stride[0] + t * stride[1];
-        for (int64_t i = 0; i < lattice.cells; ++i) {
-            const int64_t y = lattice.row_index[i / lattice.side], x = lattice.column_index[i % lattice.side];
-            if (y < 0 || x < 0) {
-                rows[i] = zeros;
-                continue;
+        for (int64_t y = 0, i = 0; y < lattice.side; ++y) {
+            for (int64_t x = 0; x < lattice.side; ++x, ++i) {
+                const int64_t row = lattice.row_index[y], column = lattice.column_index[x];
+                rows[i] = row < 0 || column < 0 ? zeros : read(frame + row * stride[2] + column * stride[3], i);
             }
-            const S* cell = frame + y * stride[2] + x * stride[3];
-            if constexpr (std::is_same_v<S, A>) {
-                if (in_place) {
-                    rows[i] = cell;
-                    continue;
-                }
-            }
-            A* copy = copies + i * pitch;
-            widen_row(cell, stride[4], call.C, copy);
-            std::fill(copy + call.C, copy + pitch, A(0));
-            rows[i] = copy;
         }
     }
 
   private:
-    const LocalCorrelation& call;
-    const bool in_place;
+    const A* read(const S* cell, int64_t i) {
+        if constexpr (std::is_same_v<S, A>) {
+            if (in_place) return cell;
+        }
+        A* copy = copies + i * pitch;
+        widen_row(cell, call.features.stride[4], call.C, copy);
+        std::fill(copy + call.C, copy + pitch, A(0));
+        return copy;
+    }
+
     const int64_t pitch;
     A *copies, *zeros;
 };
@@ -111,32 +110,44 @@ class Supports {
     const A* rows() const { return row; }
     int64_t rows_pitch() const { return row_pitch; }
 
-    // values[cell * pitch + s]; lanes beyond S are zero.
-    void correlate(const A* const* cells, int64_t count, A* values) const {
+    // values[cell * pitch + s]; lanes beyond S are zero. Meanwhile the rows `next`, unless null, are fetched.
+    void correlate(const A* const* cells, int64_t count, A* values, const A* const* next = nullptr) const {
+        int64_t i = 0;
+        for (; i + kTileCells <= count; i += kTileCells) correlate_tile<kTileCells>(cells, i, values, next);
+        for (; i < count; i += 4) correlate_tile<4>(cells, i, values, next);
+    }
+
+  private:
+    template <int Count>
+    void correlate_tile(const A* const* cells, int64_t i, A* values, const A* const* next) const {
+        if (next) {
+            for (int k = 0; k < Count; ++k)
+                for (int64_t c = 0; c < call.C; c += kCacheLine / int64_t(sizeof(A)))
+                    __builtin_prefetch(next[i + k] + c, 0, 2);
+        }
+        values += i * pitch, cells += i;
         for (int64_t first = 0; first < vectors; first += kTileVectors) {
             const A* panel = panels + first * L * row_pitch;
             A* out = values + first * L;
             const int64_t width = vectors - first;
             if (width >= 3)
-                detail::panel_product<A, 3>(cells, count, panel, call.C, out, pitch);
+                detail::tile<A, Count, 3>(cells, panel, call.C, out, pitch);
             else if (width == 2)
-                detail::panel_product<A, 2>(cells, count, panel, call.C, out, pitch);
+                detail::tile<A, Count, 2>(cells, panel, call.C, out, pitch);
             else
-                detail::panel_product<A, 1>(cells, count, panel, call.C, out, pitch);
+                detail::tile<A, Count, 1>(cells, panel, call.C, out, pitch);
         }
-        if (dots == 0) return;
-        for (int64_t i = 0; i < count; i += 4) {
-            A* out = values + i * pitch + vectors * L;
-            for (int k = 0; k < 4; ++k) store(out + k * pitch, Vec<A>{});
+        for (int k = 0; dots > 0 && k < Count; k += 4) {
+            A* out = values + k * pitch + vectors * L;
+            for (int j = 0; j < 4; ++j) store(out + j * pitch, Vec<A>{});
             for (int64_t d = 0; d < dots; ++d) {
                 A sums[4];
-                four_dots(cells + i, row + (vectors * L + d) * row_pitch, call.C, sums);
-                for (int k = 0; k < 4; ++k) out[k * pitch + d] = sums[k];
+                four_dots(cells + k, row + (vectors * L + d) * row_pitch, call.C, sums);
+                for (int j = 0; j < 4; ++j) out[j * pitch + d] = sums[j];
             }
         }
     }
 
-  private:
     const LocalCorrelation& call;
     const int64_t dots, vectors, row_pitch;
     A *const row, *const panels;

@@ -24,17 +24,19 @@ class LocalForward {
 
     struct Scratch {
         Supports<S> supports;
-        Cells<S> cells;
-        Lattice<S> lattice;
+        Cells<S> cells, next_cells;
+        Lattice<S> lattice, next;
         A *values, *row, *samples;
 
         Scratch(const LocalCorrelation& call, Arena& arena)
             : supports(call, arena),
               cells(call, false, arena),
+              next_cells(call, false, arena),
               lattice(call),
+              next(call),
               values(arena.take<A>(lattice.cells * supports.pitch)),
               row(arena.take<A>(lattice.side * supports.pitch)),
-              samples(arena.take<A>((lattice.side - 1) * (lattice.side - 1) * call.S + supports.pitch)) {}
+              samples(arena.take<A>((lattice.side - 1) * (lattice.side - 1) * call.S)) {}
     };
 
     const LocalCorrelation& call;
@@ -58,29 +60,43 @@ class LocalForward {
 
   private:
     void frames(int64_t b, int64_t n, int64_t begin, int64_t end, Scratch& scratch) const {
+        scratch.next.place(call, b, begin, n);
         for (int64_t t = begin; t < end; ++t) {
+            std::swap(scratch.lattice, scratch.next);
             if (t == begin || call.supports_differ) scratch.supports.load(b, n, t);
-            samples(b, t, n, scratch);
+            if (t + 1 < end) scratch.next.place(call, b, t + 1, n);
+            samples(b, t, n, t + 1 < end && scratch.next.known, scratch);
         }
     }
 
-    void samples(int64_t b, int64_t t, int64_t n, Scratch& scratch) const {
-        Lattice<S>& lattice = scratch.lattice;
+    void samples(int64_t b, int64_t t, int64_t n, bool fetch_next, Scratch& scratch) const {
+        const Lattice<S>& lattice = scratch.lattice;
         const int64_t count = (lattice.side - 1) * (lattice.side - 1) * call.S;
         R* out = sample_row<R>(call, b, t, n);
-        lattice.place(call, b, t, n);
         if (!lattice.known) {
             for (int64_t i = 0; i < count; ++i) narrow(std::numeric_limits<A>::quiet_NaN(), out + i);
             return;
         }
         scratch.cells.find(lattice, b, t);
+        const A* const* next = nullptr;
+        if (fetch_next && scratch.cells.in_place) {
+            scratch.next_cells.find(scratch.next, b, t + 1);
+            next = scratch.next_cells.rows;
+        }
+        scratch.supports.correlate(scratch.cells.rows, lattice.cells, scratch.values, next);
         const int64_t pitch = scratch.supports.pitch;
-        scratch.supports.correlate(scratch.cells.rows, lattice.cells, scratch.values);
-        interpolate(scratch.values, lattice.side, pitch, call.S, lattice.slow, lattice.fast, scratch.row,
-                    scratch.samples);
-        int64_t i = 0;
-        for (; i + 8 <= count; i += 8) narrow8(scratch.samples + i, out + i);
-        for (; i < count; ++i) narrow(scratch.samples[i], out + i);
+        const auto interpolate_into = [&](A* to) {
+            interpolate(scratch.values, lattice.side, pitch, call.S, lattice.slow, lattice.fast, scratch.row, to,
+                        count);
+        };
+        if constexpr (std::is_same_v<R, A>) {
+            interpolate_into(out);
+        } else {
+            interpolate_into(scratch.samples);
+            int64_t i = 0;
+            for (; i + 8 <= count; i += 8) narrow8(scratch.samples + i, out + i);
+            for (; i < count; ++i) narrow(scratch.samples[i], out + i);
+        }
     }
 };
 

@@ -5,6 +5,7 @@
 //   o---o---o---o      Values at cells are planes of `pitch` lanes, one lane a support.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "common/strided.h"
@@ -61,14 +62,19 @@ inline void between(const A* rows, const A* next, A fraction, int64_t count, A* 
     for (int64_t i = 0; i < count; i += kLanes<A>) store(out + i, between<A>(load(rows + i), load(next + i), fraction));
 }
 
-// Values at the cells -> samples[p * S + s]. Writes up to `pitch` elements beyond the last sample; `row` holds a row of cells.
+// Values at the cells -> samples[p * S + s], `count` in all. `row` holds a row of cells.
 template <class A>
-inline void interpolate(const A* values, int64_t side, int64_t pitch, int64_t S, A slow, A fast, A* row, A* samples) {
+inline void interpolate(const A* values, int64_t side, int64_t pitch, int64_t S, A slow, A fast, A* row, A* samples,
+                        int64_t count) {
     for (int64_t y = 0; y + 1 < side; ++y) {
         const A* here = values + y * side * pitch;
         between(here, here + side * pitch, slow, side * pitch, row);
-        for (int64_t x = 0; x + 1 < side; ++x, samples += S)
-            between(row + x * pitch, row + (x + 1) * pitch, fast, pitch, samples);
+        for (int64_t x = 0; x + 1 < side; ++x, samples += S, count -= S) {
+            A* sample = row + x * pitch;
+            // Whole vectors may be written over the samples that follow, but not beyond the last one.
+            between(sample, sample + pitch, fast, pitch, count >= pitch ? samples : sample);
+            if (count < pitch) std::copy(sample, sample + S, samples);
+        }
     }
 }
 

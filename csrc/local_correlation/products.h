@@ -51,15 +51,6 @@ inline void tile(const A* const* rows, const A* panel, int64_t channels, A* valu
     }
 }
 
-template <class A, int V>
-inline void panel_product(const A* const* rows, int64_t cells, const A* panel, int64_t channels, A* values,
-                          int64_t pitch) {
-    int64_t i = 0;
-    for (; i + kTileCells <= cells; i += kTileCells)
-        tile<A, kTileCells, V>(rows + i, panel, channels, values + i * pitch, pitch);
-    for (; i < cells; i += 4) tile<A, 4, V>(rows + i, panel, channels, values + i * pitch, pitch);
-}
-
 }  // namespace detail
 
 // out[i] = rows[i] . y for four rows.
