@@ -24,7 +24,7 @@ ERROR_FILE = "_cpp_build_error.txt"
 KERNELS = ["correlation_soft_argmax", "local_correlation", "residual_norm", "temporal_adapter"]
 KERNELS += ["temporal_mixer", "temporal_window_attention", "track_attention"]
 X86_64 = {
-    "baseline": ["-march=x86-64", "-DTRITONKERN_VECTOR_BYTES=16"],
+    "baseline": ["-march=x86-64", "-O2", "-DTRITONKERN_VECTOR_BYTES=16"],
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-DTRITONKERN_VECTOR_BYTES=32"],
     "avx512": ["-mavx2", "-mfma", "-mf16c", "-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"]
     + ["-DTRITONKERN_VECTOR_BYTES=64"],

@@ -77,24 +77,41 @@ Buffer<A> transform_weights(const Conv3x3& call) {
     return weights;
 }
 
-// Brings tiles into Winograd's domain: left[point][i][c].
+// Brings a vector of channels of one tile into Winograd's domain: left[point][c].
+template <class A, int m>
+struct InputTransform {
+    static constexpr int n = Winograd<A, m>::n;
+    const BlockLayout<A>& layout;
+    A* left;
+
+    template <class Pixel>
+    TRITONKERN_INLINE void operator()(int64_t c, const Pixel& pixel) const {
+        transform_square<A, n, n>(
+            [](const auto& d, auto& v) __attribute__((always_inline)) { Winograd<A, m>::input(d, v); }, pixel,
+            [&](int y, int x, Vec<A> v)
+                __attribute__((always_inline)) { store(left + (y * n + x) * layout.left_point + c, v); });
+    }
+};
+
 template <class A, int m>
 TileTask<A> input_transform(const Source& source, const AdapterShape& shape, int64_t C, const Tiles& tiles,
                             const BlockLayout<A>& layout) {
-    constexpr int n = Winograd<A, m>::n;
     return with_reader<A, m>(source, shape, C, 1, m + 1, [&](auto reader) {
         return [reader, tiles, layout](int64_t first, int64_t last, A* left, A*) {
-            for (int64_t i = first; i < last; ++i, left += layout.row) {
-                reader.template each<n>(tiles[i], [&](int64_t c, const auto& pixel) __attribute__((always_inline)) {
-                    transform_square<A, n, n>(
-                        [](const auto& d, auto& v) __attribute__((always_inline)) { Winograd<A, m>::input(d, v); },
-                        pixel,
-                        [&](int y, int x, Vec<A> v)
-                            __attribute__((always_inline)) { store(left + (y * n + x) * layout.left_point + c, v); });
-                });
-            }
+            for (int64_t i = first; i < last; ++i, left += layout.row)
+                reader.template each<Winograd<A, m>::n, m == 2>(tiles[i], InputTransform<A, m>{layout, left});
         };
     });
+}
+
+// The m x m results of one tile, from its products.
+template <class A, int m>
+void output_square(const A* products, const BlockLayout<A>& layout, Vec<A> (&out)[m][m]) {
+    constexpr int n = Winograd<A, m>::n;
+    transform_square<A, n, m>(
+        [](const auto& p, auto& y) __attribute__((always_inline)) { Winograd<A, m>::output(p, y); },
+        [&](int y, int x) __attribute__((always_inline)) { return load(products + (y * n + x) * layout.right_point); },
+        [&](int y, int x, Vec<A> v) __attribute__((always_inline)) { out[y][x] = v; });
 }
 
 // Where results go: bias, ReLU, residual and mask on the way.
@@ -111,7 +128,7 @@ struct SquareWriter {
 
     template <int m>
     void write(const Tiles::Tile& tile, const A* products, const BlockLayout<A>& layout) const {
-        constexpr int n = Winograd<A, m>::n, L = kLanes<A>;
+        constexpr int L = kLanes<A>;
         S* out = frame_data<S>(call.out, tile.b, tile.t);
         const S* residual = call.residual ? frame_data<const S>(call.residual, tile.b, tile.t) : nullptr;
         const A* mask = call.mask ? frame_data<const A>(call.mask, tile.b, tile.t) : nullptr;
@@ -121,14 +138,12 @@ struct SquareWriter {
             const A* in = products + o / kCols<A> * layout.panel + o % kCols<A>;
             const int64_t count = call.O - o;
             const Vec<A> summand = bias ? load_channels<A>(bias + o, count) : Vec<A>{};
-            transform_square<A, n, m>(
-                [](const auto& p, auto& y) __attribute__((always_inline)) { Winograd<A, m>::output(p, y); },
-                [&](int y, int x)
-                    __attribute__((always_inline)) { return load(in + (y * n + x) * layout.right_point); },
-                [&](int y, int x, Vec<A> v) __attribute__((always_inline)) {
-                    if (y >= rows || x >= columns) return;
+            Vec<A> results[m][m];
+            output_square<A, m>(in, layout, results);
+            for (int y = 0; y < rows; ++y) {
+                for (int x = 0; x < columns; ++x) {
                     const int64_t row = tile.y + y, column = tile.x + x;
-                    v += summand;
+                    Vec<A> v = results[y][x] + summand;
                     if (call.relu) v = v < 0 ? Vec<A>{} : v;
                     if (residual)
                         v +=
@@ -139,7 +154,8 @@ struct SquareWriter {
                         v = sign <= 0 ? Vec<A>{} : v;
                     }
                     store_channels<A>(out + at.rows[row] + at.columns[column] + o, v, count);
-                });
+                }
+            }
         }
     }
 };

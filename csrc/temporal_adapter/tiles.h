@@ -8,6 +8,20 @@
 
 namespace tritonkern::TRITONKERN_ISA {
 
+// A square of pixels in memory.
+template <class A, int n>
+struct Square {
+    Vec<A> pixels[n][n] = {};
+
+    TRITONKERN_INLINE Vec<A> operator()(int y, int x) const { return pixels[y][x]; }
+};
+
+// Compiled once for all readers that end in the same `use`.
+template <class A, int n, class Use>
+__attribute__((noinline)) void use_square(const Use& use, int64_t c, const Square<A, n>& square) {
+    use(c, square);
+}
+
 // Reads squares of `n` x `n` pixels, after the source's affine map, ReLU or mask, and zero beyond the image.
 template <class A, class S, Load kLoad>
 struct SquareReader {
@@ -19,8 +33,9 @@ struct SquareReader {
     SquareReader(const Source& source, const AdapterShape& shape, int64_t C, int64_t border, int64_t beyond)
         : source(source), C(C), at(source.image, shape, border, beyond), mask_at(source.mask, shape, border, beyond) {}
 
-    // Calls use(c, square) for every vector of channels.
-    template <int n, class Use>
+    // Calls use(c, square) for every vector of channels. Pixels go `straight` from the image into what is done with them, or,
+    // as at the image's border, by way of memory, which is a little slower and saves most of the code.
+    template <int n, bool straight, class Use>
     TRITONKERN_INLINE void each(const Tiles::Tile& tile, const Use& use) const {
         constexpr int L = kLanes<A>;
         const S* data = frame_data<const S>(source.image, tile.b, tile.t);
@@ -32,32 +47,35 @@ struct SquareReader {
         bool inside = true;
         for (int i = 0; i < n; ++i) inside = inside && rows[i] != Offsets::kOutside && columns[i] != Offsets::kOutside;
 
-        const auto squares = [&](auto everywhere) __attribute__((always_inline)) {
-            for (int64_t c = 0; c < C; c += L) {
-                Vec<A> factor{}, summand{};
-                if constexpr (kLoad == Load::kAffine) {
-                    factor = load_channels<A>(scale + c, C - c);
-                    summand = load_channels<A>(shift + c, C - c);
-                }
-                use(c, [&](int y, int x) __attribute__((always_inline)) {
-                    if constexpr (!decltype(everywhere)::value) {
-                        if (rows[y] == Offsets::kOutside || columns[x] == Offsets::kOutside) return Vec<A>{};
-                    }
-                    Vec<A> v = load_channels<A>(data + rows[y] + columns[x] + c, C - c);
-                    if constexpr (kLoad == Load::kAffine) v = v * factor + summand;
-                    if constexpr (kLoad == Load::kRelu) v = v < 0 ? Vec<A>{} : v;
-                    if constexpr (kLoad == Load::kMasked) {
-                        const Vec<A> sign = load_channels<A>(mask + mask_rows[y] + mask_columns[x] + c, C - c);
-                        v = sign <= 0 ? Vec<A>{} : v;
-                    }
-                    return v;
-                });
+        for (int64_t c = 0; c < C; c += L) {
+            Vec<A> factor{}, summand{};
+            if constexpr (kLoad == Load::kAffine) {
+                factor = load_channels<A>(scale + c, C - c);
+                summand = load_channels<A>(shift + c, C - c);
             }
-        };
-        if (inside) {
-            squares(std::true_type{});
-        } else {
-            squares(std::false_type{});
+            const auto pixel = [&](int y, int x) __attribute__((always_inline)) {
+                Vec<A> v = load_channels<A>(data + rows[y] + columns[x] + c, C - c);
+                if constexpr (kLoad == Load::kAffine) v = v * factor + summand;
+                if constexpr (kLoad == Load::kRelu) v = v < 0 ? Vec<A>{} : v;
+                if constexpr (kLoad == Load::kMasked) {
+                    const Vec<A> sign = load_channels<A>(mask + mask_rows[y] + mask_columns[x] + c, C - c);
+                    v = sign <= 0 ? Vec<A>{} : v;
+                }
+                return v;
+            };
+            if constexpr (straight) {
+                if (inside) {
+                    use(c, pixel);
+                    continue;
+                }
+            }
+            Square<A, n> square;
+            for (int y = 0; y < n; ++y) {
+                if (rows[y] == Offsets::kOutside) continue;
+                for (int x = 0; x < n; ++x)
+                    if (columns[x] != Offsets::kOutside) square.pixels[y][x] = pixel(y, x);
+            }
+            use_square(use, c, square);
         }
     }
 };

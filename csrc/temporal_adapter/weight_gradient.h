@@ -9,30 +9,38 @@
 
 namespace tritonkern::TRITONKERN_ISA {
 
-// Brings gradients of results into Winograd's domain, right[point][panel][i][kCols], and adds them up in `sums` [O].
+// Brings a vector of channels of one tile of gradients of results into Winograd's domain, right[point][panel][kCols], and adds
+// them up in `sums` [O].
+template <class A, int m>
+struct GradOutputTransform {
+    static constexpr int n = Winograd<A, m>::n;
+    const BlockLayout<A>& layout;
+    A *right, *sums;
+
+    template <class Pixel>
+    TRITONKERN_INLINE void operator()(int64_t o, const Pixel& pixel) const {
+        A* to = right + o / kCols<A> * layout.panel + o % kCols<A>;
+        Vec<A> sum = load(sums + o);
+        transform_square<A, m, n>(
+            [](const auto& y, auto& p) __attribute__((always_inline)) { Winograd<A, m>::grad_output(y, p); },
+            [&](int y, int x) __attribute__((always_inline)) {
+                const Vec<A> v = pixel(y, x);
+                sum += v;
+                return v;
+            },
+            [&](int y, int x, Vec<A> v)
+                __attribute__((always_inline)) { store(to + (y * n + x) * layout.right_point, v); });
+        store(sums + o, sum);
+    }
+};
+
 template <class A, int m>
 TileTask<A> grad_output_transform(const Source& grad_out, const AdapterShape& shape, int64_t O, const Tiles& tiles,
                                   const BlockLayout<A>& layout) {
-    constexpr int n = Winograd<A, m>::n;
     return with_reader<A, m>(grad_out, shape, O, 0, m, [&](auto reader) {
         return [reader, tiles, layout](int64_t first, int64_t last, A* right, A* sums) {
-            for (int64_t i = first; i < last; ++i, right += kCols<A>) {
-                reader.template each<m>(tiles[i], [&](int64_t o, const auto& pixel) __attribute__((always_inline)) {
-                    A* to = right + o / kCols<A> * layout.panel + o % kCols<A>;
-                    Vec<A> sum = load(sums + o);
-                    transform_square<A, m, n>([](const auto& y, auto& p)
-                                                  __attribute__((always_inline)) { Winograd<A, m>::grad_output(y, p); },
-                                              [&](int y, int x) __attribute__((always_inline)) {
-                                                  const Vec<A> v = pixel(y, x);
-                                                  sum += v;
-                                                  return v;
-                                              },
-                                              [&](int y, int x, Vec<A> v) __attribute__((always_inline)) {
-                                                  store(to + (y * n + x) * layout.right_point, v);
-                                              });
-                    store(sums + o, sum);
-                });
-            }
+            for (int64_t i = first; i < last; ++i, right += kCols<A>)
+                reader.template each<m, m == 2>(tiles[i], GradOutputTransform<A, m>{layout, right, sums});
         };
     });
 }
