@@ -183,6 +183,7 @@ PYBIND11_MODULE(_cpp, m) {
                            "Bytes for a large result; see csrc/common/kept_memory.h.")
         .def(py::init<size_t>())
         .def_static("kept", &KeptMemory::kept, "Bytes that wait for a next result.")
+        .def_static("forget", &KeptMemory::forget, "Give back to the system what waits.")
         .def_buffer([](KeptMemory& memory) {
             return py::buffer_info(static_cast<uint8_t*>(memory.data()), py::ssize_t(memory.size));
         });
