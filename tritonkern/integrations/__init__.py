@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from tritonkern.integrations import chrono, cotracker, locotrack
+from tritonkern.integrations import chrono, cotracker, locotrack, tapir
 
 Replacement = tuple[str, nn.Module, str, Callable[..., Any]]
 """Path of a module inside the model, the module, the method's name, and the function that takes the method's place."""
@@ -17,6 +17,7 @@ REPOSITORIES: dict[str, Callable[[nn.Module], Iterator[Replacement]]] = {
     "cvlab-kaist/Chrono": chrono.replacements,
     "cvlab-kaist/locotrack": locotrack.replacements,
     "facebookresearch/co-tracker (CoTracker3)": cotracker.replacements,
+    "google-deepmind/tapnet (TAPIR)": tapir.replacements,
 }
 """The models that `patch` recognises, each with the function that finds them, wherever they sit in a given module."""
 
@@ -64,7 +65,9 @@ def patch(model: nn.Module) -> Patch:
     - Chrono (cvlab-kaist/Chrono, commit 153b2f2); see `tritonkern.integrations.chrono`;
     - LocoTrack in PyTorch (cvlab-kaist/locotrack, commit 3385a23); see `tritonkern.integrations.locotrack`;
     - CoTracker3, offline and online (facebookresearch/co-tracker, commit 82e02e8); see
-      `tritonkern.integrations.cotracker`.
+      `tritonkern.integrations.cotracker`;
+    - TAPIR and BootsTAPIR in PyTorch, offline and online (google-deepmind/tapnet, commit c2cbab8); see
+      `tritonkern.integrations.tapir`.
 
     Methods are replaced on the instances found in `model`; classes, modules and other models are left alone. A patched
     model can be trained, moved and saved by its state dict; restore it before pickling the module itself.

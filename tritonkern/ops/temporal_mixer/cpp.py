@@ -93,7 +93,7 @@ def backward(
     return [grad_x, *parameter_gradients(x, partial, needed)]
 
 
-def _rows(x: Tensor) -> tuple[Tensor, tuple[int, int, int]]:
+def _rows(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """A tensor whose channels are adjacent, and its other strides."""
     if x.stride(-1) != 1 and x.shape[-1] > 1:
         x = x.contiguous()

@@ -31,18 +31,19 @@ def check(
             f"x must have shape [N, T, C] or [B, N, T, C] with C from 1 to {MAX_CHANNELS}, got {tuple(x.shape)}"
         )
     batch, tracks, _, channels = x.shape
-    expected: dict[str, tuple[Tensor | None, tuple[int, ...]]] = {
-        "norm_weight": (norm_weight, (channels,)),
-        "conv1_weight": (conv1_weight, (4 * channels, 1, 3)),
-        "conv1_bias": (conv1_bias, (4 * channels,)),
-        "conv2_weight": (conv2_weight, (4 * channels, 1, 3)),
-        "conv2_bias": (conv2_bias, (4 * channels,)),
-        "the first state": (normed_state, (batch, tracks, 2, channels)),
-        "the second state": (hidden_state, (batch, tracks, 2, 4 * channels)),
-    }
-    for name, (tensor, shape) in expected.items():
-        if tensor is None and name.endswith("state"):
-            continue
+    weights, biases = (4 * channels, 1, 3), (4 * channels,)
+    expected: list[tuple[str, Tensor, tuple[int, ...]]] = [
+        ("norm_weight", norm_weight, (channels,)),
+        ("conv1_weight", conv1_weight, weights),
+        ("conv1_bias", conv1_bias, biases),
+        ("conv2_weight", conv2_weight, weights),
+        ("conv2_bias", conv2_bias, biases),
+    ]
+    if normed_state is not None:
+        expected.append(("the first state", normed_state, (batch, tracks, 2, channels)))
+    if hidden_state is not None:
+        expected.append(("the second state", hidden_state, (batch, tracks, 2, 4 * channels)))
+    for name, tensor, shape in expected:
         check_dense(name, tensor)
         if tensor.device != x.device:
             raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}; move one of them")
@@ -105,8 +106,8 @@ def _forward_fake(
 ) -> tuple[Tensor, Tensor, Tensor]:
     check(x, norm_weight, conv1_weight, conv1_bias, conv2_weight, conv2_bias, causal, eps, normed_state, hidden_state)
     accurate = accumulator(x.dtype)
-    states = (x.new_empty(0 if s is None else s.shape, dtype=accurate) for s in (normed_state, hidden_state))
-    return x.new_empty(x.shape), *states
+    states = [x.new_empty(0 if s is None else s.shape, dtype=accurate) for s in (normed_state, hidden_state)]
+    return x.new_empty(x.shape), states[0], states[1]
 
 
 def _check_backward(

@@ -1,0 +1,176 @@
+"""TAPIR and BootsTAPIR in PyTorch (github.com/google-deepmind/tapnet, read at commit c2cbab8, Apache-2.0).
+
+Replaced are the mixing over time in the blocks of the refinement (offline and online), the correlation of each point
+with the features around it, and the soft-argmax of the first guess. Backbone and linear layers stay as they are.
+
+The official code divides both coordinates by the height of a feature map before it samples, so that on maps that are
+not square its samples do not lie one cell apart; there its own sampling runs, as results are to stay what they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tritonkern.functional import local_correlation, soft_argmax_2d, temporal_mixer
+
+
+def replacements(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
+    """What `tritonkern.patch` replaces in `model`: path, module, method, function."""
+    for path, tracker in model.named_modules():
+        if not _is_tracker(tracker):
+            continue
+        prefix = f"{path}." if path else ""
+        for index, block in enumerate(tracker.torch_pips_mixer.blocks):
+            if _is_block(block):
+                yield f"{prefix}torch_pips_mixer.blocks.{index}", block, "forward", _block_forward
+        yield path, tracker, "get_feature_grids", _get_feature_grids
+        yield path, tracker, "refine_pips", _refine_pips
+        yield path, tracker, "tracks_from_cost_volume", _tracks_from_cost_volume
+
+
+def _is_tracker(module: nn.Module) -> bool:
+    methods = ("get_feature_grids", "refine_pips", "tracks_from_cost_volume")
+    heads, mixer = (getattr(module, name, None) for name in ("torch_cost_volume_track_mods", "torch_pips_mixer"))
+    return (
+        all(callable(getattr(module, name, None)) for name in methods)
+        and isinstance(heads, nn.ModuleDict)
+        and {"hid1", "hid2", "hid3", "hid4", "occ_out"} <= set(heads)
+        and isinstance(getattr(mixer, "blocks", None), nn.ModuleList)
+        and isinstance(getattr(module, "softmax_temperature", None), int | float)
+        and isinstance(getattr(module, "highres_dim", None), int)
+    )
+
+
+def _is_block(block: Any) -> bool:
+    """Whether it is built of what `temporal_mixer` computes: kernels of 3 frames, four channels for one."""
+    norm, first, second = (getattr(block, name, None) for name in ("layer_norm", "mlp1_up", "mlp1_up_1"))
+    if not (isinstance(norm, nn.LayerNorm) and isinstance(first, nn.Conv1d) and isinstance(second, nn.Conv1d)):
+        return False
+    (channels,) = norm.normalized_shape
+    shape = (4 * channels, 1, 3)
+    return (
+        norm.weight is not None
+        and norm.bias is None
+        and all(conv.weight.shape == shape and conv.bias is not None for conv in (first, second))
+        and all(
+            hasattr(block, name) for name in ("layer_norm_1", "conv_channels_mixer", "use_causal_conv", "block_name")
+        )
+    )
+
+
+def _block_forward(
+    self: Any, x: Tensor, causal_context: dict[str, Tensor] | None = None, get_causal_context: bool = False
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Takes the place of `PIPsConvBlock.forward`: `[N, T, C]` -> the same shape, and the state after it."""
+    parameters = (
+        self.layer_norm.weight,
+        self.mlp1_up.weight,
+        self.mlp1_up.bias,
+        self.mlp1_up_1.weight,
+        self.mlp1_up_1.bias,
+    )
+    context: dict[str, Tensor] = {}
+    result: Any
+    if causal_context is None:
+        result = temporal_mixer(x, *parameters, causal=self.use_causal_conv, eps=self.layer_norm.eps)
+    else:
+        names = [f"{self.block_name}_causal_{i}" for i in (1, 2)]
+        state = (causal_context[names[0]], causal_context[names[1]])
+        trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters, *state))
+        # What `temporal_mixer` does not carry on: gradients, and the frames of a mixer that is not causal.
+        if trained or not self.use_causal_conv or any(t.shape[-2] != 2 or t.dtype != x.dtype for t in state):
+            return type(self).forward(self, x, causal_context, get_causal_context)
+        result, after = temporal_mixer(x, *parameters, causal=True, state=state, eps=self.layer_norm.eps)
+        context = dict(zip(names, after, strict=True))
+    return result + self.conv_channels_mixer(self.layer_norm_1(result)), context
+
+
+def _get_feature_grids(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Takes the place of the method of that name: maps with adjacent channels, which every iteration reads in place."""
+    grids = type(self).get_feature_grids(self, *args, **kwargs)
+    contiguous: dict[int, Tensor] = {}
+    # Resolutions that are equal share their maps.
+    for grid in (*grids.lowres, *grids.hires):
+        if id(grid) not in contiguous:
+            contiguous[id(grid)] = grid.contiguous()
+    lowres, hires = (tuple(contiguous[id(grid)] for grid in level) for level in (grids.lowres, grids.hires))
+    return grids._replace(lowres=lowres, hires=hires)
+
+
+def _refine_pips(
+    self: Any,
+    target_feature: list[Tensor],
+    frame_features: None,
+    pyramid: list[Tensor],
+    pos_guess: Tensor,
+    occ_guess: Tensor,
+    expd_guess: Tensor,
+    orig_hw: tuple[int, int],
+    last_iter: Tensor | None = None,
+    mixer_iter: float = 0.0,
+    resize_hw: tuple[int, int] | None = None,
+    causal_context: dict[str, Tensor] | None = None,
+    get_causal_context: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Takes the place of the method of that name: one iteration of the refinement, `[B, N, T, ...]` throughout."""
+    if resize_hw is None or any(grid.shape[2] != grid.shape[3] for grid in pyramid):
+        return type(self).refine_pips(
+            self, target_feature, frame_features, pyramid, pos_guess, occ_guess, expd_guess, orig_hw, last_iter,
+            mixer_iter, resize_hw, causal_context, get_causal_context,
+        )  # fmt: skip
+    batch, points, frames = occ_guess.shape
+    correlations = []
+    for level, (query, grid) in enumerate(zip(target_feature, pyramid, strict=True)):
+        support = query.unsqueeze(-2)
+        if last_iter is not None:
+            own = last_iter[..., : self.highres_dim] if level == 0 else last_iter[..., self.highres_dim :]
+            support = own.unsqueeze(-2)
+        coords = _rescaled(pos_guess, orig_hw, grid.shape[2:4]).transpose(1, 2)
+        found = local_correlation(
+            grid, support.to(grid.dtype), coords, padding="zeros", align_corners=False, axis_order="yx"
+        )
+        correlations.append(found.squeeze(-1).transpose(1, 2))
+    features = last_iter
+    if features is None:
+        features = torch.cat(target_feature[:2], -1).unsqueeze(2).expand(-1, -1, frames, -1)
+    guesses = (torch.zeros_like(pos_guess), occ_guess[..., None], expd_guess[..., None])
+    tokens = torch.cat([*guesses, features, *correlations], -1).flatten(0, 1)
+    context = None if causal_context is None else {name: x.flatten(0, 1) for name, x in causal_context.items()}
+    result, after = self.torch_pips_mixer(tokens.float(), context, get_causal_context)
+    result = result.unflatten(0, (batch, points))
+    if get_causal_context:
+        after = {name: x.unflatten(0, (batch, points)) for name, x in after.items()}
+    moved = pos_guess + _rescaled(result[..., :2], resize_hw, orig_hw)
+    return moved, result[..., 2] + occ_guess, result[..., 3] + expd_guess, result[..., 4:] + features, after
+
+
+def _rescaled(points: Tensor, size: Any, new_size: Any) -> Tensor:
+    """(x, y) in a raster of one (height, width) -> in another; no tensor of factors for a GPU to wait for."""
+    if tuple(size) == tuple(new_size):
+        return points
+    x, y = points.unbind(-1)
+    return torch.stack([x * (new_size[1] / size[1]), y * (new_size[0] / size[0])], -1)
+
+
+def _tracks_from_cost_volume(
+    self: Any, interp_feature: Tensor, feature_grid: Tensor, query_points: Tensor | None, im_shp: Any = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Takes the place of the method of that name: the first guess of points, occlusion and expected distance."""
+    heads = self.torch_cost_volume_track_mods
+    cost = torch.einsum("bnc,bthwc->tbnhw", interp_feature, feature_grid)
+    frames, batch, points, rows, columns = cost.shape
+    hidden = heads["hid1"](cost.flatten(0, 2).unsqueeze(1)).relu()
+    heat = heads["hid2"](hidden).view(frames, batch, points, rows, columns).permute(1, 2, 0, 3, 4)
+    # The official points carry no gradient either.
+    found = soft_argmax_2d(heat.detach(), temperature=float(self.softmax_temperature), radius=5.0)
+    found = _rescaled(found, (rows, columns), im_shp[2:4])
+    if query_points is not None:
+        own_frame = query_points[..., :1].detach().round() == torch.arange(frames, device=found.device)
+        found = torch.where(own_frame[..., None], query_points[:, :, None, 1:].flip(-1).to(found.dtype), found)
+    hidden = heads["hid3"](nn.functional.pad(hidden, (0, 2, 0, 2))).relu().mean((-2, -1))
+    logits = heads["occ_out"](heads["hid4"](hidden).relu()).view(frames, batch, points, 2).permute(3, 1, 2, 0)
+    return found, logits[0], logits[1]
