@@ -364,7 +364,7 @@ def test_memory_of_the_linear_form(where):
     if where[0] == "reference":
         pytest.skip("it stores the patches of a block")
     this = case(where[1], T=24, N=256, S=49, radius=3, C=32, grid=(24, 32), linear=True, outputs=32)
-    run(where, case(where[1], linear=True))
+    run(where, this)  # what PyTorch's products keep is not ours
     with peak_memory(where[1]) as peak:
         run(where, this)
     assert peak.mebibytes < (48 if where[1] == "cpu" else 700)
@@ -407,10 +407,6 @@ def test_properties(where):
     check_sizes()
 
 
-def double(x):
-    return x.double() if x.is_floating_point() else x
-
-
 @needs_official
 def test_official_cotracker(where, official):  # noqa: F811
     """The sampling of the official model (its method needs nothing but a radius), and its product."""
@@ -421,7 +417,11 @@ def test_official_cotracker(where, official):  # noqa: F811
     this = case(where[1], T=3, N=11, grid=(12, 16), C=8, S=49, radius=3, dtype=torch.float64)
     features, support, coords = this.tensors
     maps = features.permute(0, 1, 4, 2, 3)
-    patches = peer.get_correlation_feat(maps, coords.flatten(0, 1))
+    torch.set_default_dtype(torch.float64)  # in which it makes its offsets and factors
+    try:
+        patches = peer.get_correlation_feat(maps, coords.flatten(0, 1))
+    finally:
+        torch.set_default_dtype(torch.float32)
     expected = torch.einsum("btnhwc,bnijc->btnhwij", patches.view(1, 3, 11, 7, 7, 8), support.unflatten(2, (7, 7)))
     actual = local_correlation(maps.permute(0, 1, 3, 4, 2), support, coords, **COTRACKER, backend=where[0])
     torch.testing.assert_close(actual, expected.reshape(actual.shape), rtol=1e-9, atol=1e-9)
