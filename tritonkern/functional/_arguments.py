@@ -1,0 +1,49 @@
+"""What the functions ask of numbers, autocast and derivatives."""
+
+from __future__ import annotations
+
+import numbers
+
+import torch
+from torch import Tensor
+
+_AUTOCAST_FROM = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def real(name: str, x: float) -> float:
+    """A number as Python's own, those of NumPy included."""
+    if isinstance(x, bool) or not isinstance(x, (int, float, numbers.Real)):
+        raise TypeError(f"{name} must be a number, got {type(x).__name__}; use .item() on a tensor")
+    try:
+        return float(x)
+    except OverflowError:
+        raise ValueError(f"{name} must fit into a float, got an integer of {int(x).bit_length()} bits") from None
+
+
+def refuse_forward_mode(operation: str, *tensors: Tensor) -> None:
+    """PyTorch takes the tangent of an operator without a forward-mode rule for zero, silently; better no answer."""
+    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
+        return
+    if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in tensors):
+        raise NotImplementedError(
+            f"{operation} has no forward-mode derivative (jvp); use reverse mode (torch.autograd.grad)"
+        )
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """The rule PyTorch's own attention follows: everything but float64 goes to the dtype of an active autocast."""
+    if not isinstance(tensors[0], Tensor):
+        return tensors
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in _AUTOCAST_FROM else x for x in tensors)
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that a linear layer would cast x to."""
+    device = x.device.type
+    if x.dtype != torch.float32 or not torch.amp.is_autocast_available(device):
+        return x.dtype
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

@@ -1,0 +1,233 @@
+"""Attention along time and along tracks."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritonkern.functional._arguments import autocast, real, refuse_forward_mode
+from tritonkern.ops import _backends
+from tritonkern.ops._contract import accumulator
+from tritonkern.ops.temporal_window_attention import op as _window_op
+from tritonkern.ops.track_attention import op as _track_op
+
+
+def temporal_window_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    window: int | tuple[int, int] = 13,
+    *,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Attention over time in which every frame sees only the frames near it.
+
+    Each position n and head h is a sequence of its own along time. Query frame i sees the key frames j with
+    ``i - left <= j <= i + right`` that exist in the clip, and the softmax runs over those alone. With T = 6 and
+    ``window=3`` (or ``(1, 1)``), and with ``window=(2, 0)`` (causal), query frame i sees the key frames marked 1::
+
+        window=3    j 0 1 2 3 4 5        window=(2, 0)    j 0 1 2 3 4 5
+        i = 0         1 1 . . . .        i = 0              1 . . . . .
+        i = 1         1 1 1 . . .        i = 1              1 1 . . . .
+        i = 2         . 1 1 1 . .        i = 2              1 1 1 . . .
+        i = 3         . . 1 1 1 .        i = 3              . 1 1 1 . .
+        i = 4         . . . 1 1 1        i = 4              . . 1 1 1 .
+        i = 5         . . . . 1 1        i = 5              . . . 1 1 1
+
+    Time and memory grow with T times the window, never with T squared. The first derivative is supported; a second one
+    raises RuntimeError.
+
+    Args:
+        query, key, value: ``[B, T, H, D]`` or ``[B, T, N, H, D]`` (batch, frames, spatial positions, heads, head
+            dimension), all three of one shape, dtype and device; any strides, so no ``permute().contiguous()`` is ever
+            needed. float64, float32, bfloat16 or float16; D a multiple of 8 from 8 to 256. Any other size may be 0.
+            Sums are kept in float32 (float64 for float64). Under autocast they are cast to the autocast dtype, as
+            `torch.nn.functional.scaled_dot_product_attention` does.
+        window: odd number of frames in all (13 sees six on each side), or the inclusive counts ``(left, right)`` of
+            frames before and after. Windows are cut off, not shifted, at the ends of the clip; longer than it is legal.
+        scale: factor on the scores, ``D ** -0.5`` if None.
+        backend: ``"cpp"``, ``"triton"`` or ``"reference"``; None chooses by device.
+
+    Returns:
+        Contiguous tensor of query's shape, in the inputs' dtype (the autocast dtype under autocast). A NaN or infinity
+        in a frame reaches exactly the output frames whose window holds it.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        NotImplementedError: an input carries a forward-mode tangent.
+        ValueError: shapes or devices that do not fit together, a window that is even or negative, or a backend that
+            cannot run this call (the message lists every backend with its reason and the way out).
+
+    The operation is the temporal attention of Chrono (Kim et al., "Exploring Temporally-Aware Features for Point
+    Tracking", CVPR 2025), which is sliding-window attention (Beltagy et al., "Longformer", 2020) along time.
+    """
+    left, right = window_extent(window)
+    _backends.check_name(backend)
+    query, key, value = autocast(query, key, value)
+    _window_op.check_tensors(query, key, value)
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    else:
+        scale = real("scale", scale)
+    refuse_forward_mode("temporal_window_attention", query, key, value)
+
+    attend = _window_op.temporal_window_attention_fwd
+    if query.dim() == 5:
+        return attend(query, key, value, left, right, scale, backend)[0]
+    query, key, value = query.unsqueeze(2), key.unsqueeze(2), value.unsqueeze(2)
+    return attend(query, key, value, left, right, scale, backend)[0].squeeze(2)
+
+
+def window_extent(window: int | tuple[int, int]) -> tuple[int, int]:
+    """Frames seen before and after a query, both inclusive: 13 -> (6, 6), (6, 0) -> (6, 0).
+
+    Raises:
+        TypeError: neither an int nor a pair of ints.
+        ValueError: an even or non-positive total, or a negative count.
+    """
+    if isinstance(window, int) and not isinstance(window, bool):
+        if window < 1 or window % 2 == 0:
+            raise ValueError(
+                f"window must be an odd number of frames, such as 13 for six on each side, got {window}; "
+                "use window=(left, right) for sides that differ"
+            )
+        left = right = window // 2
+    elif isinstance(window, (tuple, list)) and [type(count) for count in window] == [int, int]:
+        left, right = window
+    else:
+        raise TypeError(f"window must be an odd int or a pair of ints (left, right), got {window!r}")
+    _window_op.check_window(left, right)
+    return left, right
+
+
+def track_sample_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tracks: Tensor,
+    *,
+    sigma: float | Tensor = 0.5,
+    scale: float | None = None,
+    visibility: Tensor | None = None,
+    culling: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """Every track gathers values from the feature map around it: attention with a bias on distance, frame by frame.
+
+    ``weights[i, j] = softmax over cells j of (scale * query_i . key_j - |track_i - cell_j|^2 / (2 sigma^2))``, and the
+    output of track i is the sum of ``weights[i, j] * value_j``. The bias comes from coordinates inside the kernel;
+    neither it nor a weight is stored. The first derivative is supported; a second one raises RuntimeError.
+
+    Args:
+        query: ``[B, T, M, H, D]`` (batch, frames, tracks, heads, head dimension).
+        key, value: ``[B, T, h, w, H, D]``, of query's dtype and device; any strides. float64, float32, bfloat16 or
+            float16; D a multiple of 8 from 8 to 256; B, T and M may be 0. Sums are kept in float32 (float64 for
+            float64). Under autocast they are cast to the autocast dtype.
+        tracks: ``[B, T, M, 2]`` (x, y) in cells of the map, cell i with its centre at i + 0.5; anywhere, also outside
+            of it. Taken in float32 (float64 for float64). Gradients reach them where asked.
+        sigma: width of the bias in cells, positive, a number or a 0-d tensor (to which gradients flow); infinity means
+            no bias, plain cross-attention.
+        scale: factor on the products, ``D ** -0.5`` if None.
+        visibility: ``[B, T, M]`` bool. A track that is invisible in a frame, or has a NaN or infinite coordinate, gives
+            zeros there and takes and passes no gradient.
+        culling: whether cells may be skipped that provably change no output by half an ulp of the largest value (a
+            bound from the norms of the queries and keys at hand, see the room's README); False visits all of them.
+        backend: ``"cpp"``, ``"triton"`` or ``"reference"``; None chooses by device.
+
+    Returns:
+        Contiguous ``[B, T, M, H, D]`` in the inputs' dtype.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        NotImplementedError: an input carries a forward-mode tangent.
+        ValueError: shapes or devices that do not fit together, a sigma that is not positive, or a backend that cannot
+            run this call (the message lists every backend with its reason and the way out).
+
+    It is the attentional sampling of Tracktention (Lai and Vedaldi, "Tracktention: Leveraging Point Tracking to Attend
+    Videos Faster and Better", CVPR 2025).
+    """
+    return _track_attention(False, query, key, value, tracks, sigma, scale, visibility, culling, backend)
+
+
+def track_splat_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tracks: Tensor,
+    *,
+    sigma: float | Tensor = 0.5,
+    scale: float | None = None,
+    visibility: Tensor | None = None,
+    culling: bool = True,
+    backend: str | None = None,
+) -> Tensor:
+    """Every cell of the feature map gathers values from the tracks around it; `track_sample_attention` the other way.
+
+    The softmax runs over the visible tracks of the frame: a cell far from all of them attends to the nearest ones.
+
+    Args:
+        query: ``[B, T, h, w, H, D]``.
+        key, value: ``[B, T, M, H, D]``.
+        tracks, sigma, scale, culling, backend: as in `track_sample_attention`.
+        visibility: ``[B, T, M]`` bool. Tracks that are invisible in a frame, or have a NaN or infinite coordinate, do
+            not take part in it; a frame without any gives zeros and zero gradients.
+
+    Returns:
+        Contiguous ``[B, T, h, w, H, D]`` in the inputs' dtype.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `track_sample_attention`.
+    """
+    return _track_attention(True, query, key, value, tracks, sigma, scale, visibility, culling, backend)
+
+
+def _track_attention(
+    splat: bool,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    tracks: Tensor,
+    sigma: float | Tensor,
+    scale: float | None,
+    visibility: Tensor | None,
+    culling: bool,
+    backend: str | None,
+) -> Tensor:
+    _backends.check_name(backend)
+    query, key, value = autocast(query, key, value)
+    _track_op.check_tensors(query, key, value, tracks, splat)
+    if visibility is not None and (not isinstance(visibility, Tensor) or visibility.dtype != torch.bool):
+        raise TypeError("visibility must be a bool tensor or None; compare probabilities with a threshold first")
+    if visibility is not None and (visibility.shape != tracks.shape[:-1] or visibility.device != tracks.device):
+        raise ValueError(
+            f"visibility must have shape {tuple(tracks.shape[:-1])} on {tracks.device}, "
+            f"got {tuple(visibility.shape)} on {visibility.device}"
+        )
+    if not isinstance(culling, bool):
+        raise TypeError(f"culling must be a bool, got {type(culling).__name__}")
+    if scale is None:
+        scale = query.shape[-1] ** -0.5
+    else:
+        scale = real("scale", scale)
+    dtype = accumulator(query.dtype)
+    if isinstance(sigma, Tensor):
+        if sigma.dim() != 0 or not sigma.is_floating_point() or sigma.device != query.device:
+            raise ValueError(
+                f"sigma must be a number or a 0-d floating-point tensor on {query.device}, got shape "
+                f"{tuple(sigma.shape)}, {sigma.dtype} on {sigma.device}"
+            )
+        precision = (0.5 / sigma.to(dtype).square()).clamp(max=torch.finfo(dtype).max)
+    else:
+        sigma = real("sigma", sigma)
+        if not sigma > 0:
+            raise ValueError(f"sigma must be positive, got {sigma}; float('inf') means no bias")
+        precision = query.new_full((), min(0.5 / sigma / sigma, torch.finfo(dtype).max), dtype=dtype)
+    refuse_forward_mode("track attention", query, key, value, tracks, precision)
+
+    tracks = tracks.to(dtype)
+    visible = tracks.isfinite().all(-1)
+    if visibility is not None:
+        visible = visible & visibility
+    attend = _track_op.track_attention_fwd
+    return attend(query, key, value, tracks, visible, precision, scale, splat, culling, backend)[0]

@@ -1,0 +1,229 @@
+"""Matching: where features of queries are found in feature maps."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+from tritonkern.functional._arguments import autocast, real, refuse_forward_mode
+from tritonkern.ops import _backends
+from tritonkern.ops._contract import accumulator
+from tritonkern.ops.correlation_soft_argmax import op as _match_op
+from tritonkern.ops.local_correlation import op as _local_op
+
+
+class Match(NamedTuple):
+    """Where each of N queries is found in each of T frames, and statistics of its correlation with the whole frame."""
+
+    points: Tensor
+    """[B, N, T, 2] (x, y) in cells of the feature map; cell i has its centre at i + 0.5."""
+    mean: Tensor
+    """[B, N, T], as max and min: over all cells of the frame, of the correlation without the temperature."""
+    max: Tensor
+    min: Tensor
+
+
+def correlation_soft_argmax(
+    query: Tensor,
+    features: Tensor,
+    *,
+    temperature: float = 20.0,
+    radius: float = 5.0,
+    cosine: bool = False,
+    eps: float = 1e-6,
+    backend: str | None = None,
+) -> Match:
+    """Finds every query in every frame of a feature map, without storing the cost volume.
+
+    ``cost[n, t, y, x] = query[n] . features[t, y, x]``; the softmax of ``temperature * cost`` over a frame has its
+    largest value at some cell (the first one, where several are equal), and the point is the mean of the centres of the
+    cells strictly closer than `radius` to that cell, weighted by the softmax::
+
+        radius=2         . . . . .
+                         . x x x .       x: cells that take part, # the best one; those beyond the grid do not exist
+                         . x # x .
+                         . x x x .
+                         . . . . .
+
+    Memory grows with N times T, never with N times the number of cells. The first derivative is supported; a second
+    one raises RuntimeError. As the best cell moves in steps, the gradient is that of a fixed set of cells. The
+    gradients of `max` and `min` go to the first extremal cell (`torch.amax` shares them out among equal cells).
+
+    Args:
+        query: ``[B, N, C]``.
+        features: ``[B, T, h, w, C]`` of query's dtype and device, any strides: the patch tokens of a vision transformer
+            are used where they lie. float64, float32, bfloat16 or float16; B, N and T may be 0. Sums are kept in
+            float32 (float64 for float64). Autocast does not apply: matching in bfloat16 would round the softmax's
+            logits to steps of a tenth.
+        temperature: factor from correlation to softmax logit, positive.
+        radius: in cells, positive; may exceed the grid.
+        cosine: whether query and features are divided by ``sqrt(max(sum of squares, eps))`` along C first.
+        eps: see `cosine`; without it, unused.
+        backend: ``"cpp"``, ``"triton"`` or ``"reference"``; None chooses by device.
+
+    Returns:
+        `Match` of float32 tensors (float64 for float64). A NaN or infinity in a frame's features reaches that frame's
+        results alone; one in a query that query's alone.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        NotImplementedError: an input carries a forward-mode tangent.
+        ValueError: shapes or devices that do not fit together, an option that is not positive, or a backend that cannot
+            run this call (the message lists every backend with its reason and the way out).
+
+    It is the matching head of Chrono (Kim et al., CVPR 2025), LocoTrack (Cho et al., ECCV 2024) and TAPIR (Doersch et
+    al., ICCV 2023); the disc around the arg max comes from TAPIR.
+    """
+    _backends.check_name(backend)
+    _match_op.check_tensors(query, features)
+    temperature, radius, eps = real("temperature", temperature), real("radius", radius), real("eps", eps)
+    if not isinstance(cosine, bool):
+        raise TypeError(f"cosine must be a bool, got {type(cosine).__name__}")
+    _match_op.check_options(temperature, radius, eps)
+    refuse_forward_mode("correlation_soft_argmax", query, features)
+    return Match(*_match_op.correlation_soft_argmax_fwd(query, features, temperature, radius, cosine, eps, backend)[:4])
+
+
+def soft_argmax_2d(
+    cost_volume: Tensor, *, temperature: float = 20.0, radius: float = 5.0, backend: str | None = None
+) -> Tensor:
+    """The softmax-weighted mean position around the maximum of every frame of a given cost volume.
+
+    The second half of `correlation_soft_argmax`, for trackers that filter their cost volume in between (LocoTrack,
+    TAPIR). One pass over the cost volume, in place of a softmax, masks and products of its size.
+
+    Args:
+        cost_volume: ``[..., h, w]``, any strides; float64, float32, bfloat16 or float16.
+        temperature, radius, backend: as in `correlation_soft_argmax`.
+
+    Returns:
+        ``[..., 2]`` (x, y) in cells, centres at + 0.5, float32 (float64 for float64). A frame with a NaN, +infinity or
+        nothing but -infinity gives NaN.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `correlation_soft_argmax`.
+    """
+    _backends.check_name(backend)
+    _match_op.check_cost_volume(cost_volume)
+    temperature, radius = real("temperature", temperature), real("radius", radius)
+    _match_op.check_options(temperature, radius)
+    refuse_forward_mode("soft_argmax_2d", cost_volume)
+    return _match_op.soft_argmax_2d_fwd(cost_volume, temperature, radius, backend)[0]
+
+
+def local_correlation(
+    features: Tensor,
+    support: Tensor,
+    coords: Tensor,
+    *,
+    radius: int = 3,
+    padding: str = "border",
+    align_corners: bool,
+    axis_order: str = "xy",
+    backend: str | None = None,
+) -> Tensor:
+    """Dot products of each point's supports with the features on a square of samples around it, frame by frame.
+
+    ``out[b, t, n, p, s] = support[b, n, s] . f(coords[b, t, n] + offset[p])``, where f is the feature map of frame t,
+    bilinearly interpolated, and the offsets are the ``(2 radius + 1)^2`` whole steps from -radius to radius in x and y.
+    The sampled patches never exist: all samples of a point share one lattice of cells, which is correlated once, and
+    the correlations are interpolated. The first derivative is supported; a second one raises RuntimeError.
+
+    Args:
+        features: ``[B, T, h, w, C]``, any strides; channels that are adjacent in memory are read in place. float64,
+            float32, bfloat16 or float16. Sums are kept in float32 (float64 for float64). Under autocast features and
+            support are cast to the autocast dtype.
+        support: ``[B, N, S, C]``, S vectors a point (49 in CoTracker3 and LocoTrack, 1 in TAPIR), or
+            ``[B, N, T, S, C]`` where each frame has its own; of features' dtype and device.
+        coords: ``[B, T, N, 2]`` (x, y) in cells of the map, anywhere, also outside of it. Taken in float32 (float64 for
+            float64). Gradients reach them where asked.
+        radius: from 0 to 15.
+        padding: what lies outside of the map: ``"border"`` repeats its edge, ``"zeros"`` are zeros.
+        align_corners: where the centre of cell i lies: at i if True, at i + 0.5 (as everywhere else here) if False. It
+            is what the argument of this name does in `torch.nn.functional.grid_sample` when coordinates are divided by
+            the size less one (True) or by the size (False).
+        axis_order: which of the two axes of offsets comes first in p: ``"xy"`` has
+            ``p = (dx + radius) * (2 radius + 1) + dy + radius``, ``"yx"`` has dx and dy exchanged.
+        backend: ``"cpp"``, ``"triton"`` or ``"reference"``; None chooses by device.
+
+    Returns:
+        Contiguous ``[B, T, N, (2 radius + 1)^2, S]`` in the inputs' dtype. A NaN coordinate gives NaN at its own
+        outputs and in the gradients of its own support and coordinates, and none to the features; an infinite one is
+        far outside. A NaN feature reaches the samples that interpolate between its cell and others.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        NotImplementedError: an input carries a forward-mode tangent.
+        ValueError: shapes, devices or options that do not fit, or a backend that cannot run this call (the message
+            lists every backend with its reason and the way out).
+
+    With ``padding="border", align_corners=True, axis_order="xy"`` it is the 4-D correlation of CoTracker3 (Karaev et
+    al., 2024), with ``padding="zeros", align_corners=False, axis_order="yx"`` that of LocoTrack (Cho et al., "Local
+    All-Pair Correspondence for Point Tracking", ECCV 2024) and, on square maps, the local correlation of TAPIR (Doersch
+    et al., ICCV 2023).
+    """
+    features, support = autocast(features, support)
+    position, options = _local_correlation(features, support, coords, radius, padding, align_corners, axis_order)
+    _backends.check_name(backend)
+    return _local_op.local_correlation_fwd(features, support, position, *options, backend)
+
+
+def local_correlation_linear(
+    features: Tensor,
+    support: Tensor,
+    coords: Tensor,
+    weight: Tensor,
+    bias: Tensor | None = None,
+    *,
+    radius: int = 3,
+    padding: str = "border",
+    align_corners: bool,
+    axis_order: str = "xy",
+    backend: str | None = None,
+) -> Tensor:
+    """`local_correlation` followed by a linear layer, of which only a block of points is stored at a time.
+
+    ``F.linear(local_correlation(...).flatten(-2), weight, bias)``; the backward pass computes the correlations again.
+
+    Args:
+        features, support, coords, radius, padding, align_corners, axis_order, backend: as in `local_correlation`.
+        weight: ``[O, (2 radius + 1)^2 S]``, as of `torch.nn.Linear`, of features' dtype and device.
+        bias: ``[O]`` or None.
+
+    Returns:
+        Contiguous ``[B, T, N, O]`` in the inputs' dtype.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `local_correlation`.
+    """
+    features, support, weight, bias = autocast(features, support, weight, bias)
+    position, options = _local_correlation(features, support, coords, radius, padding, align_corners, axis_order)
+    _backends.check_name(backend)
+    _local_op.check_linear(features, support, weight, bias, radius)
+    refuse_forward_mode("local_correlation_linear", *(x for x in (weight, bias) if x is not None))
+    return _local_op.local_correlation_linear_fwd(features, support, position, weight, bias, *options, backend)
+
+
+def _local_correlation(
+    features: Tensor,
+    support: Tensor,
+    coords: Tensor,
+    radius: int,
+    padding: str,
+    align_corners: bool,
+    axis_order: str,
+) -> tuple[Tensor, tuple[int, bool, bool]]:
+    """Positions and options as the operators of local correlation take them."""
+    _local_op.check_tensors(features, support, coords)
+    _local_op.check_radius(radius)
+    if padding not in ("border", "zeros"):
+        raise ValueError(f"padding must be 'border' or 'zeros', got {padding!r}")
+    if axis_order not in ("xy", "yx"):
+        raise ValueError(f"axis_order must be 'xy' or 'yx', got {axis_order!r}")
+    if not isinstance(align_corners, bool):
+        raise TypeError(f"align_corners must be a bool, got {type(align_corners).__name__}")
+    refuse_forward_mode("local_correlation", features, support, coords)
+    position = coords.to(accumulator(features.dtype))
+    position = position if align_corners else position - 0.5
+    return position, (radius, padding == "zeros", axis_order == "yx")
