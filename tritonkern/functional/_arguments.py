@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numbers
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,7 +31,7 @@ def refuse_forward_mode(operation: str, *tensors: Tensor) -> None:
         )
 
 
-def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def autocast(*tensors: Any) -> tuple[Any, ...]:
     """The rule PyTorch's own attention follows: everything but float64 goes to the dtype of an active autocast."""
     if not isinstance(tensors[0], Tensor):
         return tensors

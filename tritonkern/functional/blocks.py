@@ -223,6 +223,6 @@ def temporal_mixer(
     parameters = (norm_weight, conv1_weight, conv1_bias, conv2_weight, conv2_bias)
     _mixer_op.check(x, *parameters, causal, eps, *past)
     refuse_forward_mode("temporal_mixer", x, *parameters)
-    results = _mixer_op.temporal_mixer_fwd(x, *parameters, causal, eps, *past, backend)
+    results: tuple[Tensor, ...] = _mixer_op.temporal_mixer_fwd(x, *parameters, causal, eps, *past, backend)
     out, *after = (result.squeeze(0) for result in results) if unbatched else results
     return out if state is None else (out, (after[0], after[1]))
