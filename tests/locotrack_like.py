@@ -30,11 +30,15 @@ class QueryFeatures(NamedTuple):
 class ConvSame(nn.Conv2d):
     """TensorFlow's SAME padding: the odd cell goes behind."""
 
+    def calc_same_pad(self, i, k, s, d):
+        return max(d * (k - 1) + 1 - (i % s or s), 0)
+
     def forward(self, x):
-        (kernel, _), (stride, _), size = self.kernel_size, self.stride, x.shape[-1]
-        extra = max(kernel - stride if size % stride == 0 else kernel - size % stride, 0)
-        near, far = extra // 2, extra - extra // 2
-        return F.conv2d(F.pad(x, (near, far, near, far)), self.weight, self.bias, self.stride)
+        padding = []
+        for size, kernel, stride in zip(x.shape[:1:-1], self.kernel_size[::-1], self.stride[::-1], strict=True):
+            extra = self.calc_same_pad(size, kernel, stride, 1)
+            padding += [extra // 2, extra - extra // 2]
+        return F.conv2d(F.pad(x, padding), self.weight, self.bias, self.stride)
 
 
 class CMDTop(nn.Module):
@@ -104,7 +108,8 @@ class Tracker(nn.Module):
         self.initial_resolution = size
         highest, hires, lowres = dims
         self.resnet_torch = nn.ModuleList(
-            nn.Conv2d(before, after, 3, 2, 1) for before, after in ((3, highest), (highest, hires), (hires, lowres))
+            nn.Sequential(ConvSame(before, after, 3, 2), nn.ReLU(), ConvSame(after, after, kernel, 1))
+            for before, after, kernel in ((3, highest, 3), (highest, hires, 1), (hires, lowres, 2))
         )
         self.cmdtop = nn.ModuleList(CMDTop() for _ in range(3))
         self.torch_pips_mixer = PIPSTransformer(2 + 3 * 64 + 84, 32, 4, 4 + hires + lowres)

@@ -2,7 +2,8 @@
 
 Recognised by its parts, base and small. Replaced are the refinement step, whose sampled 7 x 7 patches of every point,
 frame and level are no longer stored, and whose unused outputs are no longer computed; the cost volume, which is no
-longer stacked, padded and masked in copies; and the attention over time, whose bias is built once.
+longer softmaxed, masked and summed in copies; the attention over time, whose bias is built once; and the padding of
+convolutions, which is no copy where it is the same on both sides.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonkern.nn.correlation import TrackerOutput
-from tritonkern.nn.refinement import attend_over_time, match_two_maps, refine, temporal_bias
+from tritonkern.nn.refinement import attend_over_time, convolve_same, match_two_maps, refine, temporal_bias
 
 
 def replacements(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
@@ -26,13 +27,18 @@ def replacements(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
         for name, module in tracker.named_modules(prefix=path):
             if _is_attention(module):
                 yield name, module, "forward", _attention(biases)
+        resnet = f"{path}.resnet_torch" if path else "resnet_torch"
+        for name, module in tracker.resnet_torch.named_modules(prefix=resnet):
+            if _pads_like_tensorflow(module):
+                yield name, module, "forward", convolve_same
         yield path, tracker, "tracks_from_cost_volume", _tracks_from_cost_volume
         yield path, tracker, "refine_pips", _refine_pips
 
 
 def _is_tracker(module: Any) -> bool:
     methods = ("get_feature_grids", "get_query_features", "refine_pips", "tracks_from_cost_volume")
-    children = {"cmdtop": nn.ModuleList, "torch_pips_mixer": nn.Module, "cost_conv": nn.Conv2d, "occ_linear": nn.Linear}
+    children = {"cmdtop": nn.ModuleList, "cost_conv": nn.Conv2d, "occ_linear": nn.Linear}
+    children |= {"torch_pips_mixer": nn.Module, "resnet_torch": nn.Module}
     return (
         all(callable(getattr(module, name, None)) for name in methods)
         and all(isinstance(getattr(module, name, None), kind) for name, kind in children.items())
@@ -44,6 +50,16 @@ def _is_tracker(module: Any) -> bool:
 def _is_attention(module: nn.Module) -> bool:
     layers = ("query_proj", "key_proj", "value_proj", "final_proj")
     return all(isinstance(getattr(module, name, None), nn.Linear) for name in layers) and hasattr(module, "num_heads")
+
+
+def _pads_like_tensorflow(module: Any) -> bool:
+    """Convolutions that copy their input into a larger one with zeros around it, even where both sides get as many."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and callable(getattr(module, "calc_same_pad", None))
+        and module.groups == 1
+        and module.dilation == (1, 1)
+    )
 
 
 def _attention(biases: dict[Any, Tensor]) -> Any:

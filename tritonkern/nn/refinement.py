@@ -112,10 +112,14 @@ def encode_correlation(layers: Iterable[Any], correlation: Tensor) -> Tensor:
 
     Returns `[M, 2C]`, the means of the two.
     """
-    # [2M, 49, 7, 7]: first the patch as the image and the support as its channels, then the other way round
     side = math.isqrt(correlation.shape[-1])
-    x = torch.cat([correlation.mT, correlation]).unflatten(2, (side, side))
-    for conv, norm, relu in layers:
+    # [M, 49, 7, 7]: the patch as the image and the support as its channels, which lie last in memory; the other way
+    # round. Channels last from the first convolution on, where the small convolutions that follow are fastest.
+    images = [x.unflatten(2, (side, side)) for x in (correlation.mT, correlation)]
+    (conv, norm, relu), *rest = layers
+    x = torch.cat([convolve_same(conv, image).contiguous(memory_format=torch.channels_last) for image in images])
+    x = relu(norm(x))
+    for conv, norm, relu in rest:
         x = relu(norm(convolve_same(conv, x)))
     return torch.cat(x.mean((2, 3)).chunk(2), -1)
 
@@ -126,6 +130,10 @@ def convolve_same(conv: nn.Conv2d, x: Tensor) -> Tensor:
         max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
         for size, kernel, stride in zip(x.shape[-2:], conv.kernel_size, conv.stride, strict=True)
     )
+    if x.shape[-2:] == conv.kernel_size and height == width == 0:
+        # One output cell: a matrix product, a quarter of the convolution's time on a CPU
+        flat, weight = (y.movedim(1, -1).flatten(1) for y in (x, conv.weight))
+        return F.linear(flat, weight, conv.bias)[..., None, None]
     if height % 2 or width % 2:
         x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
         height = width = 0
