@@ -1,0 +1,117 @@
+"""The Triton kernels of `track_attention` without a GPU: in the interpreter, and compiled ahead of time."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from test_triton_aot import MATRIX, SHARED_KIB, TARGETS, compile_only, pool, resources  # noqa: E402, F401
+
+DOUBLE, FLOAT, BFLOAT, HALF = torch.float64, torch.float32, torch.bfloat16, torch.float16
+# Scalar registers kept in lanes of vector registers on AMD, which is no memory traffic: the kernels' many arguments.
+LANES = 96
+PRODUCTS = ("forward_kernel", "query_gradient_kernel", "key_value_gradient_kernel")
+
+
+class Case(NamedTuple):
+    """A call of one direction, forward and backward, whose launchers start all kernels."""
+
+    target: str
+    splat: bool
+    head_dim: int
+    dtype: torch.dtype
+    tf32: bool = False
+
+
+def cases():
+    everything = os.environ.get("TRITONKERN_AOT") == "all"
+    for target in TARGETS:
+        for splat in (False, True):
+            if everything:
+                plain = [(head_dim, dtype) for head_dim in range(8, 257, 8) for dtype in (DOUBLE, FLOAT, BFLOAT, HALF)]
+            else:
+                plain = [(64, BFLOAT), (256, BFLOAT), (64, FLOAT), (256, FLOAT)]
+                plain += [(128, BFLOAT), (24, HALF), (200, BFLOAT)] if target == "sm_90" else []
+                plain += [(64, DOUBLE), (256, DOUBLE)] if target == "sm_80" else []
+            yield from (Case(target, splat, *choice) for choice in plain)
+            if target != "gfx942" and (everything or target == "sm_90"):  # PyTorch has no TF32 on AMD
+                yield from (Case(target, splat, head_dim, FLOAT, tf32=True) for head_dim in (64, 256))
+
+
+@pytest.mark.slow
+def test_kernels_in_the_interpreter():
+    cases = str(Path(__file__).with_name("triton_interpreter_track_cases.py"))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cases]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+def launch(kernels, splat, tracked, gridded, positions=True):
+    query, key = (gridded, tracked) if splat else (tracked, gridded)
+    tracks = query.new_zeros((*tracked.shape[:3], 2), dtype=torch.promote_types(query.dtype, torch.float32))
+    visible, precision = tracks[..., 0] == 0, tracks.new_ones(())
+    inputs = query, key, key, tracks, visible, precision
+    kernels.forward(*inputs, 0.125, splat, True)
+    kernels.backward(query, *inputs, query, tracks, 0.125, splat, True, positions)
+
+
+def measure(case):
+    kernels, compiled = compile_only("track_attention", case.target, case.tf32)
+    tracked, gridded = (torch.zeros(1, 2, *x, 2, case.head_dim, dtype=case.dtype) for x in ((5,), (3, 4)))
+    launch(kernels, case.splat, tracked, gridded)
+    return [resources(kernel, case.target) for kernel in {kernel.hash: kernel for kernel in compiled}.values()]
+
+
+@pytest.mark.slow
+def test_no_kernel_spills_or_overflows_shared_memory(pool):  # noqa: F811
+    futures = {case: pool.submit(measure, case) for case in cases()}
+    table, faults = [], []
+    for case, future in futures.items():
+        for used in future.result():
+            row = (
+                f"{used.kernel:26} {case.target:6} {'splat' if case.splat else 'sample':6} D={case.head_dim:<3} "
+                f"{str(case.dtype)[6:]:8} tf32={case.tf32:d}: {used.registers:3} registers, "
+                f"{used.shared:6} bytes shared, {used.spilled} spilled, {used.lanes} in lanes"
+            )
+            table.append(row)
+            if used.spilled or used.lanes > LANES:
+                faults.append(row)
+            if used.shared > SHARED_KIB[case.target] * 1024:
+                faults.append(f"{row}: too much shared memory")
+            if case.dtype.itemsize == 2 and re.search(r"ld\.global\.[bu]16|global_load_[us]short", used.assembly):
+                faults.append(f"{row}: vectors are not read as such")
+            # AMD's matrix units take float32 as it is.
+            tensor_cores = case.dtype.itemsize == 2 or case.tf32
+            tensor_cores |= case.dtype == FLOAT and case.target == "gfx942"
+            tensor_cores &= used.kernel in PRODUCTS
+            if bool(re.search(MATRIX[case.target], used.assembly)) != tensor_cores:
+                faults.append(f"{row}: tensor cores are {'not ' if tensor_cores else ''}used")
+    print("\n".join(table))
+    assert not faults, "\n".join(faults)
+
+
+def variants(target):
+    """Kernels compiled for one head dim and dtype while every other size, stride and option changes."""
+    kernels, compiled = compile_only("track_attention", target)
+    for B, T, M, h, w, H in [(2, 3, 5, 6, 7, 3), (1, 1, 1, 1, 1, 1), (16, 1, 16, 16, 16, 16), (1, 3, 48, 1, 33, 2)]:
+        for splat in (False, True):
+            tracked = torch.zeros(B, T, M, H, 32, dtype=torch.float16)
+            gridded = torch.zeros(B, T, h * w + 1, H, 32, dtype=torch.float16)[:, :, 1:].unflatten(2, (h, w))
+            launch(kernels, splat, tracked, gridded)
+            launch(kernels, splat, tracked.mT.contiguous().mT, gridded.mT.contiguous().mT)
+    return len({kernel.hash for kernel in compiled}), len(compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_nothing_but_head_dim_dtype_and_direction_recompiles(pool, target):  # noqa: F811
+    hashes, launches = pool.submit(variants, target).result()
+    # Of the direction: columns and visits of both tilings, the three with products; and order, nearest.
+    assert launches == 16 * 9 + 2 * 8 and hashes <= 16

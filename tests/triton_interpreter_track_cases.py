@@ -1,0 +1,228 @@
+"""The Triton kernels of track attention, run line by line in NumPy by Triton's interpreter.
+
+`test_track_attention_triton.py` runs this file in a process of its own. No bfloat16: the interpreter multiplies it
+wrongly.
+"""
+
+import mmap
+
+import pytest
+import test_track_attention as attention
+import torch
+from test_track_attention import BOTH, INF, NAN, case, check, far_giant, run
+
+from tritonkern.ops.track_attention import configs, op, triton_culling
+
+WHERE = ("triton", "cpu")
+DTYPES = (torch.float64, torch.float32, torch.float16)
+# Overflow and invalid values that a mask of the kernels takes care of.
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        dict(),
+        dict(B=2, T=1, M=20, grid=(5, 7), H=3, D=32),
+        dict(M=1, grid=(1, 1), H=1, D=8),
+        dict(T=1, M=40, grid=(1, 23), D=24, H=1),
+        dict(T=1, M=5, grid=(17, 2), D=72, H=1),
+        dict(T=1, M=3, grid=(4, 4), D=256, H=1),
+    ],
+    ids=str,
+)
+def test_result_and_gradients(splat, dtype, sizes):
+    check(WHERE, case(splat, dtype=dtype, **sizes))
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_several_blocks_of_both_sides(splat, dtype):
+    check(WHERE, case(splat, T=1, M=40, grid=(9, 12), H=1, D=16, dtype=dtype))
+
+
+@BOTH
+def test_tensor_cores_with_tf32(splat, monkeypatch):
+    """The interpreter multiplies in float32, so that only the way through the kernels is another."""
+    monkeypatch.setattr(configs, "tf32_allowed", lambda: True)
+    check(WHERE, case(splat, T=1, M=35, grid=(9, 10)))
+
+
+@BOTH
+@pytest.mark.parametrize("sigma", [0.05, 2.0, 1e4, INF])
+def test_sigma(splat, sigma):
+    check(WHERE, case(splat, T=1, grid=(9, 8), M=12, H=1, sigma=sigma))
+
+
+@BOTH
+@pytest.mark.parametrize("scale", [0.0, -0.7, 5.0])
+def test_scale(splat, scale):
+    check(WHERE, case(splat, T=1, scale=scale))
+
+
+@BOTH
+def test_vanishing_and_infinite_sigma(splat):
+    attention.test_vanishing_sigma_takes_the_nearest(WHERE, splat)
+    attention.test_infinite_sigma_is_plain_attention(WHERE, splat)
+
+
+@BOTH
+def test_tracks_outside_coincident_and_in_a_corner(splat):
+    attention.test_tracks_far_outside_and_coincident(WHERE, splat)
+    attention.test_every_track_in_one_corner(WHERE, splat)
+
+
+@BOTH
+def test_absurd_coordinates(splat):
+    """Distances whose squares overflow are far, as those of tracks some grids away."""
+    this = case(splat, T=1, M=5)
+    tracks = this.tensors[3]
+    tracks[:, :, 1] = torch.tensor([1e30, 2.5])
+    tracks[:, :, 3] = torch.tensor([-1e25, -1e25])
+    results = run(WHERE, this)
+    tracks[:, :, 1] = torch.tensor([100.0, 2.5])
+    tracks[:, :, 3] = torch.tensor([-100.0, -100.0])
+    for x, y in zip(results[:4], run(WHERE, this), strict=False):
+        torch.testing.assert_close(x, y)
+
+
+@BOTH
+def test_visibility(splat):
+    attention.test_visibility(WHERE, splat)
+
+
+@BOTH
+def test_bad_coordinates_and_invisible_tracks(splat):
+    attention.test_bad_coordinates_are_invisible(WHERE, splat, NAN)
+    attention.test_nothing_of_an_invisible_track_is_read(WHERE, splat, NAN)
+
+
+@BOTH
+@pytest.mark.parametrize(("name", "bad"), [("query", NAN), ("key", NAN), ("key", INF), ("value", NAN)])
+def test_non_finite_input_is_not_hidden(splat, name, bad):
+    attention.test_non_finite_input_is_not_hidden(WHERE, splat, name, bad)
+
+
+@BOTH
+def test_scores_of_minus_infinity_alone_are_not_hidden(splat):
+    this = case(splat, M=1, grid=(1, 1), H=1, D=8)
+    this.tensors[0].fill_(1.0)
+    this.tensors[1].fill_(-INF)
+    assert this.attend(WHERE[0], *this.tensors).isnan().all()
+
+
+@BOTH
+@pytest.mark.parametrize(("dtype", "size"), [(torch.float32, 480.0), (torch.float16, 1000.0)], ids=str)
+def test_culling_keeps_what_a_huge_key_makes_matter(splat, dtype, size):
+    attention.test_culling_keeps_what_a_huge_key_makes_matter(WHERE, splat, dtype, size)
+
+
+@BOTH
+def test_many_far_columns_matter_together(splat):
+    this = case(splat, T=1, M=60, grid=(12, 12), H=1, D=8, sigma=6.0, scale=0.0)
+    this.tensors[3].clamp_(min=0.0, max=12.0)
+    check(WHERE, this)
+
+
+def meetings(this, culling=True):
+    """Scene, tiles and which blocks meet, as the forward launcher has them."""
+    from tritonkern.ops.track_attention import triton_geometry
+
+    query, key, _, tracks, sigma = this.tensors
+    grid = (query if this.splat else key).shape[2:4]
+    scene = triton_culling.scene(tracks, torch.ones(tracks.shape[:-1]).bool(), query.shape[-2], grid, this.splat)
+    tiles = configs.forward_tiles(query.shape[-1], query.dtype)
+    (query, q), (key, k) = map(triton_geometry.readable, (query, key))
+    eps = torch.finfo(query.dtype).eps if culling else 0.0
+    return scene, tiles, triton_culling.visits(query, key, q, k, scene, 0.5 / sigma.square(), this.scale, eps, tiles)
+
+
+@BOTH
+@pytest.mark.parametrize("size", [1.0, 480.0, 1000.0])
+def test_what_is_skipped_weighs_less_than_an_eighth_of_an_ulp(splat, size):
+    """The claim of the README, block by block against the exact weights."""
+    this = far_giant(splat, "cpu", torch.float32, size)
+    scene, tiles, visits = meetings(this)
+    assert not visits.all()
+    query, key, _, tracks, sigma = (x.double() for x in this.tensors)
+    query, key = query.flatten(2, -3)[..., 0, :], key.flatten(2, -3)[..., 0, :]
+    height, width = (this.tensors[0] if splat else this.tensors[1]).shape[2:4]
+    side, across = configs.tile_width(tiles.cells), -(-width // configs.tile_width(tiles.cells))
+    y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    cells = torch.stack([x, y], -1).flatten(0, 1) + 0.5
+    tile = (y // (tiles.cells // side) * across + x // side).flatten()
+    for frame in range(scene.frames):
+        block = torch.empty(len(tracks[0, 0]), dtype=torch.long)
+        block[scene.order[frame]] = torch.arange(len(block)) // tiles.tracks
+        distance = torch.cdist(tracks[0, frame], cells.double()).square()
+        distance, of_rows, of_columns = (distance.T, tile, block) if splat else (distance, block, tile)
+        scores = this.scale * query[0, frame] @ key[0, frame].T - distance / (2 * sigma * sigma)
+        skipped = visits[frame][of_rows][:, of_columns] == 0
+        assert (scores.softmax(-1) * skipped).sum(-1).max() < torch.finfo(torch.float32).eps / 8
+
+
+@BOTH
+def test_most_blocks_of_a_large_grid_are_skipped(splat):
+    this = case(splat, T=1, M=600, grid=(64, 64), H=1, D=8, dtype=torch.float16)
+    assert meetings(this)[-1].double().mean() < 0.2
+
+
+@BOTH
+def test_without_culling_all_blocks_meet(splat):
+    assert meetings(far_giant(splat, "cpu", torch.float32, 1.0), culling=False)[-1].all()
+
+
+@BOTH
+@pytest.mark.parametrize("layout", ["heads_first", "channels_not_last", "inside_larger", "expanded_frames"])
+def test_strides(splat, layout):
+    attention.test_strides(WHERE, splat, layout, torch.float32)
+
+
+@BOTH
+@pytest.mark.parametrize("empty", [dict(B=0), dict(T=0), dict(M=0), dict(H=0)], ids=str)
+def test_empty(splat, empty):
+    attention.test_empty(WHERE, splat, empty)
+
+
+@BOTH
+def test_gradients_without_positions(splat):
+    """The same bits, as float32 is culled alike with and without them."""
+    this = case(splat, T=1)
+    expected = run(WHERE, this)
+    leaves = [x.clone().requires_grad_(at < 3) for at, x in enumerate(this.tensors)]
+    this.attend(WHERE[0], *leaves).backward(this.grad_out)
+    for leaf, grad in zip(leaves[:3], expected[1:4], strict=True):
+        assert torch.equal(leaf.grad, grad)
+
+
+@BOTH
+def test_same_bits_every_time(splat):
+    this = case(splat, M=40, grid=(12, 13), H=1, D=8, dtype=torch.float16)
+    for x, y in zip(run(WHERE, this), run(WHERE, this), strict=True):
+        assert torch.equal(x, y)
+
+
+@BOTH
+def test_log_sum_exp(splat):
+    this = case(splat, T=1, M=20, grid=(5, 7))
+    query, key, value, tracks, _ = this.tensors
+    visible = torch.rand(tracks.shape[:-1]) > 0.3
+    inputs = (query, key, value, tracks, visible, torch.tensor(2.0), 0.3, splat, True)
+    for x, y in zip(
+        op.track_attention_fwd(*inputs, "triton"), op.track_attention_fwd(*inputs, "reference"), strict=True
+    ):
+        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+
+
+@BOTH
+def test_offsets_beyond_32_bits(splat):
+    """Two frames of keys 2**32 numbers apart: 8 GiB of addresses, of which the kernels touch a few pages."""
+    this = case(splat, M=3, grid=(2, 3), H=1, D=8, dtype=torch.float16)
+    key = this.tensors[1]
+    strides = list(key.stride())
+    strides[1] = 2**32
+    memory = mmap.mmap(-1, 2 * (2**32 + key.numel()), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    far = torch.frombuffer(memory, dtype=torch.float16).as_strided(key.shape, strides).copy_(key)
+    check(WHERE, this.changed(key=far))

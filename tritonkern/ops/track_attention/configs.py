@@ -1,0 +1,95 @@
+"""Tile sizes and warps of the Triton kernels by (head dim, dtype, architecture), with where each number came from.
+
+Estimate, not measured: no GPU was at hand. Known from ahead-of-time compilation (tests/test_track_attention_triton.py,
+Triton 3.9) is that nothing spills on sm_80, sm_90, sm_100 and gfx942.
+
+Estimates for 37 x 37 cells, 576 tracks, D = 64, sigma = 1/2 in bfloat16, where a pair matters up to about 3.5 cells: a
+tile of 8 x 8 cells matters to 15 x 15 of them. A block of 32 tracks covers about 9 x 9 cells and meets 3 x 3 tiles of
+the 25; one of 64 met 4 x 3. The cost of a block falls with its size, so 32 is about even, and needs half the registers.
+On sm_90 forward takes 148 registers and 24 KiB of shared memory, backward 215 and 199: three programs of 128 threads on
+a multiprocessor, and two.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+# Tracks are sorted so that about this many neighbours in the order make a square; see `order_kernel`.
+GROUP = 32
+
+
+class Tiles(NamedTuple):
+    """How the kernels cut their work; rows are blocks of tracks and columns of cells, or the other way round."""
+
+    tracks: int
+    cells: int
+    block_c: int  # channels of a product at a time; all of them where tiles are held
+    num_warps: int
+    num_stages: int
+
+
+def forward_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of the forward kernel."""
+    width = block_d(head_dim)
+    if dtype == torch.float64:
+        return _double(width)
+    if dtype == torch.float32 and not tf32_allowed():
+        return Tiles(16, 16, 16, 4 if width <= 128 else 8, 1)
+    wide = width * dtype.itemsize
+    if wide <= 128:
+        return Tiles(32, 64, width, 4, 2)
+    if wide <= 256:
+        return Tiles(32, 32, width, 4, 2)
+    return Tiles(32, 32, width, 8, 1) if wide <= 512 and not on_amd() else Tiles(16, 16, min(128, width), 4, 1)
+
+
+def backward_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of both backward kernels, which meet the same pairs of blocks."""
+    width = block_d(head_dim)
+    if dtype == torch.float64:
+        return _double(width)
+    if dtype == torch.float32 and not tf32_allowed():
+        return Tiles(16, 16, 16, 4 if width <= 64 else 8, 1)
+    wide = width * dtype.itemsize
+    if wide <= 128:
+        return Tiles(32, 64, width, 4, 1)
+    if wide <= 256:
+        return Tiles(32, 32, width, 4, 1)
+    return Tiles(16, 16, width, 4, 1) if wide <= 512 else Tiles(16, 16, 64, 4, 1)
+
+
+def _double(width: int) -> Tiles:
+    # No matrix unit has float64 everywhere, so a product is a tile of rows x columns x channels: 32 numbers a thread.
+    side = 16 if width <= 16 else 8 if width <= 64 else 4
+    return Tiles(side, side, width, 4, 1)
+
+
+def block_d(head_dim: int) -> int:
+    """Head dim rounded up to a power of two that a matrix unit takes."""
+    return max(16, 1 << (head_dim - 1).bit_length())
+
+
+def tile_width(cells: int) -> int:
+    """Columns of the grid in a block of cells: as many as rows, or twice as many."""
+    return 1 << ((cells.bit_length()) // 2)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 tiles are multiplied."""
+    return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"
+
+
+def on_amd() -> bool:
+    """Whether this PyTorch is built for ROCm."""
+    return torch.version.hip is not None
+
+
+def tf32_allowed() -> bool:
+    """Whether the user lets float32 products be rounded to TF32: PyTorch's setting, off unless asked for."""
+    if on_amd():
+        return False
+    matmul = torch.backends.cuda.matmul
+    # From PyTorch 2.9 on; there the older flag raises once the newer one has been set.
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
