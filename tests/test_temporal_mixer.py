@@ -260,16 +260,18 @@ def test_no_frames_leave_the_state(where):
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("at", [0, 6], ids=["x", "grad out"])
 def test_non_finite_input_stays_with_the_frames_that_see_it(where, at, bad, causal):
-    tensors = random_inputs(4, 40, 19, device=where[1])
+    # For C++ beside the seam of two stretches; the interpreter is slow.
+    frames, center = (12, 6) if where[0] == "triton" else (40, 33)
+    tensors = random_inputs(3, frames, 19, device=where[1])
     clean = run(where, tensors, causal)
-    tensors[at][2, 33, 5] = bad
+    tensors[at][2, center, 5] = bad
     poisoned = run(where, tensors, causal)
     back, ahead = (0, 4) if causal else (2, 2)
     seen = {"out": (back, ahead), "grad": (ahead, back)} if at else {"out": (back, ahead), "grad": (4, 4)}
     for name, before, after in zip(seen, clean, poisoned, strict=False):
-        frames = slice(33 - seen[name][0], 33 + seen[name][1] + 1)
-        hit = torch.zeros(4, 40, dtype=torch.bool, device=where[1])
-        hit[2, frames] = name == "grad" or at == 0
+        touched = slice(center - seen[name][0], center + seen[name][1] + 1)
+        hit = torch.zeros(3, frames, dtype=torch.bool, device=where[1])
+        hit[2, touched] = name == "grad" or at == 0
         assert torch.equal(after[~hit], before[~hit])
         if at == 0 and name == "out":
             assert after[hit].isnan().all(-1).all()
