@@ -1,4 +1,4 @@
-"""Reference models: DINOv2, depth on it, Chrono, chrono-nano with packaged weights; Tracktention for any of them."""
+"""Reference models: DINOv2, depth on it, Chrono, chrono-nano with weights, LocoTrack; Tracktention for any of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tritonkern.models.chrono import Chrono
 from tritonkern.models.chrono_nano import ChronoNano
 from tritonkern.models.depth import DepthModel
 from tritonkern.models.dinov2 import DINOv2
+from tritonkern.models.locotrack import LocoTrackRefiner
 from tritonkern.models.matching import MatchingTracker, TrackerOutput
 from tritonkern.models.tracktention import TracktentionModel, insert_tracktention
 
@@ -18,6 +19,7 @@ __all__ = [
     "ChronoNano",
     "DINOv2",
     "DepthModel",
+    "LocoTrackRefiner",
     "MODELS",
     "MatchingTracker",
     "TrackerOutput",

@@ -112,13 +112,13 @@ class CorrelationSoftArgmax(nn.Module):
         """
         rows, columns = features.shape[2:4]
         t, y, x = queries.to(torch.promote_types(features.dtype, torch.float32)).unbind(-1)
-        return _sample(features, t, y * (rows / self.resolution[0]), x * (columns / self.resolution[1]))
+        return sample_features(features, t, y * (rows / self.resolution[0]), x * (columns / self.resolution[1]))
 
     def extra_repr(self) -> str:
         return f"resolution={self.resolution}, temperature={self.temperature}, radius={self.radius}"
 
 
-def _sample(features: Tensor, t: Tensor, y: Tensor, x: Tensor) -> Tensor:
+def sample_features(features: Tensor, t: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """Trilinear samples `[B, n, C]` of `[B, T, h, w, C]` at positions `[B, n]`, clamped at the border.
 
     t counts frames (frame i lies at i), y and x are cells (cell i has its centre at i + 0.5). Gathered by hand, because

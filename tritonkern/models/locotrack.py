@@ -1,0 +1,255 @@
+"""LocoTrack, the tracker that refines with local 4-D correlation (Cho et al., ECCV 2024), alone or behind another."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tritonkern.models.checkpoints import load_strict, read_state_dict
+from tritonkern.nn.correlation import TrackerOutput, sample_features
+from tritonkern.nn.refinement import attend_over_time, convolve_same, match_two_maps, refine, temporal_bias
+
+SIZES = {"base": (384, 6, (64, 128, 128), (3, 3, 2), (2, 2, 2)), "small": (256, 4, (64, 128), (5, 2), (4, 2))}
+"""Width and heads of the attention over time; channels, kernels and strides of the encoder of correlations."""
+
+_LAYERS, _CHANNELS, _STRIDES = 3, (64, 128, 256, 256), (1, 2, 2, 1)
+
+
+class LocoTrackFeatures(NamedTuple):
+    """Unit-norm maps `[B, T, h, w, C]`; of frames of 256 x 256 pixels:"""
+
+    hires: Tensor
+    """[B, T, 64, 64, 128]"""
+    lowres: Tensor
+    """[B, T, 32, 32, 256]"""
+    highest: Tensor
+    """[B, T, 128, 128, 64]"""
+
+
+class LocoTrackRefiner(nn.Module):
+    """Makes the tracks of any tracker more precise, and is LocoTrack where there is none before it.
+
+    A start, such as what Chrono returns, is improved `steps` times: the 7 x 7 surroundings of the query are correlated
+    with the 7 x 7 surroundings of the point in every frame, on three maps of features, and a transformer along time
+    turns the correlations into corrections. Parameters have the names of the official PyTorch code; its checkpoints
+    load, and results are theirs.
+
+    Args:
+        size: "base" (11.5 M parameters) or "small" (8.2 M).
+        steps: of refinement.
+
+    Weights are random; see `from_checkpoint`.
+    """
+
+    resolution = (256, 256)
+    """(height, width) of the raster that `forward` takes and that queries and tracks are measured in."""
+    temperature = 20.0
+
+    def __init__(self, size: str = "base", steps: int = 4) -> None:
+        super().__init__()
+        if size not in SIZES:
+            raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
+        width, heads, channels, kernels, strides = SIZES[size]
+        self.steps = steps
+        self.resnet_torch = _ResNet()
+        self.cmdtop = nn.ModuleList(_CorrelationEncoder(channels, kernels, strides) for _ in range(3))
+        self.torch_pips_mixer = _TemporalMixer(2 + 3 * 2 * channels[-1] + 84, width, heads)
+        self.cost_conv = nn.Conv2d(2, 1, 3)
+        self.occ_linear = nn.Linear(6, 2)
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> LocoTrackRefiner:
+        """The model of an official checkpoint of either size, in evaluation mode on the CPU.
+
+        Args:
+            path: a Lightning checkpoint of the official PyTorch code (`.ckpt`), or its tensors alone (.pth,
+                .safetensors), with or without the prefix `model.`.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: the file cannot be read, or its keys or shapes are not exactly those of the model; the message
+                lists what is missing, unexpected or of another shape.
+        """
+        state: Mapping[str, Tensor] = read_state_dict(path)
+        if all(key.startswith("model.") for key in state):
+            state = {key.removeprefix("model."): value for key, value in state.items()}
+        model = cls("base" if "cmdtop.0.conv.2.0.weight" in state else "small")
+        load_strict(model, state, str(path))
+        return model.eval()
+
+    def features(self, video: Tensor) -> LocoTrackFeatures:
+        """The maps of a video `[B, T, 256, 256, 3]` in [-1, 1]; frames are independent of each other."""
+        units = self.resnet_torch(video.flatten(0, 1).movedim(-1, 1))
+        maps = (units[index].movedim(1, -1).unflatten(0, video.shape[:2]) for index in (1, 3, 0))
+        return LocoTrackFeatures(*(x / x.square().sum(-1, keepdim=True).clamp(min=1e-12).sqrt() for x in maps))
+
+    def forward(self, video: Tensor, queries: Tensor, start: TrackerOutput | None = None) -> TrackerOutput:
+        """Tracks `queries` through `video`.
+
+        Args:
+            video: `[B, T, 256, 256, 3]` floating point in [-1, 1].
+            queries: `[B, N, 3]` rows (t, y, x): frame index, then raster pixels (pixel i has its centre at i + 0.5).
+            start: what another tracker says of these queries in this raster, such as the output of
+                `tritonkern.models.Chrono`. None: the position is matched on two of the own maps first, as in LocoTrack.
+
+        Returns:
+            `TrackerOutput` for all T frames. As in the official code the visibility is that of the last step, which
+            starts from the `start`'s logits.
+
+        Raises:
+            TypeError: `video` or `queries` is not floating point.
+            ValueError: a shape is not the above.
+        """
+        height, width = self.resolution
+        for name, x in (("video", video), ("queries", queries)):
+            if not x.is_floating_point():
+                raise TypeError(f"{name} must be floating point, got {x.dtype}")
+        if video.ndim != 5 or video.shape[2:] != (height, width, 3) or video.shape[1] == 0:
+            raise ValueError(f"video must be [B, T, {height}, {width}, 3] with T >= 1, got {list(video.shape)}")
+        if queries.ndim != 3 or queries.shape[2] != 3 or queries.shape[0] != video.shape[0]:
+            raise ValueError(f"queries must be [{video.shape[0]}, N, 3] with rows (t, y, x), got {list(queries.shape)}")
+        expected = (*queries.shape[:2], video.shape[1], 2)
+        if start is not None and tuple(start.tracks.shape) != expected:
+            raise ValueError(f"start.tracks must be {list(expected)}, got {list(start.tracks.shape)}")
+        return self.refine(self.features(video), queries, start)
+
+    def refine(self, features: LocoTrackFeatures, queries: Tensor, start: TrackerOutput | None = None) -> TrackerOutput:
+        """As `forward`, of features that are already computed."""
+        supports = [self._supports(grid, queries) for grid in features]
+        if start is None:
+            hires, lowres = (support[:, :, 3, 3] for support in supports[:2])
+            start, _ = match_two_maps(
+                lowres,
+                features.lowres,
+                self.cost_conv,
+                self.occ_linear,
+                self.temperature,
+                self.resolution,
+                hires,
+                features.hires,
+                queries,
+            )
+        guess = start
+        for _ in range(self.steps):
+            guess = TrackerOutput(*(x.detach() for x in guess))
+            guess = refine(
+                self.cmdtop, self.torch_pips_mixer, features, supports, guess, self.resolution, self.resolution
+            )
+        return guess
+
+    def _supports(self, features: Tensor, queries: Tensor) -> Tensor:
+        """`[B, N, 7, 7, C]` (y, x) around the queries."""
+        rows, columns = features.shape[2:4]
+        t, y, x = queries.unbind(-1)
+        offset = torch.arange(-3, 4, device=queries.device)
+        y = (y * (rows / self.resolution[0]))[..., None, None] + offset[:, None]
+        x = (x * (columns / self.resolution[1]))[..., None, None] + offset
+        y, x, t = torch.broadcast_tensors(y, x, t[..., None, None])
+        return sample_features(features, *(place.flatten(1) for place in (t, y, x))).unflatten(1, (-1, 7, 7))
+
+
+class _Conv(nn.Conv2d):
+    """Padded as TensorFlow's SAME."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return convolve_same(self, x)
+
+
+class _Block(nn.Module):
+    def __init__(self, before: int, after: int, stride: int, projects: bool) -> None:
+        super().__init__()
+        if projects:
+            self.proj_conv = _Conv(before, after, 1, stride, bias=False)
+        self.bn_0, self.conv_0 = nn.InstanceNorm2d(before, affine=True), _Conv(before, after, 3, stride, bias=False)
+        self.conv_1, self.bn_1 = _Conv(after, after, 3, bias=False), nn.InstanceNorm2d(after, affine=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.relu(self.bn_0(x))
+        shortcut = self.proj_conv(y) if hasattr(self, "proj_conv") else x
+        return shortcut + self.conv_1(F.relu(self.bn_1(self.conv_0(y))))
+
+
+class _BlockGroup(nn.Module):
+    def __init__(self, before: int, after: int, stride: int) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([_Block(before, after, stride, True), _Block(after, after, 1, False)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+class _ResNet(nn.Module):
+    """`[M, 3, H, W]` -> the outputs of four groups of blocks, at half to an eighth of the size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.initial_conv = _Conv(3, _CHANNELS[0], 7, 2, bias=False)
+        before = (_CHANNELS[0], *_CHANNELS)
+        self.block_groups = nn.ModuleList(map(_BlockGroup, before, _CHANNELS, _STRIDES))
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        units = [self.initial_conv(images)]
+        for group in self.block_groups:
+            units.append(group(units[-1]))
+        return units[1:]
+
+
+class _CorrelationEncoder(nn.Module):
+    def __init__(self, channels: tuple[int, ...], kernels: tuple[int, ...], strides: tuple[int, ...]) -> None:
+        super().__init__()
+        layers = zip((49, *channels), channels, kernels, strides, strict=False)
+        self.conv = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(before, after, kernel, stride), nn.GroupNorm(after // 16, after), nn.ReLU())
+            for before, after, kernel, stride in layers
+        )
+
+
+class _TemporalAttention(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.query_proj, self.key_proj, self.value_proj, self.final_proj = (nn.Linear(width, width) for _ in range(4))
+
+    def forward(self, x: Tensor, bias: Tensor) -> Tensor:
+        projections = (self.query_proj(x), self.key_proj(x), self.value_proj(x))
+        return self.final_proj(attend_over_time(*projections, bias))
+
+
+class _TemporalTransformer(nn.Module):
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.layers = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "attn": _TemporalAttention(width),
+                    "dense": nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)),
+                    "layer_norm1": nn.LayerNorm(width),
+                    "layer_norm2": nn.LayerNorm(width),
+                }
+            )
+            for _ in range(_LAYERS)
+        )
+        self.ln_out = nn.LayerNorm(width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = temporal_bias(self.heads, x.shape[1], x.device)
+        for layer in self.layers:
+            x = x + layer["attn"](layer["layer_norm1"](x), bias)  # type: ignore[index]
+            x = x + layer["dense"](layer["layer_norm2"](x))  # type: ignore[index]
+        return self.ln_out(x)
+
+
+class _TemporalMixer(nn.Module):
+    """Its last 384 outputs are not computed: nothing reads them in the official code."""
+
+    def __init__(self, channels: int, width: int, heads: int) -> None:
+        super().__init__()
+        self.transformer = _TemporalTransformer(width, heads)
+        self.input_proj, self.output_proj = nn.Linear(channels, width), nn.Linear(width, 4 + 128 + 256)
