@@ -40,11 +40,15 @@ def match_two_maps(
     that of `queries` `[B, N, 3]` (t, y, x). `resolution` is (height, width) of the raster of positions.
     """
     cost = torch.einsum("bnc,bthwc->bnthw", query, features)
-    fine = torch.einsum("bnc,bthwc->bnthw", fine_query, fine_features)
-    leading, (rows, columns) = fine.shape[:3], fine.shape[3:]
-    coarse = F.interpolate(cost.flatten(0, 1), (rows, columns), mode="bilinear", align_corners=False)
-    # [B * N * T, 2, h, w]
-    both = torch.stack([coarse.flatten(0, 1), fine.flatten(0, 2)], 1)
+    leading, (rows, columns) = cost.shape[:3], fine_features.shape[2:4]
+    # [B * N * T, 2, h, w]; the parts are not named, so that they are freed at once.
+    both = torch.stack(
+        [
+            F.interpolate(cost.flatten(0, 1), (rows, columns), mode="bilinear", align_corners=False).flatten(0, 1),
+            torch.einsum("bnc,bthwc->bnthw", fine_query, fine_features).flatten(0, 2),
+        ],
+        1,
+    )
     mixed = F.conv2d(both, cost_conv.weight, cost_conv.bias, padding=1)
     cells = soft_argmax_2d(mixed.view(*leading, rows, columns), temperature=temperature)
     tracks = scaled(cells, resolution[1] / columns, resolution[0] / rows)
