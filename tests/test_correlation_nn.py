@@ -271,3 +271,25 @@ def test_visible():
     expected_distance = torch.tensor([[[-torch.inf, -1.0, 0.0, -9.0]]])
     output = TrackerOutput(torch.zeros(1, 1, 4, 2), occlusion, expected_distance)
     assert output.visible.tolist() == [[[True, True, False, False]]]
+
+
+def test_gradient_has_the_same_bits_run_after_run():
+    """Many queries share few cells: PyTorch's indexing would add up their gradients in any order."""
+    features, queries = random_inputs(1, 4, 8, 8, 16, 800, dtype=torch.float32)
+    head = layer()
+
+    def gradient():
+        leaf = features.clone().requires_grad_()
+        head(leaf, queries).tracks.square().sum().backward()
+        return leaf.grad
+
+    first = gradient()
+    assert first.abs().max() > 0
+    assert all(torch.equal(gradient(), first) for _ in range(10))
+
+
+def test_constructor_errors():
+    with pytest.raises(TypeError, match="resolution must be a pair"):
+        CorrelationSoftArgmax(64)
+    with pytest.raises(ValueError, match="must be positive, got -1"):
+        CorrelationSoftArgmax(RESOLUTION, temperature=-1)

@@ -8,6 +8,7 @@ from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
+import tritonkern
 from tritonkern import correlation_soft_argmax, soft_argmax_2d
 from tritonkern.ops.correlation_soft_argmax import op
 
@@ -289,3 +290,19 @@ def test_direct_calls_of_the_operators_are_checked():
     points, maximum, best, weight = FWD_2D(QUERY, 20.0, 5.0)
     with pytest.raises(ValueError, match="best must be"):
         BWD_2D(points, QUERY, points, maximum, best.long(), weight, 20.0, 5.0)
+
+
+def test_compiled_once_for_several_temperatures():
+    """torch.compile makes a number that changes a variable of the graph."""
+    torch._dynamo.reset()
+    query, features, cost = torch.randn(1, 3, 16), torch.randn(1, 2, 5, 6, 16), torch.randn(2, 5, 6)
+
+    @torch.compile(fullgraph=True, backend="aot_eager")
+    def compiled(temperature):
+        match = tritonkern.correlation_soft_argmax(query, features, temperature=temperature)
+        return match.points, tritonkern.soft_argmax_2d(cost, temperature=temperature)
+
+    for temperature in (20.0, 10.0, 5.0):
+        points, peaks = compiled(temperature)
+        assert torch.equal(points, tritonkern.correlation_soft_argmax(query, features, temperature=temperature).points)
+        assert torch.equal(peaks, tritonkern.soft_argmax_2d(cost, temperature=temperature))

@@ -1,5 +1,6 @@
 """`tritonkern.patch` on Chrono: on a structural twin everywhere, on the official repository where it is at hand."""
 
+import copy
 import sys
 
 import pytest
@@ -88,6 +89,40 @@ def test_handle_lists_what_it_replaced(tracker):
     assert tracker.tracks_from_cost_volume.__func__ is Tracker.tracks_from_cost_volume
     assert "restored" in repr(handle)
     handle.restore()
+
+
+def test_copy_of_a_patched_model_has_layers_of_its_own(tracker):
+    video, queries = clip()
+    with torch.no_grad(), tritonkern.patch(tracker):
+        twin = copy.deepcopy(tracker)
+        for parameter in twin.adapter.parameters():
+            parameter.mul_(1.5)
+        for layers in (twin.adapter, tracker.adapter):
+            layers[0].conv2 = nn.Conv2d(*reversed(layers[0].conv2.weight.shape[:2]), 3, padding=1)
+        results = [model(video, queries)["tracks"] for model in (twin, tracker)]
+    del twin.forward_dino, twin.tracks_from_cost_volume, twin.estimate_trajectories
+    for adapter in twin.adapter:
+        del adapter.forward
+    with torch.no_grad():
+        for model, actual in zip((twin, tracker), results, strict=True):
+            torch.testing.assert_close(actual, model(video, queries)["tracks"], atol=1e-3, rtol=0)
+    assert not torch.equal(*results)
+
+
+def test_no_random_number_is_drawn(tracker):
+    before = torch.get_rng_state()
+    with torch.no_grad(), tritonkern.patch(tracker):
+        tracker(*clip())
+    drawn = torch.get_rng_state()
+    torch.set_rng_state(before)
+    clip()
+    assert torch.equal(drawn, torch.get_rng_state())
+
+
+def test_what_the_patch_would_leave_out_is_refused(tracker):
+    tracker.adapter[1].attn_temp.q_norm = nn.LayerNorm(8)
+    with pytest.raises(ValueError, match=r"adapter\.1\.attn_temp has query and key norms"):
+        tritonkern.patch(tracker)
 
 
 def test_other_models_are_left_alone(tracker):

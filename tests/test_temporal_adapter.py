@@ -366,3 +366,32 @@ def test_official_adapter(official, frames):  # noqa: F811
     patches = tokens[:, :, 1:].unflatten(2, (8, 8))
     expected = theirs(patches.permute(0, 4, 1, 2, 3)).permute(0, 2, 3, 4, 1)
     torch.testing.assert_close(ours(patches), expected, atol=1e-12, rtol=0)
+
+
+def test_direct_calls_of_the_operators_are_checked():
+    """Kernels take raw pointers, so whoever calls `torch.ops` must not get past the checks either."""
+    tokens, weight, bias = torch.randn(1, 2, 26, 8), torch.randn(16, 8, 3, 3), torch.randn(16)
+    norm, options = (torch.ones(8), torch.zeros(8)), (4, 6, 2, torch.float32)
+    hidden, mean, rstd = op.adapter_in_fwd(tokens, *norm, 1e-5, weight, bias, *options)
+    good = [torch.randn_like(hidden), tokens, *norm, weight, hidden, mean, rstd, *options, [True] * 3]
+    op.adapter_in_bwd(*good)
+    bad = ((0, hidden[..., :16]), (0, hidden.half()), (1, tokens[:, :1]), (2, norm[0][:4]), (4, weight[:8]))
+    bad += ((5, hidden[:, :1]), (6, mean.float()), (7, rstd[:0]), (8, 40), (10, 4), (12, [True]))
+    for at, wrong in bad:
+        with pytest.raises((TypeError, ValueError)):
+            op.adapter_in_bwd(*good[:at], wrong, *good[at + 1 :])
+
+    weight = torch.randn(8, 16, 3, 3)
+    good = [torch.randn_like(tokens), hidden, weight, *options, [True] * 2]
+    op.adapter_out_bwd(*good)
+    bad = (
+        (0, tokens[:, :, :20]),
+        (0, tokens[..., :4]),
+        (0, tokens.double()),
+        (0, tokens[:, :1]),
+        (1, hidden[..., :16]),
+    )
+    bad += ((2, weight[:, :8]), (2, weight[:4]), (3, 40), (5, 4), (7, [True]))
+    for at, wrong in bad:
+        with pytest.raises((TypeError, ValueError)):
+            op.adapter_out_bwd(*good[:at], wrong, *good[at + 1 :])

@@ -19,7 +19,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonkern.functional import temporal_window_attention
-from tritonkern.nn import CorrelationSoftArgmax, TemporalAdapter
+from tritonkern.nn import TemporalAdapter, TemporalWindowAttention
+from tritonkern.nn.correlation import find
 
 
 @contextmanager
@@ -75,11 +76,11 @@ def replacements(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
     for path, tracker in model.named_modules():
         if not _is_tracker(tracker):
             continue
-        twins = [_twin(adapter) for adapter in tracker.adapter]
-        for index, (adapter, twin) in enumerate(zip(tracker.adapter, twins, strict=True)):
-            name = f"adapter.{index}"
-            yield f"{path}.{name}" if path else name, adapter, "forward", _adapter_forward(twin)
-        yield path, tracker, "forward_dino", _forward_dino(twins)
+        for index, adapter in enumerate(tracker.adapter):
+            name = f"{path}.adapter.{index}" if path else f"adapter.{index}"
+            _check(name, adapter.attn_temp)
+            yield name, adapter, "forward", _adapter_forward
+        yield path, tracker, "forward_dino", _forward_dino
         yield path, tracker, "tracks_from_cost_volume", _tracks_from_cost_volume
         yield path, tracker, "estimate_trajectories", _estimate_trajectories
 
@@ -94,60 +95,63 @@ def _is_tracker(module: nn.Module) -> bool:
     )
 
 
+def _check(name: str, attention: Any) -> None:
+    """Raise ValueError for what the official class offers, its checkpoints do not use, and ours would leave out."""
+    norms = [getattr(attention, norm, nn.Identity()) for norm in ("q_norm", "k_norm")]
+    dropout = getattr(attention, "proj_drop", nn.Identity())
+    if not all(isinstance(norm, nn.Identity) for norm in norms) or getattr(dropout, "p", 0) > 0:
+        raise ValueError(f"{name}.attn_temp has query and key norms or dropout, which the patch does not replace")
+
+
 def _twin(adapter: Any) -> TemporalAdapter:
-    """Our adapter around the very layers of an official one: what is loaded, moved or trained there is so here."""
-    mask, layers = adapter.attn_temp.bias, ("norm", "conv1", "conv_pool", "norm2", "conv_upsample", "conv2")
-    twin = TemporalAdapter(
-        adapter.norm.num_channels,
-        hidden=adapter.conv1.out_channels,
-        num_heads=adapter.attn_temp.num_heads,
-        pool=adapter.conv_pool.stride[0],
-    )
-    twin.attn_temp.window = (mask.window_left, mask.window_right)
-    for name in layers:
+    """Our adapter around the very layers of an official one. Made anew at each call, of whatever layers are there then:
+    those of a copy are its own. No constructor runs, as it would draw random numbers."""
+    twin, attention, own = TemporalAdapter.__new__(TemporalAdapter), adapter.attn_temp, TemporalWindowAttention
+    nn.Module.__init__(twin)
+    for name in ("norm", "conv1", "conv_pool", "norm2", "conv_upsample", "conv2"):
         setattr(twin, name, getattr(adapter, name))
-    twin.attn_temp.qkv, twin.attn_temp.proj = adapter.attn_temp.qkv, adapter.attn_temp.proj
+    twin.pool = adapter.conv_pool.stride[0]
+    twin.attn_temp = own.__new__(own)
+    nn.Module.__init__(twin.attn_temp)
+    twin.attn_temp.num_heads = attention.num_heads
+    twin.attn_temp.head_dim = attention.proj.in_features // attention.num_heads
+    twin.attn_temp.window = (attention.bias.window_left, attention.bias.window_right)
+    twin.attn_temp.qkv, twin.attn_temp.proj = attention.qkv, attention.proj
     return twin
 
 
-def _adapter_forward(twin: TemporalAdapter) -> Any:
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """Takes the place of `TemporalAdapter.forward`: `[B, C, T, h, w]` -> the same shape."""
-        return twin(x.movedim(1, -1)).movedim(-1, 1)
-
-    return forward
+def _adapter_forward(self: Any, x: Tensor) -> Tensor:
+    """Takes the place of `TemporalAdapter.forward`: `[B, C, T, h, w]` -> the same shape."""
+    return _twin(self)(x.movedim(1, -1)).movedim(-1, 1)
 
 
-def _forward_dino(twins: list[TemporalAdapter]) -> Any:
-    def forward_dino(self: Any, video: Tensor, use_bfloat16: bool = True, img_mult: int = 64) -> Any:
-        """Takes the place of the method of that name: `[B, T, H, W, 3]` in [-1, 1] -> unit-norm features."""
-        # Like the official code, which reads the attribute and not the argument.
-        batch, frames, cells = *video.shape[:2], self.img_mult
-        grid = (cells, cells)
-        mean, std = (_channels(values, video) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-        images = (((video + 1) / 2 - mean) / std).flatten(0, 1).movedim(-1, 1)
-        images = F.interpolate(images, size=(14 * cells, 14 * cells), mode="bilinear", align_corners=False)
+def _forward_dino(self: Any, video: Tensor, use_bfloat16: bool = True, img_mult: int = 64) -> Any:
+    """Takes the place of the method of that name: `[B, T, H, W, 3]` in [-1, 1] -> unit-norm features."""
+    # Like the official code, which reads the attribute and not the argument.
+    batch, frames, cells = *video.shape[:2], self.img_mult
+    grid = (cells, cells)
+    mean, std = (_channels(values, video) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
+    images = (((video + 1) / 2 - mean) / std).flatten(0, 1).movedim(-1, 1)
+    images = F.interpolate(images, size=(14 * cells, 14 * cells), mode="bilinear", align_corners=False)
 
-        hooks = []
-        try:
-            for block, twin in zip(self.dino.blocks, twins, strict=False):
+    hooks = []
+    try:
+        for block, adapter in zip(self.dino.blocks, self.adapter, strict=False):
 
-                def hook(module: nn.Module, args: Any, output: Tensor, twin: TemporalAdapter = twin) -> Tensor:
-                    return twin.add_to(output.unflatten(0, (batch, frames)), grid).flatten(0, 1)
+            def hook(module: nn.Module, args: Any, output: Tensor, adapter: Any = adapter) -> Tensor:
+                return _twin(adapter).add_to(output.unflatten(0, (batch, frames)), grid).flatten(0, 1)
 
-                hooks.append(block.register_forward_hook(hook))
-            with torch.autocast("cuda", torch.bfloat16, enabled=use_bfloat16 and video.is_cuda):
-                tokens = self.dino.get_intermediate_layers(images, n=1, return_class_token=False)[-1]
-        finally:
-            for handle in hooks:
-                handle.remove()
-        tokens = tokens.unflatten(1, grid).unflatten(0, (batch, frames))
-        tokens = tokens / tokens.square().sum(-1, keepdim=True).clamp(min=1e-6).sqrt()
-        # The repository's own tuple, whatever the name under which its file was imported.
-        grids = sys.modules[type(self).__module__].FeatureGrids
-        return grids((tokens,), (), (), ((256, 256),))
-
-    return forward_dino
+            hooks.append(block.register_forward_hook(hook))
+        with torch.autocast("cuda", torch.bfloat16, enabled=use_bfloat16 and video.is_cuda):
+            tokens = self.dino.get_intermediate_layers(images, n=1, return_class_token=False)[-1]
+    finally:
+        for handle in hooks:
+            handle.remove()
+    tokens = tokens.unflatten(1, grid).unflatten(0, (batch, frames))
+    tokens = tokens / tokens.square().sum(-1, keepdim=True).clamp(min=1e-6).sqrt()
+    # The repository's own tuple, whatever the name under which its file was imported.
+    grids = sys.modules[type(self).__module__].FeatureGrids
+    return grids((tokens,), (), (), ((256, 256),))
 
 
 def _channels(values: tuple[float, ...], video: Tensor) -> Tensor:
@@ -180,6 +184,5 @@ def _tracks_from_cost_volume(
 
     The products are summed in float32 under autocast as well, where the official code rounds them to bfloat16.
     """
-    head = CorrelationSoftArgmax((im_shp[2], im_shp[3]), float(self.softmax_temperature))
-    head.occ_linear = self.occ_linear
-    return tuple(head.match(interp_feature, feature_grid, query_points))  # type: ignore[return-value]
+    resolution, temperature = (im_shp[2], im_shp[3]), float(self.softmax_temperature)
+    return tuple(find(interp_feature, feature_grid, query_points, self.occ_linear, resolution, temperature))  # type: ignore[return-value]

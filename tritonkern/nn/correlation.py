@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils._pytree import _register_namedtuple
 
 from tritonkern.functional import correlation_soft_argmax
@@ -50,6 +51,10 @@ class CorrelationSoftArgmax(nn.Module):
 
     def __init__(self, resolution: tuple[int, int], temperature: float = 20.0, radius: float = 5.0) -> None:
         super().__init__()
+        if not (isinstance(resolution, (tuple, list)) and len(resolution) == 2):
+            raise TypeError(f"resolution must be a pair (height, width) in pixels, got {resolution!r}")
+        if not (temperature > 0 and radius > 0):
+            raise ValueError(f"temperature and radius must be positive, got {temperature} and {radius}")
         self.resolution = resolution
         self.temperature = temperature
         self.radius = radius
@@ -84,26 +89,8 @@ class CorrelationSoftArgmax(nn.Module):
                 f"queries must be [{features.shape[0]}, N, 3] with rows (t, y, x), got {list(queries.shape)}"
             )
         with torch.autocast(features.device.type, enabled=False):
-            return self.match(self.query_features(features, queries), features, queries)
-
-    def match(self, query: Tensor, features: Tensor, queries: Tensor | None) -> TrackerOutput:
-        """As `forward`, of query features `[B, N, C]`; without `queries` no position is overwritten."""
-        (height, width), (frames, rows, columns) = self.resolution, features.shape[1:4]
-        with torch.autocast(features.device.type, enabled=False):
-            query = query.to(features.dtype)
-            match = correlation_soft_argmax(query, features, temperature=self.temperature, radius=self.radius)
-            statistics = torch.stack([match.mean, match.max, match.min], dim=-1).detach()
-            logits = self.occ_linear(statistics.to(self.occ_linear.weight.dtype)).to(match.points.dtype)
-
-            # Factor by factor, and flipped: a tensor or an index made of numbers here would be copied to a GPU.
-            x, y = match.points.unbind(-1)
-            tracks = torch.stack([x * (width / columns), y * (height / rows)], dim=-1)  # [B, N, T, 2]
-            if queries is not None:
-                t, place = queries[..., 0], queries[..., None, 1:].flip(-1).to(tracks.dtype)
-                # torch.round is half to even, as in the official code
-                own_frame = t[..., None].round() == torch.arange(frames, device=t.device)
-                tracks = torch.where(own_frame[..., None], place, tracks)
-            return TrackerOutput(tracks, logits[..., 0], logits[..., 1])
+            query = self.query_features(features, queries)
+        return find(query, features, queries, self.occ_linear, self.resolution, self.temperature, self.radius)
 
     def query_features(self, features: Tensor, queries: Tensor) -> Tensor:
         """The features `[B, N, C]` of `[B, T, h, w, C]` at `queries` `[B, N, 3]` (t, y, x), trilinearly interpolated.
@@ -118,11 +105,60 @@ class CorrelationSoftArgmax(nn.Module):
         return f"resolution={self.resolution}, temperature={self.temperature}, radius={self.radius}"
 
 
+def find(
+    query: Tensor,
+    features: Tensor,
+    queries: Tensor | None,
+    occ_linear: nn.Linear,
+    resolution: tuple[int, int],
+    temperature: float = 20.0,
+    radius: float = 5.0,
+) -> TrackerOutput:
+    """`CorrelationSoftArgmax` of query features `[B, N, C]`; without `queries` no position is overwritten."""
+    (height, width), (frames, rows, columns) = resolution, features.shape[1:4]
+    with torch.autocast(features.device.type, enabled=False):
+        match = correlation_soft_argmax(query.to(features.dtype), features, temperature=temperature, radius=radius)
+        statistics = torch.stack([match.mean, match.max, match.min], dim=-1).detach()
+        logits = occ_linear(statistics.to(occ_linear.weight.dtype)).to(match.points.dtype)
+
+        # Factor by factor, and flipped: a tensor or an index made of numbers here would be copied to a GPU.
+        x, y = match.points.unbind(-1)
+        tracks = torch.stack([x * (width / columns), y * (height / rows)], dim=-1)  # [B, N, T, 2]
+        if queries is not None:
+            t, place = queries[..., 0], queries[..., None, 1:].flip(-1).to(tracks.dtype)
+            # torch.round is half to even, as in the official code
+            own_frame = t[..., None].round() == torch.arange(frames, device=t.device)
+            tracks = torch.where(own_frame[..., None], place, tracks)
+        return TrackerOutput(tracks, logits[..., 0], logits[..., 1])
+
+
+class _Gather(torch.autograd.Function):
+    """``features[b, t, y, x]`` of `[B, T, h, w, C]`. The gradient of PyTorch's own indexing is a sum in no fixed order
+    on the CPU; this one has the same bits run after run, on a GPU under `torch.use_deterministic_algorithms`.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, features: Tensor, *index: Tensor) -> Tensor:
+        ctx.save_for_backward(*index)
+        ctx.shape = features.shape
+        return features[index]
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        b, t, y, x = ctx.saved_tensors
+        _, frames, rows, columns, channels = ctx.shape
+        cell = ((b * frames + t) * rows + y) * columns + x
+        grad_features = grad.new_zeros(ctx.shape)
+        grad_features.view(-1, channels).index_add_(0, cell.flatten(), grad.flatten(0, -2))
+        return grad_features, None, None, None, None
+
+
 def sample_features(features: Tensor, t: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """Trilinear samples `[B, n, C]` of `[B, T, h, w, C]` at positions `[B, n]`, clamped at the border.
 
     t counts frames (frame i lies at i), y and x are cells (cell i has its centre at i + 0.5). Gathered by hand, because
-    the backward pass of the 5-D `grid_sample` is not deterministic on CUDA, and because it would copy the features.
+    the backward pass of the 5-D `grid_sample` is not deterministic, and because it would copy the features.
     """
     index = [torch.arange(len(features), device=t.device).view(-1, 1, 1, 1, 1)]
     weight = torch.ones_like(t)[..., None, None, None]
@@ -137,5 +173,5 @@ def sample_features(features: Tensor, t: Tensor, y: Tensor, x: Tensor) -> Tensor
         index.append(torch.stack([low, high], -1).view(*t.shape, *pair))
         weight = weight * torch.stack([1 - fraction, fraction], -1).view(*t.shape, *pair)
     # [B, n, 2, 2, 2, C]
-    corners = features[tuple(index)]
+    corners = _Gather.apply(features, *index)
     return (weight[..., None] * corners).sum((2, 3, 4))

@@ -76,10 +76,12 @@ def check_cost_volume(cost_volume: Tensor) -> None:
 
 
 def check_options(temperature: float, radius: float, eps: float = 1.0) -> None:
-    """Raise ValueError unless all are positive; the radius alone may be infinite."""
+    """Raise ValueError unless all are positive in float32; the radius alone may be infinite."""
+    # Comparisons, as torch.compile knows no math.isinf of a number that it has made a variable.
     for name, x in (("temperature", temperature), ("radius", radius), ("eps", eps)):
-        if not x > 0 or (math.isinf(x) and name != "radius"):
-            raise ValueError(f"{name} must be a positive{'' if name == 'radius' else ' finite'} number, got {x}")
+        if not x >= 1.2e-38 or (x == math.inf and name != "radius"):
+            finite = "" if name == "radius" else " finite"
+            raise ValueError(f"{name} must be a positive{finite} number that float32 can hold, got {x}")
 
 
 def _check_grid(name: str, rows: int, columns: int) -> None:

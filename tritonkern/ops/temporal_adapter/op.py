@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from tritonkern.ops import _backends, _registry
-from tritonkern.ops._contract import check_dense
+from tritonkern.ops._contract import check_dense, check_saved
 
 NAME = "temporal_adapter"
 HALF = (torch.bfloat16, torch.float16)
@@ -58,7 +58,7 @@ def check_in(
     norm_weight: Tensor,
     norm_bias: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     rows: int,
     columns: int,
     pool: int,
@@ -78,13 +78,14 @@ def check_in(
         raise ValueError(f"weight must have shape [O, {channels}, 3, 3] for these tokens, got {tuple(weight.shape)}")
     _check_shape("norm_weight", norm_weight, (channels,))
     _check_shape("norm_bias", norm_bias, (channels,))
-    _check_shape("bias", bias, (weight.shape[0],))
+    if bias is not None:
+        _check_shape("bias", bias, (weight.shape[0],))
 
 
 def check_out(
     hidden: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None,
     tokens: Tensor | None,
     rows: int,
     columns: int,
@@ -105,9 +106,60 @@ def check_out(
         raise ValueError(f"weight must have shape [C, O, 3, 3], got {tuple(weight.shape)}")
     batch, frames = hidden.shape[:2]
     _check_shape("hidden", hidden, (batch, frames, rows * columns // pool**2, pool**2 * weight.shape[1]))
-    _check_shape("bias", bias, (weight.shape[0],))
+    if bias is not None:
+        _check_shape("bias", bias, (weight.shape[0],))
     if tokens is not None:
         _check_shape("tokens", tokens, (batch, frames, tokens.shape[2], weight.shape[0]))
+
+
+def _check_in_backward(
+    grad_hidden: Tensor,
+    tokens: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    hidden: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    rows: int,
+    columns: int,
+    pool: int,
+    dtype: torch.dtype,
+    needs: list[bool],
+) -> None:
+    check_in(tokens, norm_weight, norm_bias, weight, None, rows, columns, pool, dtype)
+    batch, frames = tokens.shape[:2]
+    shape = (batch, frames, rows * columns // pool**2, pool**2 * weight.shape[0])
+    stored = hidden_dtype(tokens.device, dtype)
+    expected: dict = {name: (x, shape, stored) for name, x in (("grad_hidden", grad_hidden), ("hidden", hidden))}
+    expected |= {name: (x, (batch,), torch.float64) for name, x in (("mean", mean), ("rstd", rstd))}
+    check_saved(expected, tokens.device)
+    _check_needs(needs, 3)
+
+
+def _check_out_backward(
+    grad_out: Tensor,
+    hidden: Tensor,
+    weight: Tensor,
+    rows: int,
+    columns: int,
+    pool: int,
+    dtype: torch.dtype,
+    needs: list[bool],
+) -> None:
+    check_out(hidden, weight, None, None, rows, columns, pool, dtype)
+    _check_tensors(hidden.device, grad_out=grad_out)
+    # Of the tokens, with their prefix, or of the patches alone.
+    if grad_out.dim() != 4 or grad_out.shape[2] < rows * columns:
+        raise ValueError(f"grad_out must have shape [B, T, prefix + h * w, C], got {tuple(grad_out.shape)}")
+    _check_shape("grad_out", grad_out, (*hidden.shape[:2], grad_out.shape[2], weight.shape[0]))
+    _check_dtype(dtype, grad_out=grad_out)
+    _check_needs(needs, 2)
+
+
+def _check_needs(needs: list[bool], count: int) -> None:
+    if len(needs) != count:
+        raise ValueError(f"needs must have {count} entries, got {len(needs)}")
 
 
 def _in_fwd(
@@ -165,9 +217,23 @@ def _in_bwd(
     needs: list[bool],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    kernels = _load(tokens.device, backend)
-    saved = (tokens, norm_weight, norm_bias, weight, hidden, mean, rstd)
-    return kernels.in_backward(grad_hidden, *saved, rows, columns, pool, dtype, needs)
+    arguments = (
+        grad_hidden,
+        tokens,
+        norm_weight,
+        norm_bias,
+        weight,
+        hidden,
+        mean,
+        rstd,
+        rows,
+        columns,
+        pool,
+        dtype,
+        needs,
+    )
+    _check_in_backward(*arguments)
+    return _load(tokens.device, backend).in_backward(*arguments)
 
 
 def _in_bwd_fake(
@@ -239,8 +305,8 @@ def _out_bwd(
     needs: list[bool],
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = _load(hidden.device, backend)
-    return kernels.out_backward(grad_out, hidden, weight, rows, columns, pool, dtype, needs)
+    _check_out_backward(grad_out, hidden, weight, rows, columns, pool, dtype, needs)
+    return _load(hidden.device, backend).out_backward(grad_out, hidden, weight, rows, columns, pool, dtype, needs)
 
 
 def _out_bwd_fake(
