@@ -1,0 +1,73 @@
+"""The Triton kernels of `temporal_mixer` without a GPU: in the interpreter, and compiled ahead of time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from test_triton_aot import SHARED_KIB, TARGETS, compile_only, pool, resources  # noqa: E402, F401
+
+# TAPIR's channels in two dtypes, an odd number, the widest rows.
+CASES = [(512, torch.float32), (512, torch.bfloat16), (19, torch.float32), (4096, torch.float64)]
+
+
+@pytest.mark.slow
+def test_kernels_in_the_interpreter():
+    cases = str(Path(__file__).with_name("test_temporal_mixer.py"))
+    slow = (
+        "compiled or opcheck or every_time or threads or sets or gradcheck or float64 or 1030 or 512 or 70 or 33 or 40"
+    )
+    chosen = f"triton and not ({slow})"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, cases]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+def launch(kernels, channels, dtype, tracks=3, frames=5):
+    x = torch.zeros(1, tracks, frames, channels, dtype=dtype)
+    weight, bias = torch.zeros(4 * channels, 1, 3), torch.zeros(4 * channels)
+    parameters = (torch.zeros(channels), weight, bias, weight, bias)
+    states = [
+        x.new_zeros(1, tracks, 2, c, dtype=torch.promote_types(dtype, torch.float32)) for c in (channels, 4 * channels)
+    ]
+    kernels.forward(x, *parameters, False, 1e-5, None, None)
+    kernels.forward(x, *parameters, True, 1e-5, *states)
+    kernels.backward(x, x, *parameters[:4], False, 1e-5, [True] * 6)
+    kernels.backward(x, x, *parameters[:4], False, 1e-5, [True] + [False] * 5)
+
+
+def measure(target, channels, dtype):
+    kernels, compiled = compile_only("temporal_mixer", target)
+    launch(kernels, channels, dtype)
+    return [resources(kernel, target) for kernel in {kernel.hash: kernel for kernel in compiled}.values()]
+
+
+@pytest.mark.slow
+def test_no_kernel_spills_or_overflows_shared_memory(pool):  # noqa: F811
+    futures = {(target, *case): pool.submit(measure, target, *case) for target in TARGETS for case in CASES}
+    faults = []
+    for (target, channels, dtype), future in futures.items():
+        for used in future.result():
+            row = f"{target} C={channels} {dtype}: {used._replace(assembly='')}"
+            if used.spilled or used.shared > SHARED_KIB[target] * 1024:
+                faults.append(row)
+    assert not faults, "\n".join(faults)
+
+
+def variants(target):
+    kernels, compiled = compile_only("temporal_mixer", target)
+    for tracks, frames in ((1, 1), (2, 16), (16, 17), (5000, 8)):
+        launch(kernels, 64, torch.float32, tracks, frames)
+    return len({kernel.hash for kernel in compiled}), len(compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_other_numbers_of_tracks_and_frames_do_not_recompile(pool, target):  # noqa: F811
+    kinds, launches = pool.submit(variants, target).result()
+    assert launches == 4 * 16 and kinds == 1 + 2 + 2 * 4 + 1
