@@ -275,7 +275,7 @@ def test_visible():
 
 def test_gradient_has_the_same_bits_run_after_run():
     """Many queries share few cells: PyTorch's indexing would add up their gradients in any order."""
-    features, queries = random_inputs(1, 4, 8, 8, 16, 800, dtype=torch.float32)
+    features, queries = random_inputs(1, 4, 8, 8, 64, 800, dtype=torch.float32)
     head = layer()
 
     def gradient():
@@ -283,9 +283,15 @@ def test_gradient_has_the_same_bits_run_after_run():
         head(leaf, queries).tracks.square().sum().backward()
         return leaf.grad
 
-    first = gradient()
-    assert first.abs().max() > 0
-    assert all(torch.equal(gradient(), first) for _ in range(10))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(4)
+    torch.use_deterministic_algorithms(False)  # PyTorch's own order must not be what is seen; conftest.py restores it
+    try:
+        first = gradient()
+        assert first.abs().max() > 0
+        assert all(torch.equal(gradient(), first) for _ in range(20))
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_constructor_errors():
