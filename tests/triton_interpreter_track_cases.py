@@ -90,7 +90,13 @@ def test_absurd_coordinates(splat):
 
 @BOTH
 def test_visibility(splat):
-    attention.test_visibility(WHERE, splat)
+    """A frame with some tracks, and one with none."""
+    this = case(splat, M=6, grid=(3, 4), H=1, D=8)
+    visibility = torch.tensor([[[True, False, True, True, False, True], [False] * 6]])
+    results = check(WHERE, this.changed(visibility=visibility))
+    for x in results[2:5] if splat else (results[0], results[1], results[4]):
+        assert (x[~visibility] == 0).all()
+    assert all((x[0, 1] == 0).all() for x in results[:5])
 
 
 @BOTH
@@ -177,7 +183,11 @@ def test_without_culling_all_blocks_meet(splat):
 @BOTH
 @pytest.mark.parametrize("layout", ["heads_first", "channels_not_last", "inside_larger", "expanded_frames"])
 def test_strides(splat, layout):
-    attention.test_strides(WHERE, splat, layout, torch.float32)
+    strange = attention.LAYOUTS[layout]
+    this = case(splat, M=4, grid=(3, 4), D=8)
+    names = ("query", "key", "value", "tracks")
+    tensors = {name: strange(x) for name, x in zip(names, this.tensors, strict=False)}
+    check(WHERE, this.changed(grad_out=strange(this.grad_out), **tensors))
 
 
 @BOTH

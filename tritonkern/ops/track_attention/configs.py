@@ -57,13 +57,13 @@ def backward_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
         return Tiles(32, 64, width, 4, 1)
     if wide <= 256:
         return Tiles(32, 32, width, 4, 1)
-    return Tiles(16, 16, width, 4, 1) if wide <= 512 else Tiles(16, 16, 64, 4, 1)
+    return Tiles(16, 16, width, 4, 1) if wide <= 512 else Tiles(16, 16, 32, 8, 1)
 
 
 def _double(width: int) -> Tiles:
-    # No matrix unit has float64 everywhere, so a product is a tile of rows x columns x channels: 32 numbers a thread.
-    side = 16 if width <= 16 else 8 if width <= 64 else 4
-    return Tiles(side, side, width, 4, 1)
+    # Not every matrix unit has float64, so a product is a tile of rows x columns x channels: 16 numbers a thread.
+    tracks = 8 if width <= 32 else 4
+    return Tiles(tracks, max(4, 2048 // width // tracks), width, 8 if width == 256 else 4, 1)
 
 
 def block_d(head_dim: int) -> int:

@@ -89,12 +89,18 @@ def backward(
         return grad_query, grad_key, grad_value, tracks.new_empty(0), precision.new_empty(0)
 
     # The gradients of a row's scores sum to zero, so that the nearest column's distance needs none of its own.
-    grad_bias = grad_scores.sum(-1)  # [B, T, rows, columns]
+    grad_bias = grad_scores.sum(-1).double()  # [B, T, rows, columns]
     relative = _relative(offset, valid)
     grad_precision = -torch.where(grad_bias != 0, grad_bias * relative, 0).sum()
     grad_offset = -2 * precision * grad_bias[..., None] * offset  # row's position minus column's
     grad_tracks = -grad_offset.sum(2) if splat else grad_offset.sum(3)
-    return grad_query, grad_key, grad_value, grad_tracks.contiguous(), grad_precision
+    return (
+        grad_query,
+        grad_key,
+        grad_value,
+        grad_tracks.to(tracks.dtype).contiguous(),
+        grad_precision.to(precision.dtype),
+    )
 
 
 def _rows(x: Tensor, visible: Tensor, tracks: bool) -> Tensor:
@@ -105,7 +111,11 @@ def _rows(x: Tensor, visible: Tensor, tracks: bool) -> Tensor:
 
 
 def _geometry(tracks: Tensor, visible: Tensor, grid: torch.Size, splat: bool) -> tuple[Tensor, Tensor]:
-    """Row's position minus column's, `[B, T, rows, columns, 2]`, and which pairs meet, `[B, T, rows, columns]`."""
+    """Row's position minus column's, `[B, T, rows, columns, 2]`, and which pairs meet, `[B, T, rows, columns]`.
+
+    In float64 whatever the dtype: distances far outside of the frame hardly differ from each other.
+    """
+    tracks = tracks.double()
     y, x = (torch.arange(n, device=tracks.device, dtype=tracks.dtype) + 0.5 for n in grid)
     cells = torch.stack(torch.broadcast_tensors(x, y[:, None]), -1).flatten(0, 1)
     points = torch.where(visible[..., None], tracks, 0)
@@ -124,7 +134,7 @@ def _relative(offset: Tensor, valid: Tensor) -> Tensor:
 
 def _scores(query: Tensor, key: Tensor, offset: Tensor, valid: Tensor, precision: Tensor, scale: float) -> Tensor:
     """`[B, T, rows, columns, H]`, -inf where a pair does not meet."""
-    bias = torch.where(valid, -precision * torch.where(valid, _relative(offset, valid), 0), -torch.inf)
+    bias = torch.where(valid, -precision * torch.where(valid, _relative(offset, valid), 0), -torch.inf).to(query.dtype)
     return scale * torch.einsum("btihd,btjhd->btijh", query, key) + bias[..., None]
 
 

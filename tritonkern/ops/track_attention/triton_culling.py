@@ -201,7 +201,8 @@ def scene(tracks: Tensor, visible: Tensor, heads: int, grid: tuple[int, int], sp
     nearest = order.new_empty((frames, h * w) if splat else 0, dtype=torch.int32)
     if splat:
         blocks = triton.cdiv(h * w, 64)
-        nearest_kernel[(frames * blocks,)](points, seen, nearest, M, w, h * w, blocks, BLOCK=64, TRACKS=64)
+        at_once = 256 // points.dtype.itemsize
+        nearest_kernel[(frames * blocks,)](points, seen, nearest, M, w, h * w, blocks, BLOCK=64, TRACKS=at_once)
     return Scene(order, points, seen, nearest, frames, (T, heads, M, h, w), splat)
 
 

@@ -350,7 +350,7 @@ def backward(
     if not positions:
         grad_tracks, grad_precision = tracks.new_empty(0), precision.new_empty(0)
     else:
-        grad_tracks, grad_precision = torch.zeros_like(tracks), precision.new_zeros(())
+        grad_tracks, grad_precision = tracks.new_zeros(tracks.shape), precision.new_zeros(())
     if query.numel() == 0 or key.numel() == 0:
         return *(grad.zero_() for grad in grads), grad_tracks, grad_precision
     with torch.cuda.device_of(query):
