@@ -1,0 +1,75 @@
+"""The Triton kernels of local correlation without a GPU: in the interpreter, and compiled ahead of time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from test_triton_aot import SHARED_KIB, TARGETS, compile_only, pool, resources  # noqa: E402, F401
+
+HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
+# (channels, supports, radius, dtype): CoTracker3, LocoTrack, TAPIR, something odd.
+CASES = [(128, 49, 3, SINGLE), (128, 49, 3, HALF), (256, 49, 3, torch.float16), (256, 1, 3, HALF), (19, 70, 4, SINGLE)]
+CASES += [(64, 49, 3, DOUBLE)]
+# Bytes of stack that are no spilled registers: the kernel uses 80 of 255.
+STACK = {("sm_100", "support_kernel", 49): 8}
+
+
+@pytest.mark.slow
+def test_kernels_in_the_interpreter():
+    cases = str(Path(__file__).with_name("triton_interpreter_local_cases.py"))
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cases]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+def launch(kernels, channels, supports, radius, dtype, points=3, frames=2, grid=(5, 6), own=False):
+    torch.use_deterministic_algorithms(False)
+    place = torch.promote_types(dtype, torch.float32)
+    features = torch.zeros(1, frames, *grid, channels, dtype=dtype)
+    support = torch.zeros(
+        (1, points, frames, supports, channels) if own else (1, points, supports, channels), dtype=dtype
+    )
+    position = torch.zeros(1, frames, points, 2, dtype=place)
+    out = torch.zeros(1, frames, points, (2 * radius + 1) ** 2, supports, dtype=dtype)
+    inputs = (features, support, position, radius, True, False)
+    kernels.correlate_into(out, *inputs)
+    kernels.add_gradients(out, *inputs, features.to(place), support.to(place), torch.zeros_like(position))
+
+
+def measure(target, *case):
+    kernels, compiled = compile_only("local_correlation", target)
+    launch(kernels, *case)
+    return [resources(kernel, target) for kernel in compiled]
+
+
+@pytest.mark.slow
+def test_no_kernel_spills_or_overflows_shared_memory(pool):  # noqa: F811
+    futures = {(target, *case): pool.submit(measure, target, *case) for target in TARGETS for case in CASES}
+    table, faults = [], []
+    for (target, *case), future in futures.items():
+        for used in future.result():
+            row = f"{target} {case}: {used._replace(assembly='')}"
+            table.append(row)
+            if used.spilled > STACK.get((target, used.kernel, case[1]), 0) or used.shared > SHARED_KIB[target] * 1024:
+                faults.append(row)
+    print("\n".join(table))
+    assert not faults, "\n".join(faults)
+
+
+def variants(target):
+    kernels, compiled = compile_only("local_correlation", target)
+    for points, frames, grid in ((1, 1, (1, 1)), (16, 16, (16, 16)), (3, 5, (7, 64)), (1, 48, (96, 1))):
+        launch(kernels, 32, 9, 1, HALF, points, frames, grid)
+    return len({kernel.hash for kernel in compiled}), len(compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_other_clips_points_and_maps_do_not_recompile(pool, target):  # noqa: F811
+    assert pool.submit(variants, target).result() == (3, 12)

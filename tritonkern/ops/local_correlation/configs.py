@@ -1,0 +1,47 @@
+"""Tiles of the Triton kernels by the number of samples, supports and channels, and dtype.
+
+Estimate, not tuned. Known from ahead-of-time compilation (tests/test_local_correlation_triton.py) is that nothing
+spills on sm_80, sm_90, sm_100 and gfx942.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+
+class Tile(NamedTuple):
+    """Of samples, supports and channels; a program goes through all tiles of its point."""
+
+    samples: int
+    supports: int
+    channels: int
+    num_warps: int
+
+
+def tile(samples: int, supports: int, channels: int, dtype: torch.dtype) -> Tile:
+    """A matrix unit takes at least 16 of each; float64 goes without, and its products are cubes in registers."""
+    if dtype == torch.float64:
+        return Tile(16, 16, 8, 4)
+    if dtype == torch.float32:
+        return Tile(16, _power(supports, 64), 16, 4)
+    return Tile(_power(samples, 32), _power(supports, 64), _power(channels, 32), 4)
+
+
+def _power(n: int, most: int) -> int:
+    return min(most, 1 << max(4, (n - 1).bit_length()))
+
+
+def on_amd() -> bool:
+    """Whether this PyTorch is built for ROCm."""
+    return torch.version.hip is not None
+
+
+def tf32_allowed() -> bool:
+    """Whether the user lets float32 products be rounded to TF32: PyTorch's setting, off unless asked for."""
+    if on_amd():
+        return False
+    matmul = torch.backends.cuda.matmul
+    # From PyTorch 2.9 on; there the older flag raises once the newer one has been set.
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
