@@ -133,24 +133,24 @@ def test_online_predictor_encodes_every_frame_once(batch):
 
 
 def test_online_predictor_forgets_features_of_other_frames():
-    predictor, (video, queries) = Predictor(Online()), clip(frames=12)
+    predictor, (video, queries) = Predictor(Online()), clip(frames=16)
     other = video.clone()
     # A window that does not begin with the frames kept, by one pixel
     other[0, 4, 0, 3, 5] += 40
     predictor(video[:, :8], queries, is_first_step=True)
-    expected = [predictor(video[:, :8]), predictor(other[:, 4:])]
+    expected = [predictor(video[:, :8]), predictor(other[:, 4:12])]
     with tritonkern.patch(predictor):
         predictor(video[:, :8], queries, is_first_step=True)
-        actual = [predictor(video[:, :8]), predictor(other[:, 4:])]
-        # New weights and a new video: nothing of the old one is left, though its first frames are the same.
+        actual = [predictor(video[:, :8]), predictor(other[:, 4:12])]
+        # New weights and a new video: nothing is left of the old one, of which the last frames come again.
         with torch.no_grad():
             predictor.model.fnet.conv.weight.mul_(torch.rand_like(predictor.model.fnet.conv.weight))
-        predictor(video[:, 4:], queries, is_first_step=True)
-        renewed = predictor(video[:, 4:])
+        predictor(video[:, 8:], queries, is_first_step=True)
+        renewed = predictor(video[:, 8:])
     for (tracks, _), (before, _) in zip(actual, expected, strict=True):
         torch.testing.assert_close(tracks, before, atol=1e-3, rtol=0)
-    predictor(video[:, 4:], queries, is_first_step=True)
-    torch.testing.assert_close(renewed[0], predictor(video[:, 4:])[0], atol=1e-3, rtol=0)
+    predictor(video[:, 8:], queries, is_first_step=True)
+    torch.testing.assert_close(renewed[0], predictor(video[:, 8:])[0], atol=1e-3, rtol=0)
 
 
 def test_evaluation_while_training_online():
