@@ -442,3 +442,16 @@ def test_moving_tracks_and_grid_together_changes_nothing(where, splat):
         torch.testing.assert_close(moved, out, rtol=1e-12, atol=1e-13)
 
     holds()
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+@pytest.mark.parametrize("away", [20, 300, 3000])
+def test_tracks_ever_farther_outside(backend, away):
+    """Squared distances of millions must not drown the differences between neighbouring cells, nor their gradients."""
+    if backend == "cpp":
+        pytest.importorskip("tritonkern._cpp")
+    this = case(False, sigma=away**0.5)  # neighbouring cells differ by about 1 in their biases
+    this.tensors[3] = this.tensors[3] + torch.tensor([away, -0.5 * away])
+    exact = results(lambda *x: this.attend("reference", *x), [x.double() for x in this.tensors], this.grad_out.double())
+    for name, actual, expected in zip(NAMES, run((backend, "cpu"), this), exact, strict=True):
+        torch.testing.assert_close(actual.double(), expected, atol=2e-6 * expected.abs().max().item(), rtol=0, msg=name)

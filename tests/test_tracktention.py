@@ -2,6 +2,7 @@
 
 import copy
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import torch.nn.functional as F
 from official import OFFICIAL_DIR, official  # noqa: F401
 from test_dinov2 import randomised
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from tritonkern import Tracktention, track_sample_attention, track_splat_attention
 from tritonkern.models import DepthModel, insert_tracktention
@@ -394,6 +396,46 @@ def test_hooks_leave_after_an_error():
     with pytest.raises(ValueError, match=r"features must be \[B, T, h, w, 24\]"):
         model(torch.randn(1, 2, 3, 32, 32), torch.rand(1, 2, 5, 2))
     assert not any(module._forward_hooks for module in model.image.modules())
+
+
+def test_calls_of_several_threads_do_not_meet():
+    model = insert_tracktention(Net(), ["stem"], 16, num_heads=2).eval()
+    nn.init.normal_(model.layers[0].out.weight, std=3)
+    clips = [(torch.randn(1, 2, 3, 32, 32), torch.rand(1, 2, 5, 2) * 32) for _ in range(4)]
+    with torch.no_grad():
+        expected = [model(*clip)["logits"] for clip in clips]
+        alone = [model.image(clip[0][0])["logits"] for clip in clips]
+
+    @torch.no_grad()
+    def call(index):
+        clip = clips[index % 4]
+        if index % 3 == 0:
+            return torch.equal(model.image(clip[0][0])["logits"], alone[index % 4])
+        return torch.equal(model(*clip)["logits"], expected[index % 4])
+
+    with ThreadPoolExecutor(4) as threads:
+        assert all(threads.map(call, range(60)))
+
+
+def test_reentrant_checkpointing_of_a_block_is_refused():
+    class Checkpointed(Net):
+        def forward(self, x):
+            return self.head(checkpoint(self.stage, self.stem(x), use_reentrant=True))
+
+    model = insert_tracktention(Checkpointed(), ["stage"], 32, num_heads=2)
+    with pytest.raises(RuntimeError, match="checkpoint the whole model"):
+        model(torch.randn(1, 2, 3, 32, 32), torch.rand(1, 2, 5, 2) * 32)
+
+
+def test_patches_keep_their_size_in_frames_that_they_do_not_fill():
+    """69 pixels are four patches of 14 and a rest: pixel 49 is the centre of patch 3."""
+    model = insert_tracktention(theirs(), [0], 32, num_heads=2)
+    seen = []
+    model.layers[0].forward = lambda grid, tracks, visibility: seen.append((grid.shape, tracks)) or grid
+    model(torch.randn(1, 1, 3, 56, 69), torch.tensor([[[[49.0, 7.0]]]]))
+    (shape, tracks), *_ = seen
+    assert shape == (1, 1, 4, 4, 32)
+    assert tracks.flatten().tolist() == [3.5, 0.5]
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,8 @@ class KeptMemory {
             blocks.erase(blocks.begin() + (best - blocks.data()));
         } else {
             own.size = (size + kHugePage - 1) / kHugePage * kHugePage;
-            own.data = mmap(nullptr, own.size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+            own.data = map(own.size);
+            if (own.data == MAP_FAILED) forget(), own.data = map(own.size);
             if (own.data == MAP_FAILED) {
                 own.data = nullptr;
                 throw std::bad_alloc();
@@ -40,6 +41,10 @@ class KeptMemory {
 
     ~KeptMemory() {
         if (!own.data) return;
+        if (own.size > kLimit) {
+            munmap(own.data, own.size);
+            return;
+        }
         own.given_back = requests();
         idle().push_back(own);
         release([](const Block&) { return kept() > kLimit; });
@@ -74,6 +79,10 @@ class KeptMemory {
     static constexpr size_t kHugePage = size_t(2) << 20;
     static constexpr size_t kLimit = size_t(512) << 20;
     static constexpr uint64_t kPatience = 16;  // a block that so many requests passed over is not waited for again
+
+    static void* map(size_t size) {
+        return mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    }
 
     // Oldest first. Never destroyed: tensors may outlive static objects.
     static std::vector<Block>& idle() {

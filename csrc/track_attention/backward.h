@@ -141,18 +141,21 @@ class TrackBackward {
     void add_positions(const Frame<S>& frame, const Lists<A>& lists, int64_t i, const A* grad_scores, int64_t h) const {
         const int32_t* column = lists.column + lists.start[i];
         double* tracks = track_gradient(frame, h);
-        const double nearest2 = frame.geometry.nearest(i).distance2, slope = 2 * call.precision;
-        double sum[2] = {0, 0}, penalty = 0;
+        const auto nearest = frame.geometry.nearest(i);
+        const double slope = 2 * call.precision;
+        // The gradients of a row's scores sum to zero, but for rounding: far outside of the frame offsets would magnify that.
+        double from_x = 0, from_y = 0, sum[2] = {0, 0}, penalty = 0;
+        if (!call.splat) frame.geometry.offset(i, nearest.column, from_x, from_y);
         for (int64_t j = 0; j < lists.count[i]; ++j) {
             double dx, dy;
             frame.geometry.offset(i, column[j], dx, dy);
             const double grad = grad_scores[j];
-            penalty += grad * (dx * dx + dy * dy - nearest2);
+            penalty += grad * (dx * dx + dy * dy - nearest.distance2);
             if (call.splat) {
                 double* track = tracks + 2 * frame.geometry.column(column[j]);
                 track[0] += slope * grad * dx, track[1] += slope * grad * dy;
             } else {
-                sum[0] -= slope * grad * dx, sum[1] -= slope * grad * dy;
+                sum[0] -= slope * grad * (dx - from_x), sum[1] -= slope * grad * (dy - from_y);
             }
         }
         grad_precision[frame.index * call.H + h] -= penalty;

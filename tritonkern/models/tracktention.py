@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any
@@ -81,16 +82,29 @@ class TracktentionModel(nn.Module):
         if video.ndim != 5:
             raise ValueError(f"video must be [B, T, 3, H, W], got {list(video.shape)}")
         batch, frames, _, height, width = video.shape
+        thread, recording = threading.get_ident(), torch.is_grad_enabled()
 
         def reach(layer: Tracktention) -> Callable[..., Any]:
             def hook(module: nn.Module, args: Any, output: Any) -> Any:
+                if threading.get_ident() != thread:  # another call's, of this model or of the image network alone
+                    return None
+                if recording and not torch.is_grad_enabled():
+                    raise RuntimeError(
+                        f"{type(module).__name__} runs without gradients inside a call that records them, as under "
+                        "reentrant checkpointing; its Tracktention layer would not learn; checkpoint the whole model"
+                    )
                 x = output if isinstance(output, Tensor) else output[0]
                 if x.ndim not in (3, 4) or len(x) != batch * frames:
                     raise ValueError(
                         f"a block must return [{batch * frames}, L, C] or [{batch * frames}, C, h, w], "
                         f"got {list(x.shape)} from {type(module).__name__}"
                     )
-                rows, columns = x.shape[2:] if x.ndim == 4 else self._grid(height, width)
+                if x.ndim == 4:
+                    rows, columns = x.shape[2:]
+                    down, across = height / rows, width / columns  # pixels a cell
+                else:
+                    down, across = self._patch()
+                    rows, columns = height // down, width // across
                 prefix = 0 if x.ndim == 4 else x.shape[1] - rows * columns
                 if prefix < 0:
                     raise ValueError(f"a block returned {x.shape[1]} tokens for {rows} x {columns} patches")
@@ -98,7 +112,7 @@ class TracktentionModel(nn.Module):
                 grid = x.movedim(1, -1) if x.ndim == 4 else x[:, prefix:].unflatten(1, (rows, columns))
                 # Factor by factor: a tensor of them would have to be copied to the GPU.
                 x_pixels, y_pixels = tracks.unbind(-1)
-                cells = torch.stack([x_pixels * (columns / width), y_pixels * (rows / height)], -1)
+                cells = torch.stack([x_pixels / across, y_pixels / down], -1)
                 grid = layer(grid.unflatten(0, (batch, frames)), cells, visibility).flatten(0, 1)
                 if x.ndim == 4:
                     y = grid.movedim(-1, 1)
@@ -117,11 +131,11 @@ class TracktentionModel(nn.Module):
             output = self.image(video.flatten(0, 1), **options)
         return _map(output, lambda x: x.unflatten(0, (batch, frames)) if len(x) == batch * frames else x)
 
-    def _grid(self, height: int, width: int) -> tuple[int, int]:
-        """Rows and columns of patches: the image network begins with a convolution whose stride is its kernel."""
+    def _patch(self) -> tuple[int, int]:
+        """Height and width of a patch: the image network begins with a convolution whose stride is its kernel."""
         for module in self.image.modules():
             if isinstance(module, nn.Conv2d) and module.stride == module.kernel_size != (1, 1):
-                return height // module.kernel_size[0], width // module.kernel_size[1]
+                return module.kernel_size[0], module.kernel_size[1]
         raise ValueError(
             "blocks return tokens, but the model has no patch embedding, a convolution with kernel = stride"
         )

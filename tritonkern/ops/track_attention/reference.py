@@ -92,6 +92,8 @@ def backward(
     grad_bias = grad_scores.sum(-1).double()  # [B, T, rows, columns]
     relative = _relative(offset, valid)
     grad_precision = -torch.where(grad_bias != 0, grad_bias * relative, 0).sum()
+    if not splat and offset.shape[3]:  # likewise; that sum is rounded, and offsets of far tracks would magnify it
+        offset = offset - offset.gather(3, relative.argmin(3)[..., None, None].expand(*offset.shape[:3], 1, 2))
     grad_offset = -2 * precision * grad_bias[..., None] * offset  # row's position minus column's
     grad_tracks = -grad_offset.sum(2) if splat else grad_offset.sum(3)
     return (
