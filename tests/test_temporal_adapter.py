@@ -395,3 +395,31 @@ def test_direct_calls_of_the_operators_are_checked():
     for at, wrong in bad:
         with pytest.raises((TypeError, ValueError)):
             op.adapter_out_bwd(*good[:at], wrong, *good[at + 1 :])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"grid": 24}, "grid must be a pair"),
+        ({"grid": (4, 6, 1)}, "grid must be a pair"),
+        ({"grid": (4.0, 6)}, "whole numbers"),
+        ({"pool": 2.0}, "whole numbers"),
+        ({"eps": -5.0}, "eps must be positive"),
+    ],
+)
+def test_options_are_checked(change, message):
+    options = {"grid": (4, 6), "pool": 2} | change
+    with pytest.raises((TypeError, ValueError), match=message):
+        norm_conv_relu(
+            torch.randn(1, 2, 26, 8),
+            options.pop("grid"),
+            torch.ones(8),
+            torch.zeros(8),
+            torch.randn(16, 8, 3, 3),
+            torch.randn(16),
+            **options,
+        )
+    if "eps" not in change:
+        with pytest.raises(TypeError, match=message):
+            grid, pool = change.get("grid", (4, 6)), change.get("pool", 2)
+            relu_conv_add(torch.randn(1, 2, 6, 64), grid, torch.randn(8, 16, 3, 3), torch.randn(8), pool=pool)

@@ -126,7 +126,8 @@ def track_sample_attention(
             float64). Under autocast they are cast to the autocast dtype.
         tracks: ``[B, T, M, 2]`` (x, y) in cells of the map, cell i with its centre at i + 0.5; anywhere, also outside
             of it. Taken in float32 (float64 for float64). Gradients reach them where asked.
-        sigma: width of the bias in cells, positive, a number or a 0-d tensor (to which gradients flow); infinity means
+        sigma: width of the bias in cells, positive, a number or a 0-d tensor (to which gradients flow; its value is
+            not looked at, as that would wait for a GPU: of a negative one the sign is ignored); infinity means
             no bias, plain cross-attention.
         scale: factor on the products, ``D ** -0.5`` if None.
         visibility: ``[B, T, M]`` bool. A track that is invisible in a frame, or has a NaN or infinite coordinate, gives

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from tritonkern.functional._arguments import autocast_dtype, real, refuse_forward_mode
 from tritonkern.ops import _backends
+from tritonkern.ops._contract import DTYPES
 from tritonkern.ops.residual_norm import op as _norm_op
 from tritonkern.ops.temporal_adapter import op as _adapter_op
 from tritonkern.ops.temporal_mixer import op as _mixer_op
@@ -113,6 +114,9 @@ def norm_conv_relu(
     _backends.check_name(backend)
     eps = real("eps", eps)
     dtype = _adapter_dtype(tokens)
+    _check_patches(grid, pool)
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
     _adapter_op.check_in(tokens, norm_weight, norm_bias, weight, bias, *grid, pool, dtype)
     refuse_forward_mode("norm_conv_relu", tokens, norm_weight, norm_bias, weight, bias)
     call = (tokens, norm_weight, norm_bias, eps, weight, bias, *grid, pool, dtype, backend)
@@ -148,9 +152,19 @@ def relu_conv_add(
     _backends.check_name(backend)
     if dtype is None:
         dtype = _adapter_dtype(hidden if tokens is None else tokens)
+    _check_patches(grid, pool)
+    if dtype is not None and dtype not in DTYPES:
+        raise TypeError(f"dtype must be float64, float32, bfloat16, float16 or None, got {dtype}")
     _adapter_op.check_out(hidden, weight, bias, tokens, *grid, pool, dtype)
     refuse_forward_mode("relu_conv_add", hidden, weight, bias, *(() if tokens is None else (tokens,)))
     return _adapter_op.adapter_out_fwd(hidden, weight, bias, tokens, *grid, pool, dtype, backend)
+
+
+def _check_patches(grid: tuple[int, int], pool: int) -> None:
+    if not isinstance(grid, tuple | list | torch.Size) or len(grid) != 2:
+        raise TypeError(f"grid must be a pair (h, w), got {grid!r}")
+    if any(isinstance(x, bool | float) for x in (*grid, pool)):
+        raise TypeError(f"grid and pool must be whole numbers, got {grid} and {pool!r}")
 
 
 def _adapter_dtype(tokens: Tensor) -> torch.dtype:

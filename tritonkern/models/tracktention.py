@@ -161,6 +161,8 @@ def _map(output: Any, change: Callable[[Tensor], Tensor]) -> Any:
     """`output` with `change` applied to its tensors of at least one axis."""
     if isinstance(output, Tensor):
         return change(output) if output.ndim else output
+    if type(output) is dict:
+        return {key: _map(x, change) for key, x in output.items()}
     if isinstance(output, Mapping):  # `transformers` returns dictionaries of its own classes
         return type(output)(**{key: _map(x, change) for key, x in output.items()})
     if isinstance(output, (tuple, list)):

@@ -39,7 +39,7 @@ def forbid_gradient(operator: torch._ops.OpOverload, operation: str) -> None:
     def backward(ctx, *grads):
         raise RuntimeError(
             f"{operation} has no second derivative: its backward pass cannot itself be differentiated. "
-            "For second derivatives write the attention with PyTorch operations, or drop create_graph=True."
+            "For second derivatives write it with PyTorch operations, or drop create_graph=True."
         )
 
     torch.library.register_autograd(operator, backward, lib=_library)
