@@ -1,13 +1,13 @@
 """Tile sizes and warps of the Triton kernels by (head dim, dtype, architecture), with where each number came from.
 
 Estimate, not measured: no GPU was at hand. Known from ahead-of-time compilation (tests/test_track_attention_triton.py,
-Triton 3.9) is that nothing spills on sm_80, sm_90, sm_100 and gfx942.
+Triton 3.9) is that nothing spills on sm_80, sm_90, sm_100 and gfx942 in 16 and 32 bits, nor on sm_80 in float64.
 
 Estimates for 37 x 37 cells, 576 tracks, D = 64, sigma = 1/2 in bfloat16, where a pair matters up to about 3.5 cells: a
 tile of 8 x 8 cells matters to 15 x 15 of them. A block of 32 tracks covers about 9 x 9 cells and meets 3 x 3 tiles of
 the 25; one of 64 met 4 x 3. The cost of a block falls with its size, so 32 is about even, and needs half the registers.
-On sm_90 forward takes 148 registers and 24 KiB of shared memory, backward 215 and 199: three programs of 128 threads on
-a multiprocessor, and two.
+On sm_90 forward takes up to 155 registers and 24 KiB of shared memory, backward up to 220 and 28 KiB: three programs of
+128 threads on a multiprocessor, and two.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Tiles(NamedTuple):
     block_c: int  # channels of a product at a time; all of them where tiles are held
     num_warps: int
     num_stages: int
+    precision: str = "ieee"  # of products, where the inputs are float32
 
 
 def forward_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
@@ -39,10 +40,12 @@ def forward_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
         return Tiles(16, 16, 16, 4 if width <= 128 else 8, 1)
     wide = width * dtype.itemsize
     if wide <= 128:
-        return Tiles(32, 64, width, 4, 2)
+        return Tiles(32, 64, width, 4, 2, "tf32")
     if wide <= 256:
-        return Tiles(32, 32, width, 4, 2)
-    return Tiles(32, 32, width, 8, 1) if wide <= 512 and not on_amd() else Tiles(16, 16, min(128, width), 4, 1)
+        return Tiles(32, 32, width, 4, 2, "tf32")
+    if wide <= 512 and not on_amd():
+        return Tiles(32, 32, width, 8, 1, "tf32")
+    return Tiles(16, 16, min(128, width), 4, 1, "tf32")
 
 
 def backward_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
@@ -50,20 +53,19 @@ def backward_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     width = block_d(head_dim)
     if dtype == torch.float64:
         return _double(width)
-    if dtype == torch.float32 and not tf32_allowed():
+    # TF32 spilled with the widest heads in every tile that was tried.
+    if dtype == torch.float32 and (width > 128 or not tf32_allowed()):
         return Tiles(16, 16, 16, 4 if width <= 64 else 8, 1)
     wide = width * dtype.itemsize
     if wide <= 128:
-        return Tiles(32, 64, width, 4, 1)
-    if wide <= 256:
-        return Tiles(32, 32, width, 4, 1)
-    return Tiles(16, 16, width, 4, 1) if wide <= 512 else Tiles(16, 16, 32, 8, 1)
+        return Tiles(32, 64, width, 4, 1, "tf32")
+    return Tiles(32, 32, width, 4, 1, "tf32") if wide <= 256 else Tiles(16, 16, width, 4, 1, "tf32")
 
 
 def _double(width: int) -> Tiles:
-    # Not every matrix unit has float64, so a product is a tile of rows x columns x channels: 16 numbers a thread.
-    tracks = 8 if width <= 32 else 4
-    return Tiles(tracks, max(4, 2048 // width // tracks), width, 8 if width == 256 else 4, 1)
+    # Not every matrix unit has float64, so a product is a tile of rows x columns x channels: 8 numbers a thread.
+    tracks = 8 if width <= 16 else 4 if width <= 128 else 2
+    return Tiles(tracks, max(4, 1024 // width // tracks), width, 4 if width <= 64 else 8, 1)
 
 
 def block_d(head_dim: int) -> int:
@@ -74,11 +76,6 @@ def block_d(head_dim: int) -> int:
 def tile_width(cells: int) -> int:
     """Columns of the grid in a block of cells: as many as rows, or twice as many."""
     return 1 << ((cells.bit_length()) // 2)
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How float32 tiles are multiplied."""
-    return "tf32" if dtype == torch.float32 and tf32_allowed() else "ieee"
 
 
 def on_amd() -> bool:

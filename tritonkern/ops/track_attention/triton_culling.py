@@ -200,9 +200,9 @@ def scene(tracks: Tensor, visible: Tensor, heads: int, grid: tuple[int, int], sp
     seen = visible.view(frames, M).sum(-1, dtype=torch.int32)
     nearest = order.new_empty((frames, h * w) if splat else 0, dtype=torch.int32)
     if splat:
-        blocks = triton.cdiv(h * w, 64)
-        at_once = 256 // points.dtype.itemsize
-        nearest_kernel[(frames * blocks,)](points, seen, nearest, M, w, h * w, blocks, BLOCK=64, TRACKS=at_once)
+        block = 256 // points.dtype.itemsize
+        blocks = triton.cdiv(h * w, block)
+        nearest_kernel[(frames * blocks,)](points, seen, nearest, M, w, h * w, blocks, BLOCK=block, TRACKS=block)
     return Scene(order, points, seen, nearest, frames, (T, heads, M, h, w), splat)
 
 

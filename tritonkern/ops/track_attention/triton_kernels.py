@@ -293,7 +293,8 @@ def _constants(tiles: configs.Tiles, splat: bool, head_dim: int, dtype: torch.dt
     rows, columns = (tiles.cells, tiles.tracks) if splat else (tiles.tracks, tiles.cells)
     return dict(
         SPLAT=splat, D=head_dim, BLOCK_D=configs.block_d(head_dim), BLOCK_C=tiles.block_c, ROWS=rows, COLUMNS=columns,
-        TILE_W=configs.tile_width(tiles.cells), PRECISION=configs.precision(dtype), STAGES=tiles.num_stages,
+        TILE_W=configs.tile_width(tiles.cells), STAGES=tiles.num_stages,
+        PRECISION=tiles.precision if dtype == torch.float32 else "ieee",
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
 
