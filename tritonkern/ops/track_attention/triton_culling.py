@@ -11,6 +11,7 @@ comparison, and is visited.
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -184,7 +185,7 @@ class Scene(NamedTuple):
         return (of_cells, of_tracks) if self.splat else (of_tracks, of_cells)
 
 
-def scene(tracks: Tensor, visible: Tensor, heads: int, grid: tuple[int, int], splat: bool) -> Scene:
+def scene(tracks: Tensor, visible: Tensor, heads: int, grid: Sequence[int], splat: bool) -> Scene:
     """Sort the tracks `[B, T, M, 2]`, and find each cell's nearest one where cells are rows."""
     B, T, M, _ = tracks.shape
     frames, (h, w) = B * T, grid

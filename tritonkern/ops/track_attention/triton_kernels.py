@@ -347,13 +347,13 @@ def backward(
     """Gradients of query, key, value, tracks and precision; the last two are of shape [0] unless `positions`. `out` and
     `lse` are not read: a row's softmax is made anew."""
     B, T, M, H, D = *tracks.shape[:3], *query.shape[-2:]
-    grads = tuple(x.new_empty(x.shape) for x in (query, key, value))
+    grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
     if not positions:
         grad_tracks, grad_precision = tracks.new_empty(0), precision.new_empty(0)
     else:
         grad_tracks, grad_precision = tracks.new_zeros(tracks.shape), precision.new_zeros(())
     if query.numel() == 0 or key.numel() == 0:
-        return *(grad.zero_() for grad in grads), grad_tracks, grad_precision
+        return grad_query.zero_(), grad_key.zero_(), grad_value.zero_(), grad_tracks, grad_precision
     with torch.cuda.device_of(query):
         (grad_out, g), (query, q), (key, k), (value, v) = map(geometry.readable, (grad_out, query, key, value))
         scene = culled.scene(tracks, visible, H, (query if splat else key).shape[2:4], splat)
@@ -368,14 +368,14 @@ def backward(
         sizes, strides = (*scene.sizes, *visits.shape[1:], scale), (*g, *q, *k, *v)
         constants = dict(POSITIONS=positions, **_constants(tiles, splat, D, query.dtype))
         query_gradient_kernel[(visits.shape[0] * visits.shape[1],)](
-            grad_out, query, key, value, grads[0], *saved, pulls, widening, *scene.arguments(), precision,
+            grad_out, query, key, value, grad_query, *saved, pulls, widening, *scene.arguments(), precision,
             *culled.lists(visits), *sizes, query.shape[3], *strides, **constants,
         )  # fmt: skip
         key_value_gradient_kernel[(visits.shape[0] * visits.shape[2],)](
-            grad_out, query, key, value, *grads[1:], *saved, pulls, *scene.arguments(), precision,
+            grad_out, query, key, value, grad_key, grad_value, *saved, pulls, *scene.arguments(), precision,
             *culled.lists(visits.mT.contiguous()), *sizes, key.shape[3], *strides, **constants,
         )  # fmt: skip
         if positions:
             grad_tracks = (2 if splat else -2) * precision * pulls.sum(1).view(tracks.shape)
             grad_precision = widening.sum()
-    return *grads, grad_tracks, grad_precision
+    return grad_query, grad_key, grad_value, grad_tracks, grad_precision
