@@ -12,7 +12,7 @@ from tritonkern.ops._contract import accumulator
 
 _FRAMES = 32
 """Of a block. A backend prepares the support of a point once for all of them."""
-_BYTES = {"cpu": 6 << 20, "cuda": 256 << 20}
+_BYTES = {"cpu": 12 << 20, "cuda": 256 << 20}
 """Of the flat vectors of a block: on a CPU a part of the last-level cache; a GPU needs large products."""
 
 
