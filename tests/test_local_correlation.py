@@ -360,14 +360,14 @@ def test_linear_without_bias_in_blocks(where):
 
 
 def test_memory_of_the_linear_form(where):
-    """The flat vectors of T 24 and N 256 would be 59 MB, the patches 154 MB."""
+    """The flat vectors of T 24 and N 768 would be 177 MB; a block is 12 MiB, in the backward pass twice."""
     if where[0] == "reference":
         pytest.skip("it stores the patches of a block")
-    this = case(where[1], T=24, N=256, S=49, radius=3, C=32, grid=(24, 32), linear=True, outputs=32)
+    this = case(where[1], T=24, N=768, S=49, radius=3, C=16, grid=(24, 32), linear=True, outputs=32)
     run(where, this)  # what PyTorch's products keep is not ours
     with peak_memory(where[1]) as peak:
         run(where, this)
-    assert peak.mebibytes < (48 if where[1] == "cpu" else 700)
+    assert peak.mebibytes < (96 if where[1] == "cpu" else 700)
 
 
 def test_properties(where):
