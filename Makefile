@@ -43,7 +43,7 @@ gpu:
 
 ## Compile every Triton kernel for every target and every tile (the tests compile a part of them).
 aot: .venv/built
-	TRITONKERN_AOT=all $(BIN)/python -m pytest --quiet tests/test_triton_aot.py
+	TRITONKERN_AOT=all $(BIN)/python -m pytest --quiet tests/test_triton_aot.py tests/test_*_triton.py
 
 clean:
 	rm -rf .venv build demo tritonkern/_cpp*.so
