@@ -362,7 +362,8 @@ def backward(
 
 def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     B, N, T, C = x.shape
-    mean, scale = x.new_empty((2, B * N * T), dtype=accumulator(x.dtype)).unbind()
+    # Two tensors, not one cut in halves: where the second began would depend on B N T, and Triton compiles by alignment.
+    mean, scale = (x.new_empty(B * N * T, dtype=accumulator(x.dtype)) for _ in range(2))
     tile = configs.rows(C, x.dtype)
     statistics_kernel[(triton.cdiv(B * N * T, tile.rows),)](
         x, mean, scale, B * N * T, N, T, *x.stride()[:3], eps, C, tile.block, tile.rows, num_warps=tile.num_warps
