@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +16,28 @@ CPP_DTYPES = {dtype: number for number, dtype in enumerate(DTYPES)}
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The type of sums and of what is kept beside results: float32, and float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def accurate(x: Tensor) -> Tensor:
+    """`x` in the type of its sums."""
+    return x.to(accumulator(x.dtype))
+
+
+def full_precision(function: Callable) -> Callable:
+    """Without the autocast of a caller, which is still on inside an operator and would round its matrix products."""
+
+    @functools.wraps(function)
+    def run(*arguments):
+        device = next(x.device.type for x in arguments if isinstance(x, Tensor))
+        with torch.autocast(device, enabled=False):
+            return function(*arguments)
+
+    return run
+
+
+def adjacent_channels(x: Tensor) -> Tensor:
+    """`x`, copied unless the numbers along its last axis lie side by side."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
 def check_dense(name: str, x: Tensor) -> None:

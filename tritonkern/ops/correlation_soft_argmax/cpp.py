@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tritonkern import _cpp
-from tritonkern.ops._contract import CPP_DTYPES
+from tritonkern.ops._contract import CPP_DTYPES, accumulator, adjacent_channels
 from tritonkern.ops._results import new_result
 
 
@@ -16,9 +16,9 @@ def forward(
     query: Tensor, features: Tensor, temperature: float, radius: float, cosine: bool, eps: float
 ) -> tuple[Tensor, ...]:
     """query `[B, N, C]`, features `[B, T, h, w, C]` -> what `op.Forward` lists."""
-    query, features = _with_adjacent_channels(query), _with_adjacent_channels(features)
+    query, features = adjacent_channels(query), adjacent_channels(features)
     shape = _shape(query, features)
-    pairs, dtype = shape[:3], torch.promote_types(query.dtype, torch.float32)
+    pairs, dtype = shape[:3], accumulator(query.dtype)
     points = new_result(query, (*pairs, 2), dtype)
     mean, maximum, minimum, weight = (query.new_empty(pairs, dtype=dtype) for _ in range(4))
     best, worst = (query.new_empty(pairs, dtype=torch.int32) for _ in range(2))
@@ -60,7 +60,7 @@ def backward(
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of query and features, contiguous."""
-    query, features = _with_adjacent_channels(query), _with_adjacent_channels(features)
+    query, features = adjacent_channels(query), adjacent_channels(features)
     grad_query, grad_features = new_result(query, query.shape), new_result(features, features.shape)
     # Gradients may be expanded from one number; they and the saved tensors are small.
     grads = [x if x is None else x.contiguous() for x in (grad_points, grad_mean, grad_max, grad_min)]
@@ -86,7 +86,7 @@ def backward(
 
 def soft_argmax_forward(cost: Tensor, temperature: float, radius: float) -> tuple[Tensor, ...]:
     """cost `[..., h, w]` -> points `[..., 2]`, maximum, best (flat cell, int32) and weight, all `[...]`."""
-    frames, dtype = cost.shape[:-2], torch.promote_types(cost.dtype, torch.float32)
+    frames, dtype = cost.shape[:-2], accumulator(cost.dtype)
     cost = _with_three_axes_of_frames(cost)
     points = cost.new_empty((*frames, 2), dtype=dtype)
     maximum, weight = (cost.new_empty(frames, dtype=dtype) for _ in range(2))
@@ -137,10 +137,6 @@ def soft_argmax_backward(
 def _shape(query: Tensor, features: Tensor) -> tuple[int, ...]:
     """B, N, T, h, w, C."""
     return (*query.shape[:2], *features.shape[1:])
-
-
-def _with_adjacent_channels(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _with_three_axes_of_frames(cost: Tensor) -> Tensor:

@@ -5,31 +5,18 @@ It is the only backend that builds the cost volume.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-
-def _full_precision(function: Callable) -> Callable:
-    """Inside an operator an autocast of the caller is still on; it would round the matrix products."""
-
-    @functools.wraps(function)
-    def run(*tensors):
-        device = next(x.device.type for x in tensors if isinstance(x, Tensor))
-        with torch.autocast(device, enabled=False):
-            return function(*tensors)
-
-    return run
+from tritonkern.ops._contract import accurate, full_precision
 
 
-@_full_precision
+@full_precision
 def forward(
     query: Tensor, features: Tensor, temperature: float, radius: float, cosine: bool, eps: float
 ) -> tuple[Tensor, ...]:
     """query `[B, N, C]`, features `[B, T, h, w, C]` -> what `op.Forward` lists."""
-    query, features = _accurate(query), _accurate(features)
+    query, features = accurate(query), accurate(features)
     query_scale, features_scale = _scales(query, features, cosine, eps)
     cost = _cost(query, features, query_scale, features_scale)  # [B, N, T, h, w]
     points, maximum, best, weight = soft_argmax_forward(cost, temperature, radius)
@@ -37,7 +24,7 @@ def forward(
     return points, cost.mean((-2, -1)), maximum, -minimum, best, worst, weight, query_scale, features_scale
 
 
-@_full_precision
+@full_precision
 def backward(
     grad_points: Tensor | None,
     grad_mean: Tensor | None,
@@ -59,7 +46,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of query and features."""
     dtypes = query.dtype, features.dtype
-    query, features = _accurate(query), _accurate(features)
+    query, features = accurate(query), accurate(features)
     cost = _cost(query, features, query_scale, features_scale)
     grad_cost = cost.new_zeros(cost.shape)  # contiguous, so that flatten below is a view
     if grad_points is not None:
@@ -83,7 +70,7 @@ def backward(
 
 def soft_argmax_forward(cost: Tensor, temperature: float, radius: float) -> tuple[Tensor, ...]:
     """cost `[..., h, w]` -> points `[..., 2]`, maximum, best (flat cell, int32) and weight, all `[...]`."""
-    cost = _accurate(cost)
+    cost = accurate(cost)
     maximum, best = _first_extremum(cost)
     kept = _disc(best, cost.shape[-2:], radius)
     weights = torch.exp(temperature * (cost - maximum[..., None, None]))
@@ -106,17 +93,13 @@ def soft_argmax_backward(
     radius: float,
 ) -> Tensor:
     """Gradient of the cost volume, zero beyond the disc."""
-    dtype, cost = cost.dtype, _accurate(cost)
+    dtype, cost = cost.dtype, accurate(cost)
     x, y = _centres(cost)
     kept = _disc(best, cost.shape[-2:], radius)
     weights = torch.exp(temperature * (cost - maximum[..., None, None])) / weight[..., None, None]
     across = (x - points[..., 0, None, None]) * grad_points[..., 0, None, None]
     down = (y - points[..., 1, None, None]) * grad_points[..., 1, None, None]
     return torch.where(kept, temperature * weights * (across + down), 0).to(dtype)
-
-
-def _accurate(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _scales(query: Tensor, features: Tensor, cosine: bool, eps: float) -> tuple[Tensor, Tensor]:

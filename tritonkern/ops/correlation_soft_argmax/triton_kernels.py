@@ -11,6 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
+from tritonkern.ops._contract import accumulator
 from tritonkern.ops.correlation_soft_argmax import (
     configs,
     triton_discs,
@@ -26,7 +27,7 @@ def forward(
     """query `[B, N, C]`, features `[B, T, h, w, C]` -> what `op.Forward` lists."""
     B, N, _ = query.shape
     T, h, w = features.shape[1:4]
-    dtype = torch.promote_types(query.dtype, torch.float32)
+    dtype = accumulator(query.dtype)
     points = query.new_empty((B, N, T, 2), dtype=dtype)
     mean, maximum, minimum, weight = (query.new_empty((B, N, T), dtype=dtype) for _ in range(4))
     best, worst = (query.new_empty((B, N, T), dtype=torch.int32) for _ in range(2))
@@ -169,7 +170,7 @@ def backward(
 def soft_argmax_forward(cost: Tensor, temperature: float, radius: float) -> tuple[Tensor, ...]:
     """cost `[..., h, w]` -> points `[..., 2]`, maximum, best (flat cell, int32) and weight, all `[...]`."""
     frames, (h, w) = cost.shape[:-2], cost.shape[-2:]
-    dtype = torch.promote_types(cost.dtype, torch.float32)
+    dtype = accumulator(cost.dtype)
     points, maximum, weight = (cost.new_empty(shape, dtype=dtype) for shape in ((*frames, 2), frames, frames))
     best = cost.new_empty(frames, dtype=torch.int32)
     limit, reach = triton_tiles.disc(radius, h, w)

@@ -3,24 +3,14 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-
-def _full_precision(function: Callable) -> Callable:
-    """Inside an operator an autocast of the caller is still on; it would round the matrix products."""
-
-    @functools.wraps(function)
-    def run(first: Tensor, *others):
-        with torch.autocast(first.device.type, enabled=False):
-            return function(first, *others)
-
-    return run
+from tritonkern.ops._contract import full_precision
 
 
-@_full_precision
+@full_precision
 def correlate_into(
     out: Tensor, features: Tensor, support: Tensor, position: Tensor, radius: int, zeros: bool, y_first: bool
 ) -> None:
@@ -29,7 +19,7 @@ def correlate_into(
     out.copy_(torch.einsum("btnpc,bntsc->btnps", patches.values(), _per_frame(support, position)))
 
 
-@_full_precision
+@full_precision
 def add_gradients(
     grad_out: Tensor,
     features: Tensor,

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tritonkern.ops._contract import accurate
+
 
 def forward(
     x: Tensor,
@@ -16,17 +18,17 @@ def forward(
     out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
     """x and branch `[..., C]`, parameters `[C]` -> the sum (empty without a branch) and its LayerNorm, `[..., C]`."""
-    total, result = _accurate(x), x.new_empty(0)
+    total, result = accurate(x), x.new_empty(0)
     if branch is not None:
-        total = total + (_accurate(branch) if gamma is None else _accurate(branch) * _accurate(gamma))
+        total = total + (accurate(branch) if gamma is None else accurate(branch) * accurate(gamma))
         result = total.to(x.dtype, memory_format=torch.contiguous_format)
         # What is normalised is what the next block sees.
-        total = _accurate(result)
+        total = accurate(result)
     normed = _standardised(total, eps)[0]
     if weight is not None:
-        normed = normed * _accurate(weight)
+        normed = normed * accurate(weight)
     if bias is not None:
-        normed = normed + _accurate(bias)
+        normed = normed + accurate(bias)
     return result, normed.to(out_dtype, memory_format=torch.contiguous_format)
 
 
@@ -42,28 +44,24 @@ def backward(
     needed: list[bool],
 ) -> list[Tensor]:
     """Gradients of x, branch, gamma, weight and bias where `needed`, empty elsewhere; parameters' accurate."""
-    standard, scale = _standardised(_accurate(total), eps)
-    grad = torch.zeros_like(standard) if grad_sum is None else _accurate(grad_sum)
-    grad_out = torch.zeros_like(standard) if grad_normed is None else _accurate(grad_normed)
-    weighted = grad_out if weight is None else grad_out * _accurate(weight)
+    standard, scale = _standardised(accurate(total), eps)
+    grad = torch.zeros_like(standard) if grad_sum is None else accurate(grad_sum)
+    grad_out = torch.zeros_like(standard) if grad_normed is None else accurate(grad_normed)
+    weighted = grad_out if weight is None else grad_out * accurate(weight)
     if grad_normed is not None:
         slope = (weighted * standard).mean(-1, keepdim=True)
         grad = grad + scale * (weighted - weighted.mean(-1, keepdim=True) - standard * slope)
     rows = tuple(range(total.dim() - 1))
     candidates = (
         lambda: grad.to(total.dtype, memory_format=torch.contiguous_format),
-        lambda: (grad if gamma is None else grad * _accurate(gamma)).to(
+        lambda: (grad if gamma is None else grad * accurate(gamma)).to(
             branch_dtype, memory_format=torch.contiguous_format
         ),
-        lambda: (grad if branch is None else grad * _accurate(branch)).sum(rows),
+        lambda: (grad if branch is None else grad * accurate(branch)).sum(rows),
         lambda: (grad_out * standard).sum(rows),
         lambda: grad_out.sum(rows),
     )
     return [make() if need else total.new_empty(0) for make, need in zip(candidates, needed, strict=True)]
-
-
-def _accurate(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _standardised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tritonkern import _cpp
-from tritonkern.ops._contract import CPP_DTYPES
+from tritonkern.ops._contract import CPP_DTYPES, adjacent_channels
 from tritonkern.ops._results import new_result
 from tritonkern.ops.temporal_adapter.op import HALF, hidden_dtype
 
@@ -34,7 +34,7 @@ def in_forward(
     if not hidden.numel():
         return hidden, mean, rstd
     call = (batch, frames, rows, columns), torch.get_num_threads()
-    tokens = _adjacent_channels(tokens)
+    tokens = adjacent_channels(tokens)
     image = _token_image(tokens, rows, columns)
     _cpp.group_norm_statistics(*call, channels, eps, image, mean.data_ptr(), rstd.data_ptr())
     scale, shift = _affine(norm_weight, norm_bias, mean, rstd, compute)
@@ -80,7 +80,7 @@ def in_backward(
         x.new_empty(0) for x in (tokens, norm_weight, norm_bias, weight, weight)
     )
     call = (batch, frames, rows, columns), torch.get_num_threads()
-    tokens, grad_hidden, hidden = _adjacent_channels(tokens), grad_hidden.contiguous(), hidden.contiguous()
+    tokens, grad_hidden, hidden = adjacent_channels(tokens), grad_hidden.contiguous(), hidden.contiguous()
     image = _token_image(tokens, rows, columns)
     mask = _hidden_image(hidden, columns, pool)
     masked = (_hidden_image(grad_hidden, columns, pool), _MASKED, mask, 0, 0)
@@ -153,7 +153,7 @@ def out_forward(
     if tokens is None:
         out = new_result(hidden, (batch, frames, rows * columns, channels), dtype)
     else:
-        tokens = _adjacent_channels(tokens)
+        tokens = adjacent_channels(tokens)
         prefix = tokens.shape[2] - rows * columns
         out = new_result(tokens, tokens.shape)
         out[:, :, :prefix] = tokens[:, :, :prefix]
@@ -193,7 +193,7 @@ def out_backward(
     (batch, frames), (channels, hidden_channels) = hidden.shape[:2], weight.shape[:2]
     grad_hidden, grad_weight, grad_bias = (x.new_empty(0) for x in (hidden, weight, weight))
     call = (batch, frames, rows, columns), torch.get_num_threads()
-    grad_out, hidden = _adjacent_channels(grad_out), hidden.contiguous()
+    grad_out, hidden = adjacent_channels(grad_out), hidden.contiguous()
     image = _hidden_image(hidden, columns, pool)
     grad = (_token_image(grad_out, rows, columns), _PLAIN, None, 0, 0)
     if need_hidden:
@@ -232,10 +232,6 @@ def _affine(weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, dtype: tor
     """GroupNorm as x * scale + shift, both [B, C]."""
     scale = rstd[:, None] * weight.double()
     return scale.to(dtype), (bias.double() - mean[:, None] * scale).to(dtype)
-
-
-def _adjacent_channels(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _token_image(tokens: Tensor, rows: int, columns: int) -> tuple:

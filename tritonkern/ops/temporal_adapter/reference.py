@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tritonkern.ops._contract import accurate
 from tritonkern.ops.temporal_adapter.op import hidden_dtype
 
 
@@ -22,7 +23,7 @@ def in_forward(
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`[B, T, prefix + h * w, C]` -> relu(conv(norm(patches))) as `hidden`; mean and 1 / deviation `[B]`, float64."""
-    patches = _accurate(_patches(tokens, rows, columns))
+    patches = accurate(_patches(tokens, rows, columns))
     mean = patches.mean((1, 2, 3))
     variance = (patches - _per_entry(mean)).square().mean((1, 2, 3))
     rstd = (variance + eps).rsqrt()
@@ -49,7 +50,7 @@ def in_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of tokens (zero for the prefix), norm_weight and norm_bias, weight and bias, or `[0]` if not needed."""
     need_tokens, need_norm, need_conv = needs
-    patches = _accurate(_patches(tokens, rows, columns))
+    patches = accurate(_patches(tokens, rows, columns))
     mean, rstd = (x.to(patches.dtype) for x in (mean, rstd))
     normed = _normed(patches, norm_weight, norm_bias, mean, rstd).to(hidden.dtype)
     grad = torch.where(hidden <= 0, torch.zeros_like(hidden), grad_hidden)
@@ -127,10 +128,6 @@ def out_backward(
         grad_weight.to(weight.dtype).contiguous() if need_conv else weight.new_empty(0),
         grad_bias.to(weight.dtype) if need_conv else weight.new_empty(0),
     )
-
-
-def _accurate(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _patches(tokens: Tensor, rows: int, columns: int) -> Tensor:

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonkern.ops._contract import accumulator
+from tritonkern.ops._contract import accumulator, adjacent_channels
 from tritonkern.ops.temporal_mixer import configs
 from tritonkern.ops.temporal_mixer.op import parameter_gradients
 
@@ -306,7 +306,7 @@ def forward(
         for state in states
     ]
     if x.numel():
-        x = _channels_adjacent(x)
+        x = adjacent_channels(x)
         parameters = [p.contiguous() for p in (norm_weight, conv1_weight, conv1_bias, conv2_weight, conv2_bias)]
         mean, scale = _statistics(x, eps)
         block, warps = configs.channels(C, x.dtype)
@@ -339,7 +339,7 @@ def backward(
     programs = triton.cdiv(B * N, each) if x.numel() else 0
     partial = x.new_empty((programs, 30, C), dtype=accurate) if sums else None
     if x.numel():
-        x, grad_out = _channels_adjacent(x), _channels_adjacent(grad_out)
+        x, grad_out = adjacent_channels(x), adjacent_channels(grad_out)
         parameters = [p.contiguous() for p in (norm_weight, conv1_weight, conv1_bias, conv2_weight)]
         mean, scale = _statistics(x, eps)
         grad_normed = x.new_empty(x.shape, dtype=accurate)
@@ -362,14 +362,10 @@ def backward(
 
 def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     B, N, T, C = x.shape
-    # Two tensors, not one cut in halves: where the second began would depend on B N T, and Triton compiles by alignment.
+    # Two tensors, not halves of one: where the second began would depend on B N T, and Triton compiles by alignment.
     mean, scale = (x.new_empty(B * N * T, dtype=accumulator(x.dtype)) for _ in range(2))
     tile = configs.rows(C, x.dtype)
     statistics_kernel[(triton.cdiv(B * N * T, tile.rows),)](
         x, mean, scale, B * N * T, N, T, *x.stride()[:3], eps, C, tile.block, tile.rows, num_warps=tile.num_warps
     )
     return mean, scale
-
-
-def _channels_adjacent(x: Tensor) -> Tensor:
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()

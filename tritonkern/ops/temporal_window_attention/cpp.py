@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from tritonkern import _cpp
-from tritonkern.ops._contract import CPP_DTYPES
+from tritonkern.ops._contract import CPP_DTYPES, accumulator
 from tritonkern.ops._results import new_result
 
 
@@ -12,7 +12,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, left: int, right: int, sc
     """Output [B, T, N, H, D] and log-sum-exp [B, T, N, H] (float32, for float64 float64), both contiguous."""
     shape = query.shape
     out = new_result(query, shape)
-    lse = new_result(query, shape[:-1], torch.promote_types(query.dtype, torch.float32))
+    lse = new_result(query, shape[:-1], accumulator(query.dtype))
     if out.numel():
         _cpp.temporal_window_attention_forward(
             CPP_DTYPES[query.dtype],

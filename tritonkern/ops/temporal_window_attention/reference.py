@@ -9,11 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from tritonkern.ops._contract import accurate
+
 
 def forward(query: Tensor, key: Tensor, value: Tensor, left: int, right: int, scale: float) -> tuple[Tensor, Tensor]:
     """`[B, T, N, H, D]` three times -> out `[B, T, N, H, D]` and the log-sum-exp of the scores `[B, T, N, H]`."""
     dtype = query.dtype
-    query, key, value = (_accurate(x) for x in (query, key, value))
+    query, key, value = (accurate(x) for x in (query, key, value))
     offsets = _offsets(query.shape[1], left, right)
 
     scores = query.new_full((*query.shape[:-1], len(offsets)), float("-inf"))  # [B, T, N, H, window]
@@ -44,7 +46,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, each `[B, T, N, H, D]`; out and lse are what `forward` returned."""
     dtype = query.dtype
-    grad_out, query, key, value, out = (_accurate(x) for x in (grad_out, query, key, value, out))
+    grad_out, query, key, value, out = (accurate(x) for x in (grad_out, query, key, value, out))
     delta = (grad_out * out).sum(-1)  # [B, T, N, H]
 
     grad_query, grad_key, grad_value = (
@@ -58,10 +60,6 @@ def backward(
         grad_key[:, j] += grad_score[..., None] * query[:, i]
         grad_value[:, j] += weight[..., None] * grad_out[:, i]
     return grad_query.to(dtype), grad_key.to(dtype), grad_value.to(dtype)
-
-
-def _accurate(x: Tensor) -> Tensor:
-    return x if x.dtype == torch.float64 else x.float()
 
 
 def _offsets(frames: int, left: int, right: int) -> range:

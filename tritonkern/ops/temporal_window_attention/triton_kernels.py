@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tritonkern.ops._contract import accumulator
 from tritonkern.ops.temporal_window_attention import configs
 from tritonkern.ops.temporal_window_attention import triton_rows as flat
 
@@ -333,7 +334,7 @@ def _aligned(x: Tensor) -> Tensor:
 def forward(query: Tensor, key: Tensor, value: Tensor, left: int, right: int, scale: float) -> tuple[Tensor, Tensor]:
     """`[B, T, N, H, D]` three times -> out `[B, T, N, H, D]` and the log-sum-exp of the scores `[B, T, N, H]`."""
     out = query.new_empty(query.shape)
-    lse = query.new_empty(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
+    lse = query.new_empty(query.shape[:-1], dtype=accumulator(query.dtype))
     _launch(forward_kernel, (query, key, value), (), (out, lse), configs.forward_tiles, left, right, scale)
     return out, lse
 

@@ -6,25 +6,13 @@ row meets every column here; `culling` is what the other backends do about those
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
-
 import torch
 from torch import Tensor
 
-
-def _full_precision(function: Callable) -> Callable:
-    """Inside an operator an autocast of the caller is still on; it would round the matrix products."""
-
-    @functools.wraps(function)
-    def run(first: Tensor, *others):
-        with torch.autocast(first.device.type, enabled=False):
-            return function(first, *others)
-
-    return run
+from tritonkern.ops._contract import full_precision
 
 
-@_full_precision
+@full_precision
 def forward(
     query: Tensor,
     key: Tensor,
@@ -51,7 +39,7 @@ def forward(
     return out.to(query.dtype).contiguous(), lse[..., 0, :].contiguous()
 
 
-@_full_precision
+@full_precision
 def backward(
     grad_out: Tensor,
     query: Tensor,
