@@ -133,7 +133,7 @@ def peak_memory(call: Callable[[], Result], device: str) -> int | None:
 
 
 def _forget_kept_memory() -> None:
-    with contextlib.suppress(ImportError):  # the package works without its extension
+    with contextlib.suppress(ImportError, AttributeError):  # no extension, or an older one
         importlib.import_module("tritonkern._cpp").KeptMemory.forget()
 
 

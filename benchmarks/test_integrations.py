@@ -87,11 +87,11 @@ def test_cotracker_online(compare, pair, device):
             model(video[:, :16], points, iters=1, is_online=True)
             states[model] = {name: copy.deepcopy(x) for name, x in vars(model).items() if name.startswith("online_")}
     kept = vars(models[0].fnet)["forward"].__func__.__self__
-    first_window = kept._kept
+    first_window = kept.kept[models[0].fnet]
 
     def second_window(model):
         vars(model).update(copy.deepcopy(states[model]))
-        kept._kept = first_window
+        kept.kept[models[0].fnet] = first_window
         return model(video[:, 8:], points, iters=6, is_online=True)[0]
 
     measure_both(compare, "CoTracker3 online, a window", models, second_window, 1.3, 1e-3)

@@ -1,5 +1,7 @@
 """`tritonkern.patch` on CoTracker3: on structural twins everywhere, on the official repository where it is at hand."""
 
+import copy
+
 import pytest
 import torch
 from cotracker_like import Attention, Offline, Online, Predictor
@@ -162,6 +164,21 @@ def test_evaluation_while_training_online():
         rolled = video.roll(-4, 1)
         actual = tracker(rolled, queries)
     assert_same(actual, tracker(rolled, queries))
+
+
+def test_a_copy_of_an_online_model_keeps_its_own_features():
+    predictor, (video, queries) = Predictor(Online()), clip(frames=16)
+    with torch.no_grad(), tritonkern.patch(predictor):
+        twin = copy.deepcopy(predictor)
+        twin.model.fnet.conv.weight.mul_(torch.rand_like(twin.model.fnet.conv.weight))
+        both = predictor, twin
+        alone = [steps(model, video, queries) for model in both]
+        for model in both:
+            model(video[:, :8], queries, is_first_step=True)
+        # Window by window in turn: each must find what its own encoder made of the shared frames.
+        for index, start in enumerate(range(0, 12, 4)):
+            for model, expected in zip(both, alone, strict=True):
+                assert torch.equal(model(video[:, start : start + 8])[0], expected[index][0])
 
 
 def test_offline_predictor():

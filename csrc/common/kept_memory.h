@@ -13,7 +13,7 @@ namespace tritonkern {
 // `size` bytes, not initialised. Beyond 32 MiB malloc maps fresh pages for every request, and the page faults of writing them
 // take longer than most computations here: 42 ms where writing 100 MiB takes 6. So a block that is given back waits for a
 // request of about its size. Asking for huge pages instead was slower still on virtual machines whose host takes free pages
-// back: 255 ms after a pause of 3 s. Not thread-safe: Python calls it under its lock.
+// back. Not thread-safe: Python calls it under its lock.
 class KeptMemory {
   public:
     explicit KeptMemory(size_t size) : size(size) {

@@ -150,10 +150,10 @@ def relu_conv_add(
         TypeError, ValueError, NotImplementedError: as `norm_conv_relu`.
     """
     _backends.check_name(backend)
+    _check_patches(grid, pool)
     if dtype is None:
         dtype = _adapter_dtype(hidden if tokens is None else tokens)
-    _check_patches(grid, pool)
-    if dtype is not None and dtype not in DTYPES:
+    elif dtype not in DTYPES:
         raise TypeError(f"dtype must be float64, float32, bfloat16, float16 or None, got {dtype}")
     _adapter_op.check_out(hidden, weight, bias, tokens, *grid, pool, dtype)
     refuse_forward_mode("relu_conv_add", hidden, weight, bias, *(() if tokens is None else (tokens,)))

@@ -13,6 +13,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -178,41 +179,44 @@ class _KeptFeatures:
     """Features of the frames that the next window of the online model will see again.
 
     They are used where the next window begins with the very same numbers, and forgotten when a new video starts. The
-    encoder normalises every frame by itself, so that they are what it would return again.
+    encoder normalises every frame by itself, so that they are what it would return again. A copy of a patched model has
+    the same methods but an encoder of its own.
     """
 
     def __init__(self) -> None:
-        self._batch: int | None = None
-        self._kept: tuple[Tensor, Tensor] | None = None
+        self._batch: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
+        self.kept: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
     def forget(self, tracker: Any) -> None:
         """Takes the place of `init_video_online_processing`."""
-        self._kept = None
+        self.kept.pop(tracker.fnet, None)
         type(tracker).init_video_online_processing(tracker)
 
     def track(self, tracker: Any, *args: Any, **kwargs: Any) -> Any:
         """Takes the place of the online model's `forward`, whose windows overlap by one half in online mode."""
         forward = type(tracker).forward
         call = inspect.signature(forward).bind(tracker, *args, **kwargs).arguments
-        self._batch = call["video"].shape[0] if call.get("is_online") else None
+        if call.get("is_online"):
+            self._batch[tracker.fnet] = call["video"].shape[0]
         try:
             return forward(tracker, *args, **kwargs)
         finally:
-            self._batch = None
+            self._batch.pop(tracker.fnet, None)
 
     def encode(self, encoder: Any, images: Tensor) -> Tensor:
         """Takes the place of `fnet.forward`: `[B * T, 3, H, W]` -> `[B * T, C, h, w]`, channels last."""
-        if self._batch is None or torch.is_grad_enabled():
+        batch = self._batch.get(encoder)
+        if batch is None or torch.is_grad_enabled():
             return _encode(encoder, images)
-        clip, shared, parts = images.unflatten(0, (self._batch, -1)), 0, []
-        if self._kept is not None:
-            before, features = self._kept
+        clip, shared, parts = images.unflatten(0, (batch, -1)), 0, []
+        if encoder in self.kept:
+            before, features = self.kept[encoder]
             start = clip[:, : before.shape[1]]
             if start.shape == before.shape and start.device == before.device and torch.equal(start, before):
                 shared, parts = before.shape[1], [features]
         # [B, t, h, w, C], a layout that torch.cat keeps
-        fresh = _encode(encoder, clip[:, shared:].flatten(0, 1)).movedim(1, -1).unflatten(0, (self._batch, -1))
+        fresh = _encode(encoder, clip[:, shared:].flatten(0, 1)).movedim(1, -1).unflatten(0, (batch, -1))
         features = torch.cat([*parts, fresh], 1)
         step = clip.shape[1] // 2
-        self._kept = clip[:, step:].clone(), features[:, step:].clone()
+        self.kept[encoder] = clip[:, step:].clone(), features[:, step:].clone()
         return features.movedim(-1, 2).flatten(0, 1)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tritonkern.functional import local_correlation, soft_argmax_2d, temporal_mixer
+from tritonkern.nn.correlation import put_queries, scaled
 
 
 def replacements(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
@@ -149,11 +150,8 @@ def _refine_pips(
 
 
 def _rescaled(points: Tensor, size: Any, new_size: Any) -> Tensor:
-    """(x, y) in a raster of one (height, width) -> in another; no tensor of factors for a GPU to wait for."""
-    if tuple(size) == tuple(new_size):
-        return points
-    x, y = points.unbind(-1)
-    return torch.stack([x * (new_size[1] / size[1]), y * (new_size[0] / size[0])], -1)
+    """(x, y) in a raster of one (height, width) -> in another."""
+    return points if tuple(size) == tuple(new_size) else scaled(points, new_size[1] / size[1], new_size[0] / size[0])
 
 
 def _tracks_from_cost_volume(
@@ -169,8 +167,7 @@ def _tracks_from_cost_volume(
     found = soft_argmax_2d(heat.detach(), temperature=float(self.softmax_temperature), radius=5.0)
     found = _rescaled(found, (rows, columns), im_shp[2:4])
     if query_points is not None:
-        own_frame = query_points[..., :1].detach().round() == torch.arange(frames, device=found.device)
-        found = torch.where(own_frame[..., None], query_points[:, :, None, 1:].flip(-1).to(found.dtype), found)
+        found = put_queries(found, query_points)
     hidden = heads["hid3"](nn.functional.pad(hidden, (0, 2, 0, 2))).relu().mean((-2, -1))
     logits = heads["occ_out"](heads["hid4"](hidden).relu()).view(frames, batch, points, 2).permute(3, 1, 2, 0)
     return found, logits[0], logits[1]

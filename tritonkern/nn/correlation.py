@@ -115,21 +115,29 @@ def find(
     radius: float = 5.0,
 ) -> TrackerOutput:
     """`CorrelationSoftArgmax` of query features `[B, N, C]`; without `queries` no position is overwritten."""
-    (height, width), (frames, rows, columns) = resolution, features.shape[1:4]
+    (height, width), (rows, columns) = resolution, features.shape[2:4]
     with torch.autocast(features.device.type, enabled=False):
         match = correlation_soft_argmax(query.to(features.dtype), features, temperature=temperature, radius=radius)
         statistics = torch.stack([match.mean, match.max, match.min], dim=-1).detach()
         logits = occ_linear(statistics.to(occ_linear.weight.dtype)).to(match.points.dtype)
 
-        # Factor by factor, and flipped: a tensor or an index made of numbers here would be copied to a GPU.
-        x, y = match.points.unbind(-1)
-        tracks = torch.stack([x * (width / columns), y * (height / rows)], dim=-1)  # [B, N, T, 2]
+        tracks = scaled(match.points, width / columns, height / rows)  # [B, N, T, 2]
         if queries is not None:
-            t, place = queries[..., 0], queries[..., None, 1:].flip(-1).to(tracks.dtype)
-            # torch.round is half to even, as in the official code
-            own_frame = t[..., None].round() == torch.arange(frames, device=t.device)
-            tracks = torch.where(own_frame[..., None], place, tracks)
+            tracks = put_queries(tracks, queries)
         return TrackerOutput(tracks, logits[..., 0], logits[..., 1])
+
+
+def scaled(points: Tensor, x: float, y: float) -> Tensor:
+    """`[..., 2]` (x, y), factor by factor: a tensor of them would have to be copied to the GPU at every call."""
+    return torch.stack([points[..., 0] * x, points[..., 1] * y], -1)
+
+
+def put_queries(tracks: Tensor, queries: Tensor) -> Tensor:
+    """`tracks` `[B, N, T, 2]` (x, y) with `queries` `[B, N, 3]` (t, y, x) in frame round(t), half to even."""
+    # Flipped, as an index made of numbers would be copied to a GPU
+    place = queries[..., None, 1:].flip(-1).to(tracks.dtype)
+    own_frame = queries[..., :1].detach().round() == torch.arange(tracks.shape[2], device=queries.device)
+    return torch.where(own_frame[..., None], place, tracks)
 
 
 class _Gather(torch.autograd.Function):

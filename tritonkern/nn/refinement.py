@@ -15,12 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonkern.functional import local_correlation, soft_argmax_2d
-from tritonkern.nn.correlation import TrackerOutput
-
-
-def scaled(points: Tensor, x: float, y: float) -> Tensor:
-    """`[..., 2]` (x, y), factor by factor: a tensor of them would have to be copied to the GPU at every call."""
-    return torch.stack([points[..., 0] * x, points[..., 1] * y], -1)
+from tritonkern.nn.correlation import TrackerOutput, put_queries, scaled
 
 
 def match_two_maps(
@@ -53,9 +48,7 @@ def match_two_maps(
     cells = soft_argmax_2d(mixed.view(*leading, rows, columns), temperature=temperature)
     tracks = scaled(cells, resolution[1] / columns, resolution[0] / rows)
     if queries is not None:
-        t, place = queries[..., 0].detach(), queries[..., None, 1:].flip(-1).to(tracks.dtype)
-        own_frame = t[..., None].round() == torch.arange(leading[2], device=t.device)
-        tracks = torch.where(own_frame[..., None], place, tracks)
+        tracks = put_queries(tracks, queries)
     smallest, largest = both.flatten(2).aminmax(dim=-1)
     logits = occ_linear(torch.cat([both.mean((2, 3)), largest, smallest], -1)).unflatten(0, leading)
     return TrackerOutput(tracks, logits[..., 0], logits[..., 1]), cost
