@@ -10,9 +10,9 @@
 
 namespace tritonkern {
 
-// `size` bytes, not initialised. Beyond 32 MiB malloc maps fresh pages for every request, and the page faults of writing them
-// take longer than most computations here: 42 ms where writing 100 MiB takes 6. So a block that is given back waits for a
-// request of about its size. Asking for huge pages instead was slower still on virtual machines whose host takes free pages
+// `size` bytes, not initialised. Beyond 32 MiB malloc maps fresh pages for every request, and below it does so whenever the top
+// of its heap was given back to the system in between; the page faults of writing them take longer than most computations here:
+// 42 ms where writing 100 MiB takes 6. So a block that is given back waits for a request of about its size. Asking for huge pages instead was slower still on virtual machines whose host takes free pages
 // back. Not thread-safe: Python calls it under its lock.
 class KeptMemory {
   public:
@@ -28,7 +28,7 @@ class KeptMemory {
             own = *best;
             blocks.erase(blocks.begin() + (best - blocks.data()));
         } else {
-            own.size = (size + kHugePage - 1) / kHugePage * kHugePage;
+            own.size = (size + kGranule - 1) / kGranule * kGranule;
             own.data = map(own.size);
             if (own.data == MAP_FAILED) forget(), own.data = map(own.size);
             if (own.data == MAP_FAILED) {
@@ -76,9 +76,10 @@ class KeptMemory {
         uint64_t given_back = 0;  // number of requests until then
     };
 
-    static constexpr size_t kHugePage = size_t(2) << 20;
+    static constexpr size_t kGranule = size_t(64) << 10;
     static constexpr size_t kLimit = size_t(512) << 20;
-    static constexpr uint64_t kPatience = 16;  // a block that so many requests passed over is not waited for again
+    // A block that so many requests passed over is not waited for again: a model's forward and backward pass make hundreds.
+    static constexpr uint64_t kPatience = 1024;
 
     static void* map(size_t size) {
         return mmap(nullptr, size, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);

@@ -11,8 +11,8 @@ from torch.utils import deterministic
 
 from tritonkern import _cpp
 
-_LARGE = 32 << 20
-"""Bytes. What is smaller malloc keeps by itself."""
+_LARGE = 1 << 20
+"""Bytes. What is smaller malloc mostly keeps by itself."""
 
 
 def new_result(like: Tensor, shape: Sequence[int], dtype: torch.dtype | None = None) -> Tensor:
