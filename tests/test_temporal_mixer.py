@@ -136,13 +136,14 @@ def largest_terms(x, norm_weight, weight1, bias1, weight2, bias2, grad):
     return 0, scale * norm * weight1 * inner, standard * weight1 * inner, standard * norm * inner, inner, 0, 0
 
 
-# (tracks, frames, channels): TAPIR's; clips shorter than the kernels; of several stretches; odd channels; many.
-SHAPES = [(3, 8, 512), (5, 1, 24), (5, 2, 24), (2, 3, 19), (3, 70, 24), (2, 33, 5), (4, 6, 1), (1, 20, 1030)]
+# (tracks, frames, channels): clips shorter than the kernels; of several stretches; odd channels; TAPIR's; many. The
+# last two in float32 alone: PyTorch's convolution of so many groups, which errors are compared with, takes seconds.
+SHAPES = [(5, 1, 24), (5, 2, 24), (2, 3, 19), (3, 70, 24), (2, 33, 5), (4, 6, 1)]
+CALLS = [*itertools.product(SHAPES, DTYPES), ((3, 8, 512), torch.float32), ((1, 20, 1030), torch.float32)]
 
 
 @CAUSAL
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "dtype"), CALLS, ids=str)
 def test_result_and_gradients(where, shape, dtype, causal):
     check(where, random_inputs(*shape, dtype=dtype, device=where[1]), causal)
 
@@ -315,7 +316,7 @@ def test_every_instruction_set(isa):
         import test_temporal_mixer as t
         from tritonkern import _cpp
         assert _cpp.isa() == "%s"
-        for shape in ((2, 9, 512), (2, 40, 19)):
+        for shape in ((2, 9, 72), (2, 40, 19)):
             for dtype in t.DTYPES:
                 for causal in (False, True):
                     t.check(("cpp", "cpu"), t.random_inputs(*shape, dtype=dtype), causal)

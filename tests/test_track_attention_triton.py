@@ -37,11 +37,12 @@ def cases():
             if everything:
                 plain = [(head_dim, dtype) for head_dim in range(8, 257, 8) for dtype in (DOUBLE, FLOAT, BFLOAT, HALF)]
             else:
-                plain = [(64, BFLOAT), (256, BFLOAT), (64, FLOAT), (256, FLOAT)]
-                plain += [(128, BFLOAT), (24, HALF), (200, BFLOAT)] if target == "sm_90" else []
-                plain += [(64, DOUBLE), (256, DOUBLE)] if target == "sm_80" else []
+                plain = [(256, BFLOAT), (256, FLOAT)]
+                plain += [(64, BFLOAT), (64, FLOAT)] if target == "sm_90" or not splat else []
+                plain += [(128, BFLOAT), (24, HALF), (200, BFLOAT)] if target == "sm_90" and splat else []
+                plain += [(256, DOUBLE)] if target == "sm_80" else []
             yield from (Case(target, splat, *choice) for choice in plain)
-            if target != "gfx942" and (everything or target == "sm_90"):  # PyTorch has no TF32 on AMD
+            if target != "gfx942" and (everything or target == "sm_90" and splat):  # PyTorch has no TF32 on AMD
                 yield from (Case(target, splat, head_dim, FLOAT, tf32=True) for head_dim in (64, 256))
 
 

@@ -2,8 +2,8 @@
 
 A stand-in for Triton's driver names the architecture and every launch stops after compilation, so that compile keys,
 tiles and warps are the real ones. `make aot` (TRITONKERN_AOT=all) does so for every head dim; the default is a choice
-that still holds every kernel, architecture, dtype, tile size and width of the head. Likewise for the channels of
-correlation_soft_argmax.
+that still holds every kernel on every architecture, where it needs most registers, and every dtype, tile size and width
+of the head on one. Likewise for the channels of correlation_soft_argmax.
 """
 
 import concurrent.futures
@@ -80,11 +80,12 @@ def cases():
                 plain = [(head_dim, dtype) for head_dim in range(8, 257, 8) for dtype in DTYPES]
                 special = BUCKETS
             else:
-                plain = [(head_dim, torch.bfloat16) for head_dim in BUCKETS] + [(64, torch.float16)]
-                plain += [(head_dim, dtype) for head_dim in (16, 64, 256) for dtype in (torch.float32, torch.float64)]
-                if target in ("sm_90", "gfx942"):
-                    plain += [(24, torch.bfloat16), (200, torch.bfloat16)]
-                special = (64, 256)
+                plain = [(head_dim, torch.bfloat16) for head_dim in (16, 64, 256)]
+                plain += [(64, torch.float32), (256, torch.float32), (256, torch.float64)]
+                if target == "sm_90":
+                    plain += [(head_dim, torch.bfloat16) for head_dim in (24, 32, 128, 200)] + [(64, torch.float16)]
+                    plain += [(16, torch.float32), (16, torch.float64), (64, torch.float64)]
+                special = (256,)
             yield from (Case(direction, target, *choice) for choice in plain)
             if direction == "forward":  # backward tiles are the same for every window
                 yield from (Case(direction, target, head_dim, torch.bfloat16, window=WIDE) for head_dim in special)
