@@ -41,9 +41,11 @@ gpu:
 	$(PYTHON) setup.py --quiet build_ext --inplace
 	$(PYTHON) benchmarks/gpu.py $(OPS)
 
-## Compile every Triton kernel for every target and every tile (the tests compile a part of them).
+## Compile every Triton kernel for every target and every tile, and run the sanitizers on every instruction set that this machine has
+## (the tests do a part of both).
 aot: .venv/built
-	TRITONKERN_AOT=all $(BIN)/python -m pytest --quiet tests/test_triton_aot.py tests/test_*_triton.py
+	TRITONKERN_AOT=all $(BIN)/python -m pytest --quiet tests/test_triton_aot.py tests/test_*_triton.py \
+		tests/test_cpp_build.py::test_sanitizers_find_nothing
 
 clean:
 	rm -rf .venv build demo tritonkern/_cpp*.so
