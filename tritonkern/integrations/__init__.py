@@ -9,11 +9,12 @@ from typing import Any
 from torch import nn
 
 from tritonkern.integrations import chrono, cotracker, locotrack, tapir
+from tritonkern.integrations._precision import Precision
 
 Replacement = tuple[str, nn.Module, str, Callable[..., Any]]
 """Path of a module inside the model, the module, the method's name, and the function that takes the method's place."""
 
-REPOSITORIES: dict[str, Callable[[nn.Module], Iterator[Replacement]]] = {
+REPOSITORIES: dict[str, Callable[[nn.Module, Precision], Iterator[Replacement]]] = {
     "cvlab-kaist/Chrono": chrono.replacements,
     "cvlab-kaist/locotrack": locotrack.replacements,
     "facebookresearch/co-tracker (CoTracker3)": cotracker.replacements,
@@ -57,7 +58,7 @@ class Patch:
         return f"<tritonkern.Patch: {state}>"
 
 
-def patch(model: nn.Module) -> Patch:
+def patch(model: nn.Module, precision: str = "float32") -> Patch:
     """Make a public tracker's model faster where it stands; its weights, state dict and results stay what they are.
 
     Recognised by structure, also inside wrappers such as a Lightning module:
@@ -72,16 +73,33 @@ def patch(model: nn.Module) -> Patch:
     Methods are replaced on the instances found in `model`; classes, modules and other models are left alone. A patched
     model can be trained, moved and saved by its state dict; restore it before pickling the module itself.
 
+    Args:
+        model: of one of these repositories, or what holds one.
+        precision: of the local correlation (with CoTracker3's linear layer after it), and of nothing else: not of the
+            soft-argmax, nor where the model's own code runs instead, as in TAPIR on maps that are not square.
+
+            - ``"float32"``: that of the model; nothing is lost.
+            - ``"tf32"``: on NVIDIA GPUs the factors of matrix products are rounded to TF32, 11 significant bits, in the
+              forward pass. PyTorch's setting is changed during each such call, for all threads, and put back after it.
+              On a CPU nothing changes.
+            - ``"bf16"``: features, support, weights, bias and result are rounded to bfloat16, 8 significant bits; sums
+              are kept in float32, and the model gets the result in its own dtype. Gradients are rounded alike. The
+              rounded features lie beside the model's own for as long as these live.
+
+            What either gains or loses has been measured on no GPU, and with no trained weights.
+
     Returns:
         A handle that lists what was `replaced` and can `restore()` it.
 
     Raises:
         TypeError: `model` is no `torch.nn.Module`.
-        ValueError: nothing in `model` is recognised, or it is patched already.
+        ValueError: nothing in `model` is recognised, or it is patched already; another `precision`, or one other than
+            "float32" for Chrono, which has no local correlation and chooses bfloat16 itself.
     """
+    computed = Precision(precision)
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    replacements = [found for find in REPOSITORIES.values() for found in find(model)]
+    replacements = [found for find in REPOSITORIES.values() for found in find(model, computed)]
     if not replacements:
         raise ValueError(
             f"model holds no tracker that tritonkern knows: neither {type(model).__name__} nor one of its submodules "

@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonkern.functional import temporal_window_attention
+from tritonkern.integrations._precision import Precision
 from tritonkern.nn import TemporalAdapter, TemporalWindowAttention
 from tritonkern.nn.correlation import find
 
@@ -71,11 +72,16 @@ def _memory_efficient_attention(query: Tensor, key: Tensor, value: Tensor, attn_
     return temporal_window_attention(query, key, value, (attn_bias.window_left, attn_bias.window_right))
 
 
-def replacements(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
+def replacements(model: nn.Module, precision: Precision) -> Iterator[tuple[str, nn.Module, str, Any]]:
     """What `tritonkern.patch` replaces in `model`: path, module, method, function."""
     for path, tracker in model.named_modules():
         if not _is_tracker(tracker):
             continue
+        if precision.name != "float32":
+            raise ValueError(
+                f"precision: {precision.name!r} has no meaning for the official Chrono, which has no local correlation "
+                "and chooses bfloat16 itself (its argument use_bfloat16); leave precision='float32'"
+            )
         for index, adapter in enumerate(tracker.adapter):
             name = f"{path}.adapter.{index}" if path else f"adapter.{index}"
             _check(name, adapter.attn_temp)

@@ -22,9 +22,10 @@ from torch.utils._pytree import tree_map
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from tritonkern.functional import local_correlation_linear
+from tritonkern.integrations._precision import Precision
 
 
-def replacements(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
+def replacements(model: nn.Module, precision: Precision) -> Iterator[tuple[str, nn.Module, str, Any]]:
     """What `tritonkern.patch` replaces in `model`: path, module, method, function."""
     for path, tracker in model.named_modules():
         if not _is_tracker(tracker):
@@ -33,7 +34,7 @@ def replacements(model: nn.Module) -> Iterator[tuple[str, nn.Module, str, Any]]:
         for name, module in tracker.updateformer.named_modules():
             if _is_attention(module):
                 yield f"{prefix}updateformer.{name}", module, "forward", _attention
-        yield path, tracker, "get_correlation_feat", _promise_patches(WeakTensorKeyDictionary())
+        yield path, tracker, "get_correlation_feat", _promise_patches(WeakTensorKeyDictionary(), precision)
         if callable(getattr(tracker, "init_video_online_processing", None)):
             kept = _KeptFeatures()
             yield path, tracker, "forward", kept.track
@@ -70,10 +71,10 @@ def _attention(self: Any, x: Tensor, context: Tensor | None = None, attn_bias: T
     return self.to_out(mixed.transpose(1, 2).flatten(2))
 
 
-def _promise_patches(copies: Any) -> Any:
+def _promise_patches(copies: Any, precision: Precision) -> Any:
     def get_correlation_feat(self: Any, fmaps: Tensor, queried_coords: Tensor) -> _Patches:
         """Takes the place of the method of that name: features `[B, T, C, h, w]`, points `[B * T, N, 2]`."""
-        return _Patches(self, fmaps, queried_coords, copies)
+        return _Patches(self, fmaps, queried_coords, copies, precision)
 
     return get_correlation_feat
 
@@ -98,18 +99,20 @@ class _Promise:
 class _Patches(_Promise):
     """The (2r + 1)^2 samples around every point: `[B, T, N, 2r + 1, 2r + 1, C]`, offsets along x first, then y."""
 
-    def __init__(self, tracker: Any, features: Tensor, points: Tensor, copies: Any) -> None:
-        self.tracker, self.features, self.points, self.copies = tracker, features, points, copies
+    def __init__(self, tracker: Any, features: Tensor, points: Tensor, copies: Any, precision: Precision) -> None:
+        self.tracker, self.features, self.points = tracker, features, points
+        self.copies, self.precision = copies, precision
 
     def cells(self) -> Tensor:
         """The features as `[B, T, h, w, C]`, one after another for each cell."""
-        cells = self.features.movedim(2, -1)
+        features = self.precision.rounded(self.features)
+        cells = features.movedim(2, -1)
         if cells.stride(-1) == 1 or cells.requires_grad:
             return cells
         # More frames than fit through the encoder at once: put together by the model, channels first.
-        if self.features not in self.copies:
-            self.copies[self.features] = cells.contiguous()
-        return self.copies[self.features]
+        if features not in self.copies:
+            self.copies[features] = cells.contiguous()
+        return self.copies[features]
 
     def tensor(self) -> Tensor:
         return type(self.tracker).get_correlation_feat(self.tracker, self.features, self.points)
@@ -156,7 +159,8 @@ class _Correlation(_Promise):
     def linear(self, weight: Tensor, bias: Tensor | None) -> Tensor:
         cells = self.patches.cells()
         # In the repository's order x moves first, in patch and support alike, and its pixel i has its centre at i.
-        result = local_correlation_linear(
+        result = self.patches.precision(
+            local_correlation_linear,
             cells,
             self.support.flatten(2, 3),
             self.patches.points.unflatten(0, cells.shape[:2]),

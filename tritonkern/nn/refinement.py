@@ -7,7 +7,7 @@ Paper: Cho et al., "Local All-Pair Correspondence for Point Tracking", ECCV 2024
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -62,6 +62,7 @@ def refine(
     guess: TrackerOutput,
     raster: tuple[int, int],
     resized: tuple[int, int],
+    correlate: Callable[..., Tensor] = local_correlation,
 ) -> TrackerOutput:
     """One step of refinement.
 
@@ -73,6 +74,7 @@ def refine(
         guess: positions in pixels of the raster, and logits.
         raster: (height, width) of it.
         resized: (height, width) of the frames that the features are of.
+        correlate: `tritonkern.local_correlation`, or a function that stands for it.
     """
     tracks, occlusion, expected_distance = guess
     (height, width), (resized_height, resized_width) = raster, resized
@@ -80,7 +82,7 @@ def refine(
     for encoder, grid, support in zip(encoders, pyramid, supports, strict=False):
         rows, columns = grid.shape[2:4]
         # [B, T, N, 49, 49]: patch, support
-        correlation = local_correlation(
+        correlation = correlate(
             grid,
             support.flatten(2, 3),
             scaled(tracks, columns / width, rows / height).transpose(1, 2),

@@ -1,0 +1,233 @@
+"""`tritonkern.patch(model, precision=...)` on the structural twins of the models with a local correlation."""
+
+from functools import partial
+
+import chrono_like
+import cotracker_like
+import locotrack_like
+import pytest
+import tapir_like
+import torch
+from torch import nn
+
+import tritonkern
+from tritonkern.integrations import _precision, cotracker, locotrack, tapir
+from tritonkern.integrations.chrono import without_xformers
+
+
+class TAPIRTwin:
+    """A tracker with its input; the names of the twins' parts differ as those of the repositories do."""
+
+    module, operation = tapir, "local_correlation"
+
+    def __init__(self, dtype=torch.float32):
+        self.model = tapir_like.Tracker().eval().to(dtype)
+        for name in ("hid1", "hid3", "hid4"):  # ReLUs that let something through
+            nn.init.constant_(self.model.torch_cost_volume_track_mods[name].bias, 0.5)
+        self.arguments = frames_last_channels(dtype)
+
+    def tracks(self):
+        return self.model(*self.arguments)["tracks"]
+
+
+class LocoTrackTwin(TAPIRTwin):
+    module = locotrack
+
+    def __init__(self, dtype=torch.float32):
+        self.model = locotrack_like.Tracker().eval().to(dtype)
+        self.arguments = frames_last_channels(dtype)
+
+
+class CoTrackerTwin(TAPIRTwin):
+    module, operation = cotracker, "local_correlation_linear"
+
+    def __init__(self, dtype=torch.float32, kind=cotracker_like.Offline):
+        self.model = kind().eval().to(dtype)
+        video = torch.rand(1, 6, 3, 64, 96, dtype=dtype) * 255
+        self.arguments = video, torch.cat([torch.arange(7.0)[:, None] % 6, torch.rand(7, 2) * 60], 1)[None].to(dtype)
+
+    def tracks(self):
+        return self.model(*self.arguments)[0]
+
+
+def frames_last_channels(dtype, frames=5, queries=9):
+    video = torch.rand(1, frames, 64, 64, 3, dtype=dtype) * 2 - 1
+    times = torch.arange(queries)[:, None] % frames
+    return video, torch.cat([times, torch.rand(queries, 2) * 64], 1)[None].to(dtype)
+
+
+TWINS = {
+    "tapir": TAPIRTwin,
+    "locotrack": LocoTrackTwin,
+    "cotracker": CoTrackerTwin,
+    "cotracker-online": partial(CoTrackerTwin, kind=cotracker_like.Online),
+}
+
+
+@pytest.fixture(params=TWINS)
+def twin(request):
+    return TWINS[request.param]()
+
+
+def correlating(twin, monkeypatch, change):
+    """Has what the patched model calls go through `change(operation, *arguments, **options)`."""
+    operation = getattr(tritonkern, twin.operation)
+    monkeypatch.setattr(twin.module, twin.operation, partial(change, operation))
+
+
+@torch.no_grad()
+def test_bf16_is_used_and_close(twin, monkeypatch):
+    """Within a twentieth of what the correlation contributes to the tracks: eight bits keep a hundredth or so."""
+    own = twin.tracks()
+    with tritonkern.patch(twin.model):
+        exact = twin.tracks()
+    with tritonkern.patch(twin.model, precision="bf16"):
+        rounded = twin.tracks()
+    assert rounded.dtype == torch.float32
+    assert torch.equal(twin.tracks(), own)
+
+    correlating(twin, monkeypatch, lambda operation, *tensors, **options: 0 * operation(*tensors, **options))
+    with tritonkern.patch(twin.model):
+        contribution = (twin.tracks() - exact).abs().max()
+    error = (rounded - exact).abs().max()
+    assert 0 < error < contribution / 20
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    # TAPIR itself converts what it has correlated to float32.
+    [*((name, torch.float32) for name in TWINS), ("locotrack", torch.float64), ("cotracker", torch.float64)],
+)
+def test_bf16_rounds_the_correlation_and_nothing_else(name, dtype, monkeypatch):
+    twin, seen = TWINS[name](dtype), []
+
+    def record(operation, features, support, coords, *layer, **options):
+        result = operation(features, support, coords, *layer, **options)
+        seen.append(result)
+        assert all(x.dtype == torch.bfloat16 for x in (features, support, *layer, result))
+        # Positions are not rounded.
+        assert coords.dtype == dtype
+        return result
+
+    correlating(twin, monkeypatch, record)
+    with tritonkern.patch(twin.model, precision="bf16"):
+        assert twin.tracks().dtype == dtype
+    assert seen
+
+
+@torch.no_grad()
+def test_features_are_rounded_once(twin, monkeypatch):
+    """Every iteration and chunk of queries reads the same rounded maps; another video has others."""
+    maps = []
+
+    def record(operation, features, *arguments, **options):
+        maps.append(features)
+        return operation(features, *arguments, **options)
+
+    correlating(twin, monkeypatch, record)
+    with tritonkern.patch(twin.model, precision="bf16"):
+        first = twin.tracks()
+        places = {x.data_ptr() for x in maps}
+        assert len(places) < len(maps)
+        video, queries = twin.arguments
+        twin.arguments = video.flip(1), queries
+        assert not torch.equal(twin.tracks(), first)
+        twin.arguments = video, queries
+        assert torch.equal(twin.tracks(), first)
+
+
+def gradients(twin):
+    twin.model.zero_grad(set_to_none=True)
+    twin.tracks().square().mean().backward()
+    return {name: p.grad for name, p in twin.model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_gradients(twin, precision):
+    with tritonkern.patch(twin.model):
+        expected = gradients(twin)
+    with tritonkern.patch(twin.model, precision=precision):
+        actual = gradients(twin)
+    assert actual.keys() == expected.keys()
+    # What is left of gradients that are zero, such as that of the keys' bias
+    rounding = 1e-6 * max(grad.norm() for grad in expected.values())
+    for name, grad in expected.items():
+        assert actual[name].dtype == torch.float32
+        if precision == "tf32":  # on a CPU nothing changes
+            assert torch.equal(actual[name], grad), name
+        else:
+            difference = (actual[name] - grad).norm()
+            assert difference <= 0.1 * grad.norm() + rounding, (name, difference / grad.norm())
+    assert precision == "tf32" or any(not torch.equal(actual[name], grad) for name, grad in expected.items())
+
+
+def allowed():
+    matmul = torch.backends.cuda.matmul
+    return matmul.fp32_precision if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("before", ["highest", "high"])
+def test_tf32_is_allowed_during_the_call_alone(twin, monkeypatch, before):
+    seen, asked = [], torch.get_float32_matmul_precision()
+
+    def record(operation, *arguments, **options):
+        seen.append(allowed())
+        return operation(*arguments, **options)
+
+    def fail(operation, *arguments, **options):
+        raise RuntimeError("out of memory")
+
+    try:
+        torch.set_float32_matmul_precision(before)
+        setting = allowed()
+        expected = twin.tracks()
+        correlating(twin, monkeypatch, record)
+        with tritonkern.patch(twin.model, precision="tf32"):
+            actual = twin.tracks()
+            assert set(seen) <= {"tf32", True} and seen
+            assert allowed() == setting and torch.get_float32_matmul_precision() == before
+        correlating(twin, monkeypatch, fail)
+        with tritonkern.patch(twin.model, precision="tf32"), pytest.raises(RuntimeError, match="out of memory"):
+            twin.tracks()
+        assert allowed() == setting and torch.get_float32_matmul_precision() == before
+        torch.testing.assert_close(actual, expected, atol=1e-3, rtol=0)
+        seen.clear()
+        correlating(twin, monkeypatch, record)
+        with tritonkern.patch(twin.model):
+            twin.tracks()
+        assert set(seen) == {setting}
+    finally:
+        torch.set_float32_matmul_precision(asked)
+
+
+def test_a_users_inherited_setting_stays():
+    matmul = torch.backends.cuda.matmul
+    if not hasattr(matmul, "fp32_precision"):
+        pytest.skip("this PyTorch has one setting")
+    torch.backends.fp32_precision = "tf32"
+    try:
+        with _precision.tf32():
+            assert matmul.fp32_precision == "tf32"
+        torch.backends.fp32_precision = "ieee"
+        assert matmul.fp32_precision == "ieee"
+    finally:
+        torch.backends.fp32_precision = "none"
+
+
+def test_errors(twin):
+    for name in ("float16", "TF32", None, True):
+        with pytest.raises(ValueError, match=f"precision must be one of float32, tf32, bf16, got {name!r}"):
+            tritonkern.patch(twin.model, precision=name)
+    assert not any("forward" in module.__dict__ for module in twin.model.modules())
+
+
+@pytest.mark.parametrize("precision", ["bf16", "tf32"])
+def test_chrono_has_no_local_correlation(precision):
+    with without_xformers():
+        tracker = chrono_like.Tracker()
+    for model in (tracker, nn.ModuleList([locotrack_like.Tracker(), tracker])):
+        with pytest.raises(ValueError, match=f"{precision}' has no meaning for the official Chrono"):
+            tritonkern.patch(model, precision=precision)
+        assert not any("forward" in module.__dict__ for module in model.modules())
