@@ -2,9 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from official import needs_official, official  # noqa: F401
 
-from tritonkern.models import LocoTrackRefiner, TrackerOutput
+from tritonkern.models import Chrono, LocoTrackFeatures, LocoTrackRefiner, TrackerOutput
+from tritonkern.models.dinov2 import DINOv2Config
 
 
 def clip(frames=3, queries=5):
@@ -31,8 +33,10 @@ def test_refines_what_it_is_given(refiner):
     assert 1e-3 < (refined.tracks - given.tracks).abs().max() < 50
     assert not torch.equal(refined.occlusion, given.occlusion)
     # From its own features, or the same ones computed before
-    again = refiner.refine(refiner.features(video), queries, given)
-    assert torch.equal(again.tracks, refined.tracks)
+    features = refiner.features(video)
+    for again in (refiner.refine(features, queries, given), refiner.refine(tuple(features), queries, given)):
+        assert torch.equal(again.tracks, refined.tracks)
+    assert torch.equal(refiner.refine(list(features), queries).tracks, refiner(video, queries).tracks)
     # The last two of four steps start where the first two end.
     short = LocoTrackRefiner("small", steps=2)
     short.load_state_dict(refiner.state_dict())
@@ -58,6 +62,92 @@ def test_gradients_reach_every_parameter():
     # As in the official code a step's gradient ends at its guess: the first match needs a loss of its own.
     silent = {name for name, parameter in model.named_parameters() if parameter.grad is None}
     assert silent == {"cost_conv.weight", "cost_conv.bias", "occ_linear.weight", "occ_linear.bias"}
+
+
+def maps(channels=(6, 10, 4), cells=((12, 16), (5, 8), (20, 20)), frames=3):
+    return [F.normalize(torch.randn(1, frames, *size, c), dim=-1) for size, c in zip(cells, channels, strict=True)]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("given", [start(), None], ids=["start", "match"])
+def test_channels_do_not_matter(refiner, given):
+    """Maps of any sizes; channels of zeros, and channels in another order, change no correlation."""
+    _, queries = clip()
+    features = maps()
+    expected = refiner.refine(features, queries, given)
+    wider = [F.pad(grid, (0, more)).flip(-1) for grid, more in zip(features, (1, 30, 7), strict=True)]
+    actual = refiner.refine(wider, queries, given)
+    for result, value in zip(actual, expected, strict=True):
+        torch.testing.assert_close(result, value, atol=1e-4, rtol=0)
+    other = refiner.refine(maps(), queries, given)
+    assert (other.tracks - expected.tracks).abs().max() > 1e-2
+
+
+def directions(cells):
+    """A map `[1, 1, cells, cells, 4]` that says where it is: the angles of two unit vectors grow with x and y."""
+    place = (torch.arange(cells, dtype=torch.float64) + 0.5) / cells * 2
+    x, y = place.expand(cells, -1), place[:, None].expand(-1, cells)
+    return torch.stack([x.cos(), x.sin(), y.cos(), y.sin()], -1)[None, None] / 2**0.5
+
+
+@pytest.mark.parametrize("cells", [32, 64, 128])
+def test_maps_made_of_one_lie_where_it_lies(refiner, cells):
+    features = LocoTrackFeatures.of(3 * directions(cells))
+    # Seven steps of a coarse cell stay away from the border
+    places = 40 + torch.rand(1, 20, 2, dtype=torch.float64) * 176
+    queries = torch.cat([torch.zeros(1, 20, 1), places], -1)
+    for grid, size in zip(features, (64, 32, 128), strict=True):
+        assert grid.shape == (1, 1, size, size, 4)
+        torch.testing.assert_close(grid.norm(dim=-1), torch.ones(1, 1, size, size, dtype=torch.float64))
+        # [B, N, 7, 7] (y, x)
+        cx, sx, cy, sy = refiner._supports(grid, queries).unbind(-1)
+        steps = torch.arange(-3, 4) * (256 / size)
+        expected_y, expected_x = places[..., 0, None, None] + steps[:, None], places[..., 1, None, None] + steps
+        for sine, cosine, expected in ((sy, cy, expected_y), (sx, cx, expected_x)):
+            found = torch.atan2(sine, cosine) * 128
+            torch.testing.assert_close(found, expected.expand_as(found), atol=0.02, rtol=0)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(("level", "tolerance"), [("fine", 0.1), ("coarse", 1)])
+def test_positions_matched_on_another_networks_map(level, tolerance):
+    """A pattern that moves by whole cells of a 64 x 64 map is found where it went, in pixels of the raster.
+
+    Half a cell is two pixels of the fine map, and four of the coarse one, whose interpolated peak is blunt.
+    """
+    refiner = LocoTrackRefiner("small", steps=0)
+    refiner.cost_conv.weight.zero_()[0, 1 if level == "fine" else 0, 1, 1] = 1
+    refiner.cost_conv.bias.zero_()
+    # Cells of twice the size, so that the map of half the resolution knows them apart
+    pattern = F.normalize(torch.randn(1, 1, 32, 32, 96), dim=-1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    moves = torch.tensor([[0, 0], [4, -6], [-2, 8]])  # (x, y)
+    grid = torch.cat([pattern.roll((int(y), int(x)), (2, 3)) for x, y in moves], 1)
+    # Centres of the large cells, well inside: the picture does not wrap around.
+    cells = torch.randint(5, 27, (1, 12, 2))
+    queries = torch.cat([torch.zeros(1, 12, 1), (cells + 0.5) * 8], -1)
+    tracks = refiner.refine(LocoTrackFeatures.of(grid), queries).tracks
+    expected = queries[..., 1:].flip(-1)[:, :, None] + moves * 4.0
+    torch.testing.assert_close(tracks, expected, atol=tolerance, rtol=0)
+
+
+def test_refines_on_features_of_chrono(monkeypatch):
+    monkeypatch.setattr(Chrono, "cells", 8)
+    chrono = Chrono(DINOv2Config(dim=64, depth=2, num_heads=1), hidden=32)
+    refiner = LocoTrackRefiner("small", steps=2)
+    video, queries = clip(frames=2, queries=3)
+    grid = chrono.features(video)
+    given = chrono.track(grid, queries)
+    better = refiner.refine(LocoTrackFeatures.of(grid), queries, given)
+    assert better.tracks.shape == (1, 3, 2, 2)
+    assert 0 < (better.tracks - given.tracks).abs().max() < 50
+    sum(x.square().mean() for x in better).backward()
+    own = ("cost_conv.", "occ_linear.", "resnet_torch.")
+    for name, parameter in refiner.named_parameters():
+        assert (parameter.grad is None) == name.startswith(own), name
+        assert parameter.grad is None or parameter.grad.isfinite().all()
+    assert refiner.cmdtop[2].conv[0][0].weight.grad.abs().max() > 0
+    # Through the features alone, as a step's gradient ends at its guess
+    assert chrono.dino.norm.weight.grad.abs().max() > 0
 
 
 @pytest.mark.parametrize("size", ["base", "small"])
@@ -88,6 +178,33 @@ def test_errors(refiner):
         refiner(video, queries, start(frames=2))
     with pytest.raises(TypeError, match="video must be floating point"):
         refiner(video.int(), queries)
+    with pytest.raises(TypeError, match="queries must be floating point"):
+        refiner.refine(maps(), queries.int())
+
+
+def test_errors_of_features(refiner):
+    _, queries = clip()
+    features = maps()
+    with pytest.raises(TypeError, match=r"got one tensor; use LocoTrackFeatures.of\(features\)"):
+        refiner.refine(features[0], queries)
+    with pytest.raises(ValueError, match=r"features must be 3 maps \[B, T, h, w, C\], got 2"):
+        refiner.refine(features[:2], queries, start())
+    with pytest.raises(ValueError, match=r"features\[1\] must be \[B, T, h, w, C\] with at least one"):
+        refiner.refine([features[0], features[1][0], features[2]], queries, start())
+    with pytest.raises(ValueError, match=r"features\[0\] must be .* got \[1, 3, 12, 16, 0\]"):
+        refiner.refine([features[0][..., :0], *features[1:]], queries, start())
+    with pytest.raises(TypeError, match=r"features\[2\] must be floating point, got torch.int32"):
+        refiner.refine([*features[:2], features[2].int()], queries, start())
+    with pytest.raises(ValueError, match=r"features\[2\] must have B and T of features\[0\], \[1, 3\], got \[1, 2\]"):
+        refiner.refine([*features[:2], features[2][:, :2]], queries, start())
+    with pytest.raises(ValueError, match=r"queries must be \[1, N, 3\]"):
+        refiner.refine(features, queries.expand(2, -1, -1), start())
+    with pytest.raises(ValueError, match=r"start.tracks must be \[1, 5, 3, 2\]"):
+        refiner.refine(features, queries, start(frames=2))
+    with pytest.raises(ValueError, match=r"features\[1\] must be the coarser map.* \[5, 8\], got \[12, 16\]"):
+        refiner.refine([features[1], features[0], features[2]], queries)
+    with pytest.raises(ValueError, match=r"grid must be \[B, T, h, w, C\]"):
+        LocoTrackFeatures.of(features[0][0])
 
 
 @needs_official

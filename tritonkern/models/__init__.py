@@ -10,7 +10,7 @@ from tritonkern.models.chrono import Chrono
 from tritonkern.models.chrono_nano import ChronoNano
 from tritonkern.models.depth import DepthModel
 from tritonkern.models.dinov2 import DINOv2
-from tritonkern.models.locotrack import LocoTrackRefiner
+from tritonkern.models.locotrack import LocoTrackFeatures, LocoTrackRefiner
 from tritonkern.models.matching import MatchingTracker, TrackerOutput
 from tritonkern.models.tracktention import TracktentionModel, insert_tracktention
 
@@ -19,6 +19,7 @@ __all__ = [
     "ChronoNano",
     "DINOv2",
     "DepthModel",
+    "LocoTrackFeatures",
     "LocoTrackRefiner",
     "MODELS",
     "MatchingTracker",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ _LAYERS, _CHANNELS, _STRIDES = 3, (64, 128, 256, 256), (1, 2, 2, 1)
 
 
 class LocoTrackFeatures(NamedTuple):
-    """Unit-norm maps `[B, T, h, w, C]`; of frames of 256 x 256 pixels:"""
+    """Three unit-norm maps `[B, T, h, w, C]` of whole frames; LocoTrack's own, of frames of 256 x 256 pixels:"""
 
     hires: Tensor
     """[B, T, 64, 64, 128]"""
@@ -29,6 +29,25 @@ class LocoTrackFeatures(NamedTuple):
     """[B, T, 32, 32, 256]"""
     highest: Tensor
     """[B, T, 128, 128, 64]"""
+
+    @classmethod
+    def of(cls, grid: Tensor) -> LocoTrackFeatures:
+        """The maps that another network's one map, such as `Chrono.features(video)`, makes at LocoTrack's resolutions.
+
+        Resized bilinearly and scaled to unit norm; 64 x 64 cells stay as they are, and 32 x 32 are means of four.
+
+        Args:
+            grid: `[B, T, h, w, C]` of whole frames, floating point.
+
+        Returns:
+            Maps of 64 x 64, 32 x 32 and 128 x 128 cells and C channels: 5.25 times the memory of 64 x 64 cells.
+
+        Raises:
+            TypeError, ValueError: `grid` is something else.
+        """
+        _check_map("grid", grid)
+        hires = _resized(grid, 64)
+        return cls(hires, _resized(hires, 32), _resized(grid, 128))
 
 
 class LocoTrackRefiner(nn.Module):
@@ -86,7 +105,7 @@ class LocoTrackRefiner(nn.Module):
         """The maps of a video `[B, T, 256, 256, 3]` in [-1, 1]; frames are independent of each other."""
         units = self.resnet_torch(video.flatten(0, 1).movedim(-1, 1))
         maps = (units[index].movedim(1, -1).unflatten(0, video.shape[:2]) for index in (1, 3, 0))
-        return LocoTrackFeatures(*(x / x.square().sum(-1, keepdim=True).clamp(min=1e-12).sqrt() for x in maps))
+        return LocoTrackFeatures(*map(_unit, maps))
 
     def forward(self, video: Tensor, queries: Tensor, start: TrackerOutput | None = None) -> TrackerOutput:
         """Tracks `queries` through `video`.
@@ -106,34 +125,59 @@ class LocoTrackRefiner(nn.Module):
             ValueError: a shape is not the above.
         """
         height, width = self.resolution
-        for name, x in (("video", video), ("queries", queries)):
-            if not x.is_floating_point():
-                raise TypeError(f"{name} must be floating point, got {x.dtype}")
+        if not video.is_floating_point():
+            raise TypeError(f"video must be floating point, got {video.dtype}")
         if video.ndim != 5 or video.shape[2:] != (height, width, 3) or video.shape[1] == 0:
             raise ValueError(f"video must be [B, T, {height}, {width}, 3] with T >= 1, got {list(video.shape)}")
-        if queries.ndim != 3 or queries.shape[2] != 3 or queries.shape[0] != video.shape[0]:
-            raise ValueError(f"queries must be [{video.shape[0]}, N, 3] with rows (t, y, x), got {list(queries.shape)}")
-        expected = (*queries.shape[:2], video.shape[1], 2)
-        if start is not None and tuple(start.tracks.shape) != expected:
-            raise ValueError(f"start.tracks must be {list(expected)}, got {list(start.tracks.shape)}")
+        _check_queries(queries, start, video.shape[:2])
         return self.refine(self.features(video), queries, start)
 
-    def refine(self, features: LocoTrackFeatures, queries: Tensor, start: TrackerOutput | None = None) -> TrackerOutput:
-        """As `forward`, of features that are already computed."""
+    def refine(self, features: Sequence[Tensor], queries: Tensor, start: TrackerOutput | None = None) -> TrackerOutput:
+        """As `forward`, of features that are already computed, by this network or by another.
+
+        ::
+
+            grid = chrono.features(video)
+            better = refiner.refine(LocoTrackFeatures.of(grid), queries, chrono.track(grid, queries))
+
+        Only correlations enter the network, so that any maps will do, of any numbers of cells and channels; but weights
+        know the features that they were trained on. Those of the official checkpoints are LocoTrack's own: on other
+        features the refiner must be trained. Gradients reach the features.
+
+        Args:
+            features: three maps `[B, T, h, w, C]` of unit norm along C (which is not checked), each of the whole frames
+                and in LocoTrack's order: `LocoTrackFeatures`, or any other sequence.
+            queries, start: as in `forward`, in pixels of the 256 x 256 raster, whatever the sizes of the maps. Without
+                a start the position is matched on the first two maps, of which the second is the coarse one.
+
+        Raises:
+            TypeError: `features` is one tensor, or a map or `queries` is not floating point.
+            ValueError: a shape is not the above.
+        """
+        if isinstance(features, Tensor):
+            raise TypeError("features must be three maps, got one tensor; use LocoTrackFeatures.of(features)")
+        if len(features) != len(self.cmdtop):
+            raise ValueError(f"features must be {len(self.cmdtop)} maps [B, T, h, w, C], got {len(features)}")
+        for index, grid in enumerate(features):
+            _check_map(f"features[{index}]", grid)
+            if grid.shape[:2] != features[0].shape[:2]:
+                raise ValueError(
+                    f"features[{index}] must have B and T of features[0], {list(features[0].shape[:2])}, "
+                    f"got {list(grid.shape[:2])}"
+                )
+        _check_queries(queries, start, features[0].shape[:2])
+
         supports = [self._supports(grid, queries) for grid in features]
         if start is None:
-            hires, lowres = (support[:, :, 3, 3] for support in supports[:2])
-            start, _ = match_two_maps(
-                lowres,
-                features.lowres,
-                self.cost_conv,
-                self.occ_linear,
-                self.temperature,
-                self.resolution,
-                hires,
-                features.hires,
-                queries,
-            )
+            fine, coarse = features[:2]
+            if any(few > many for few, many in zip(coarse.shape[2:4], fine.shape[2:4], strict=True)):
+                raise ValueError(
+                    "without start, features[1] must be the coarser map, of no more cells than features[0], "
+                    f"{list(fine.shape[2:4])}, got {list(coarse.shape[2:4])}"
+                )
+            fine_query, query = (support[:, :, 3, 3] for support in supports[:2])
+            head = (self.cost_conv, self.occ_linear, self.temperature, self.resolution)
+            start, _ = match_two_maps(query, coarse, *head, fine_query, fine, queries)
         guess = start
         for _ in range(self.steps):
             guess = TrackerOutput(*(x.detach() for x in guess))
@@ -151,6 +195,41 @@ class LocoTrackRefiner(nn.Module):
         x = (x * (columns / self.resolution[1]))[..., None, None] + offset
         y, x, t = torch.broadcast_tensors(y, x, t[..., None, None])
         return sample_features(features, *(place.flatten(1) for place in (t, y, x))).unflatten(1, (-1, 7, 7))
+
+
+def _unit(features: Tensor) -> Tensor:
+    return features / features.square().sum(-1, keepdim=True).clamp(min=1e-12).sqrt()
+
+
+def _resized(grid: Tensor, cells: int) -> Tensor:
+    """`[B, T, cells, cells, C]` of unit norm."""
+    if grid.shape[2:4] == (cells, cells):
+        return _unit(grid)
+    images = grid.flatten(0, 1).movedim(-1, 1)
+    resized = F.interpolate(images, size=(cells, cells), mode="bilinear", align_corners=False)
+    return _unit(resized.movedim(1, -1).unflatten(0, grid.shape[:2]))
+
+
+def _check_map(name: str, grid: Tensor) -> None:
+    """Raise TypeError or ValueError unless it is a map of features."""
+    if not grid.is_floating_point():
+        raise TypeError(f"{name} must be floating point, got {grid.dtype}")
+    if grid.ndim != 5 or 0 in grid.shape[1:]:
+        raise ValueError(
+            f"{name} must be [B, T, h, w, C] with at least one frame, cell and channel, got {list(grid.shape)}"
+        )
+
+
+def _check_queries(queries: Tensor, start: TrackerOutput | None, clip: Sequence[int]) -> None:
+    """Raise TypeError or ValueError unless both are of a clip of (B, T)."""
+    if not queries.is_floating_point():
+        raise TypeError(f"queries must be floating point, got {queries.dtype}")
+    batch, frames = clip
+    if queries.ndim != 3 or queries.shape[2] != 3 or queries.shape[0] != batch:
+        raise ValueError(f"queries must be [{batch}, N, 3] with rows (t, y, x), got {list(queries.shape)}")
+    expected = [*queries.shape[:2], frames, 2]
+    if start is not None and list(start.tracks.shape) != expected:
+        raise ValueError(f"start.tracks must be {expected}, got {list(start.tracks.shape)}")
 
 
 class _Conv(nn.Conv2d):
