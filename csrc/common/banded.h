@@ -8,13 +8,18 @@
 
 namespace tritonkern::TRITONKERN_ISA {
 
-// Rows that share the loads of a product with a band, and vectors of channels kept in registers for each of them; x86 has 32
-// registers from AVX-512 on, aarch64 always.
-constexpr int kBlock = 4;
+// Vectors of channels whose sums stay in registers; x86 has 32 registers from AVX-512 on, aarch64 always.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kColumns = 4;
 #else
 constexpr int kColumns = 2;
+#endif
+// Rows that share the loads of a product with a band, by vectors of channels: 16 registers hold the sums of three by four,
+// three weights and what they are multiplied with, but without a fused multiplication the product takes one more.
+#if defined(__FMA__) && !defined(__AVX512F__)
+constexpr int kBlock = 3, kBlockColumns = 4;
+#else
+constexpr int kBlock = 4, kBlockColumns = kColumns;
 #endif
 // Diagonals whose dot products are summed at once: 16 registers hold a window of 13 and the queries.
 constexpr int kDiagonals = 13;
@@ -28,7 +33,7 @@ TRITONKERN_INLINE void for_tiles(int64_t begin, int64_t end, const Use& use) {
 }
 
 // dots[o * pitch] = x . y[:, o] for a vector of queries, lane by lane, and all diagonals o. Both are columns: x[d * lanes]
-// and y[d * stride + o].
+// and y[d * stride + o]; `dim` is even.
 template <class A>
 TRITONKERN_INLINE void band_dots(const A* x, const A* y, int64_t stride, int64_t dim, int64_t window, A* dots,
                                  int64_t pitch) {
@@ -38,10 +43,12 @@ TRITONKERN_INLINE void band_dots(const A* x, const A* y, int64_t stride, int64_t
         constexpr int diagonals = tile;
         for (int64_t begin = 0; begin < dim; begin += part) {
             Vec<A> sum[diagonals] = {};
-            for (int64_t d = begin; d < min(begin + part, dim); ++d) {
-                const Vec<A> column = load(x + d * kLanes<A>);
-                TRITONKERN_UNROLL
-                for (int i = 0; i < diagonals; ++i) sum[i] += column * load(y + d * stride + o + i);
+            for (int64_t d = begin; d < min(begin + part, dim); d += 2) {
+                for (const int64_t channel : {d, d + 1}) {
+                    const Vec<A> column = load(x + channel * kLanes<A>);
+                    TRITONKERN_UNROLL
+                    for (int i = 0; i < diagonals; ++i) sum[i] += column * load(y + channel * stride + o + i);
+                }
             }
             TRITONKERN_UNROLL
             for (int i = 0; i < diagonals; ++i) {
@@ -73,18 +80,19 @@ namespace detail {
 template <class A, int N>
 TRITONKERN_INLINE void gather_tile(const Band& band, Diagonals<A> weights, Rows<A> x, A* const (&out)[kBlock],
                                    int64_t d) {
-    const A* weight[kBlock];
-    for (int r = 0; r < kBlock; ++r) weight[r] = weights.data + r * weights.row;
     Vec<A> sum[kBlock][N] = {};
     const auto add = [&](int64_t entry, const auto& sees) __attribute__((always_inline)) {
-        Vec<A> row[N];
+        const A *row = x[band.first + entry] + d, *weight = weights.data + entry * weights.entry;
+        Vec<A> factor[kBlock];
         TRITONKERN_UNROLL
-        for (int v = 0; v < N; ++v) row[v] = load(x[band.first + entry] + d + v * kLanes<A>);
+        for (int r = 0; r < kBlock; ++r)
+            if (sees(r)) factor[r] = broadcast(weight[r * weights.row]);
         TRITONKERN_UNROLL
-        for (int r = 0; r < kBlock; ++r) {
-            if (!sees(r)) continue;
+        for (int v = 0; v < N; ++v) {
+            const Vec<A> part = load(row + v * kLanes<A>);
             TRITONKERN_UNROLL
-            for (int v = 0; v < N; ++v) sum[r][v] += weight[r][entry * weights.entry] * row[v];
+            for (int r = 0; r < kBlock; ++r)
+                if (sees(r)) sum[r][v] += factor[r] * part;
         }
     };
     const auto exists = [&](int64_t entry) { return band.begin <= entry && entry < band.end; };
@@ -110,7 +118,7 @@ TRITONKERN_INLINE void gather_tile(const Band& band, Diagonals<A> weights, Rows<
 // out[r] = sum over the entries that row r sees of their weights times x[entry], `dim` channels (whole vectors).
 template <class A>
 void band_gather(const Band& band, Diagonals<A> weights, Rows<A> x, A* const (&out)[kBlock], int64_t dim) {
-    for_tiles<kColumns>(0, dim / kLanes<A>, [&](int64_t column, auto tile) __attribute__((always_inline)) {
+    for_tiles<kBlockColumns>(0, dim / kLanes<A>, [&](int64_t column, auto tile) __attribute__((always_inline)) {
         detail::gather_tile<A, tile>(band, weights, x, out, column * kLanes<A>);
     });
 }

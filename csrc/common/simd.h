@@ -187,10 +187,9 @@ TRITONKERN_INLINE Vec<A> exp(Vec<A> x) {
     constexpr A shifter = A(int64_t(3) << (mantissa_bits - 1)) + bias;
     constexpr A smallest = A((1 - bias) * 0.693147180559945309L);
 
-    const Vec<A> clamped = x < smallest ? broadcast(smallest) : x;
-    const Vec<A> shifted = clamped * log2_e + shifter;
+    const Vec<A> shifted = x * log2_e + shifter;
     const Vec<A> n = shifted - shifter;
-    const Vec<A> r = (clamped - n * ln2_high) - n * ln2_low;
+    const Vec<A> r = (x - n * ln2_high) - n * ln2_low;
     A coefficient = 1;
     for (int k = 2; k <= degree; ++k) coefficient /= A(k);
     Vec<A> series = broadcast(coefficient);
@@ -200,6 +199,7 @@ TRITONKERN_INLINE Vec<A> exp(Vec<A> x) {
         series = series * r + coefficient;
     }
     const Vec<A> power = (Vec<A>)((BitsVec<A>)shifted << mantissa_bits);
+    // Below, and for -inf, whatever the bits say.
     return x < smallest ? Vec<A>{} : series * power;
 }
 

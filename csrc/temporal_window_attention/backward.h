@@ -56,7 +56,15 @@ class Backward {
             const Scratch scratch(plan, arena);
             for (int64_t i = first; i < last; ++i) {
                 const Task task(call, plan, i);
-                Prefetcher<S> ahead(call, Task(call, plan, min(i + 1, last - 1)));
+                Prefetcher<S> ahead(call, Task(call, plan, min(i + 1, last - 1)),
+                                    {{&call.query, left},
+                                     {&call.key, left + right},
+                                     {&call.value, left + right},
+                                     {&call.grad_out, left},
+                                     {&call.grad_query, 0},
+                                     {&call.grad_key, 0},
+                                     {&call.grad_value, 0}},
+                                    streams ? 3 : 0);
                 mark_existing(max<int64_t>(task.begin - right, 0) - left, call.T, plan.key_columns, scratch.exists);
                 for (int64_t s = 0; s < task.sequences; ++s) sequence(task, task.first_sequence + s, ahead, scratch);
             }
@@ -82,15 +90,7 @@ class Backward {
 
         const int64_t frames = last_query - first_query;
         for (int64_t t = 0; t < frames; t += L) {
-            ahead.fetch_rows(L,
-                             {{&call.query, left},
-                              {&call.key, left + right},
-                              {&call.value, left + right},
-                              {&call.grad_out, left},
-                              {&call.grad_query, 0},
-                              {&call.grad_key, 0},
-                              {&call.grad_value, 0}},
-                             streams ? 3 : 0);
+            ahead.fetch_rows(L);
             const auto dots = [&](Rows<A> rows, const A* columns, A* result) {
                 transpose_rows({rows[t], rows.stride}, min<int64_t>(L, frames - t), call.D, scratch.query_columns, L);
                 band_dots(scratch.query_columns, columns + t, plan.key_columns, call.D, plan.window, result + t,

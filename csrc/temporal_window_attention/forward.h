@@ -47,7 +47,9 @@ class Forward {
             const Scratch scratch(plan, arena);
             for (int64_t i = first; i < last; ++i) {
                 const Task task(call, plan, i);
-                Prefetcher<S> ahead(call, Task(call, plan, min(i + 1, last - 1)));
+                Prefetcher<S> ahead(call, Task(call, plan, min(i + 1, last - 1)),
+                                    {{&call.query, 0}, {&call.key, right}, {&call.value, right}, {&call.out, 0}},
+                                    streams ? 1 : 0);
                 mark_existing(task.begin - left, call.T, plan.key_columns, scratch.exists);
                 for (int64_t s = 0; s < task.sequences; ++s) sequence(task, task.first_sequence + s, ahead, scratch);
             }
@@ -69,8 +71,7 @@ class Forward {
         const Rows<A> queries = view(call.query).rows(task.begin, task.end, scratch.query);
         A* lse = static_cast<A*>(call.lse) + ((task.b * call.T + task.begin) * call.N + n) * call.H + h;
         for (int64_t t = 0; t < frames; t += L) {
-            ahead.fetch_rows(L, {{&call.query, 0}, {&call.key, right}, {&call.value, right}, {&call.out, 0}},
-                             streams ? 1 : 0);
+            ahead.fetch_rows(L);
             A* weights = scratch.weights + t;
             transpose_rows({queries[t], queries.stride}, min<int64_t>(L, frames - t), call.D, scratch.query_columns, L);
             band_dots(scratch.query_columns, scratch.key_columns + t, plan.key_columns, call.D, plan.window, weights,

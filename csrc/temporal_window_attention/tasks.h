@@ -30,7 +30,7 @@ struct Plan {
         window = left + right + 1;
         padded_dim = round_up(call.D, kLanes<A>);
         // Odd numbers of vectors: a power of two would put all rows of a column into the same cache sets.
-        pitch = round_up(min(call.T, chunk + queries_around), max(kLanes<A>, kBlock)) | kLanes<A>;
+        pitch = round_up(round_up(min(call.T, chunk + queries_around), kBlock), kLanes<A>) | kLanes<A>;
         key_columns = (pitch + round_up(window - 1, kLanes<A>) + kLanes<A>) | kLanes<A>;
         // Waking a thread costs some microseconds; give it at least that much work.
         const int64_t work = call.B * call.T * sequences * (left + right + kBlock) * call.D;
@@ -72,32 +72,48 @@ class Prefetcher {
         int64_t later;  // frames: those before were read by the task before
     };
 
-    Prefetcher(const TemporalWindowAttention& c, const Task& coming) : call(c), task(coming), t(coming.begin) {
-        const int64_t last = coming.first_sequence + coming.sequences - 1;
-        n = coming.first_sequence / c.H, h = coming.first_sequence % c.H;
-        spans = last / c.H != n;
+    // Results come last among the targets, and are left out where they bypass the caches.
+    Prefetcher(const TemporalWindowAttention& call, const Task& coming, std::initializer_list<Target> targets,
+               int64_t left_out)
+        : sequences(coming.sequences), t(coming.begin), end(coming.end), last_frame(call.T - 1) {
+        const int64_t n = coming.first_sequence / call.H, h = coming.first_sequence % call.H;
+        const bool spans = (coming.first_sequence + sequences - 1) / call.H != n;
+        for (const Target* target = targets.begin(); target < targets.end() - left_out; ++target) {
+            const TensorView& x = *target->tensor;
+            // Heads, and positions if there are several, that do not lie side by side are left to the hardware.
+            const bool dense = x.stride[3] == call.D && (!spans || x.stride[2] == call.H * call.D);
+            const int64_t element = sizeof(S), bytes = (dense ? sequences : 1) * call.D * element;
+            const char* first = reinterpret_cast<const char*>(Sequence<S>(x, call.D, coming.b, n, h).row(0));
+            streams[count++] = {first, x.stride[1] * element, bytes, target->later};
+        }
     }
 
-    // `rows` rows of one sequence have been computed: as many of the coming task are due. Results come last among the targets,
-    // and are left out where they bypass the caches.
-    TRITONKERN_INLINE void fetch_rows(int64_t rows, std::initializer_list<Target> targets, int64_t left_out) {
-        for (due += rows; due >= task.sequences && t < task.end; due -= task.sequences, ++t) {
-            for (const Target* target = targets.begin(); target < targets.end() - left_out; ++target) {
-                const TensorView& x = *target->tensor;
-                const S* row = Sequence<S>(x, call.D, task.b, n, h).row(min(t + target->later, call.T - 1));
-                // Heads, and positions if there are several, that do not lie side by side are left to the hardware.
-                const bool dense = x.stride[3] == call.D && (!spans || x.stride[2] == call.H * call.D);
-                const int64_t count = (dense ? task.sequences : 1) * call.D;
-                for (int64_t d = 0; d < count; d += kCacheLine / int64_t(sizeof(S))) __builtin_prefetch(row + d, 0, 2);
+    // `rows` rows of one sequence have been computed: as many of the coming task are due.
+    TRITONKERN_INLINE void fetch_rows(int64_t rows) {
+        for (due += rows; due >= sequences && t < end; due -= sequences, ++t) {
+            for (int i = 0; i < count; ++i) {
+                const Stream& stream = streams[i];
+                const char* row = stream.first + min(t + stream.later, last_frame) * stream.stride;
+                const char *stop = row + stream.bytes, *whole = stop - 3 * kCacheLine;
+                for (; row < whole; row += 4 * kCacheLine) {
+                    TRITONKERN_UNROLL
+                    for (int line = 0; line < 4; ++line) __builtin_prefetch(row + line * kCacheLine, 0, 2);
+                }
+                for (; row < stop; row += kCacheLine) __builtin_prefetch(row, 0, 2);
             }
         }
     }
 
   private:
-    const TemporalWindowAttention& call;
-    const Task task;
-    int64_t t, n, h, due = 0;
-    bool spans;
+    struct Stream {
+        const char* first;  // frame 0
+        int64_t stride, bytes, later;
+    };
+    Stream streams[7];
+    int count = 0;
+    const int64_t sequences;
+    int64_t t, due = 0;
+    const int64_t end, last_frame;
 };
 
 // Marks of the keys first..first+count-1: -1 for one of the clip's frames 0..T-1, else 0.
