@@ -10,12 +10,15 @@ import os
 import sys
 from pathlib import Path
 
+import measure
 import pytest
 import torch
+import torch._dynamo  # looks for packages while it is imported, and must not find the stand-ins of the tests
 from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from official import needs_official, official  # noqa: F401
+from test_integrations_tapir import tapir  # noqa: F401
 
 import tritonkern
 
@@ -41,9 +44,19 @@ def pair(request, device):
         handle.restore()
 
 
+def in_tf32(call):
+    """Runs the call with matrix products in TF32, which keeps 10 of the 23 bits of a float32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        call()
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @torch.no_grad()
-def measure_both(compare, name, models, call, target, tolerance):
-    """`call(model)` returns tracks in pixels, or values of about one."""
+def measure_both(compare, name, models, call, target, tolerance, compiled=False):
+    """`call(model)` returns tracks in pixels, or values of about one; `compiled`: torch.compile takes it whole."""
     ours, theirs = models
     with FlopCounterMode(display=False) as counter:
         expected = call(theirs)
@@ -52,6 +65,12 @@ def measure_both(compare, name, models, call, target, tolerance):
     assert difference < tolerance
     # Compared above: positions, and coordinates that grid_sample normalises, differ by more than the last places.
     calls = {"patched": lambda: (call(ours), None)[1], "unpatched": lambda: (call(theirs), None)[1]}
+    if compiled:
+        torch.compiler.reset()
+        step = torch.compile(call)
+        calls["unpatched, compiled"] = lambda: (step(theirs), None)[1]
+    if expected.is_cuda:
+        calls["unpatched, TF32"] = lambda: in_tf32(lambda: call(theirs))
     shape = (1, FRAMES, POINTS)
     compare(name, shape, torch.float32, "forward", calls, 0, counter.get_total_flops(), {"unpatched": target})
 
@@ -64,11 +83,13 @@ def queries(device, height, width, order):
 
 OFFLINE = ("co-tracker", "cotracker.models.core.cotracker.cotracker3_offline", "CoTrackerThreeOffline")
 ONLINE = ("co-tracker", "cotracker.models.core.cotracker.cotracker3_online", "CoTrackerThreeOnline")
+OFFLINE_OPTIONS = {"stride": 4, "corr_radius": 3, "window_len": 60}
+TAPIR = ("tapnet", "tapnet.torch.tapir_model", "TAPIR")
 LOCOTRACK = ("locotrack/locotrack_pytorch", "models.locotrack_model", "LocoTrack")
 
 
 def test_cotracker_offline(compare, pair, device):
-    models = pair(*OFFLINE, stride=4, corr_radius=3, window_len=60)
+    models = pair(*OFFLINE, **OFFLINE_OPTIONS)
     video = torch.rand(1, FRAMES, 3, 384, 512, device=device) * 255
     points = queries(device, 383, 511, "txy")
     measure_both(compare, "CoTracker3 offline", models, lambda m: m(video, points, iters=6)[0], END_TO_END, 1e-3)
@@ -97,19 +118,53 @@ def test_cotracker_online(compare, pair, device):
     measure_both(compare, "CoTracker3 online, a window", models, second_window, 1.3, 1e-3)
 
 
-def test_cotracker_correlation_and_first_layer(compare, pair, device):
-    models = pair(*OFFLINE, stride=4, corr_radius=3, window_len=60)
-    features = torch.nn.functional.normalize(torch.randn(1, FRAMES, 96, 128, 128, device=device), dim=-1).movedim(-1, 2)
-    places = torch.rand(FRAMES, POINTS, 2, device=device) * 96
+def correlation_and_first_layer(frames, points, device):
+    """As a function of the model: from features of the finest level to what its first layer makes of correlations."""
+    features = torch.nn.functional.normalize(torch.randn(1, frames, 96, 128, 128, device=device), dim=-1).movedim(-1, 2)
+    places = torch.rand(frames, points, 2, device=device) * 96
     # As the model has it: the points are the last axis but one in memory
-    support = torch.randn(1, 7, 7, POINTS, 128, device=device).permute(0, 3, 1, 2, 4)
+    support = torch.randn(1, 7, 7, points, 128, device=device).permute(0, 3, 1, 2, 4)
 
     def first_layer(model):
         patches = model.get_correlation_feat(features, places)
         volume = torch.einsum("btnhwc,bnijc->btnhwij", patches, support)
-        return model.corr_mlp.fc1(volume.reshape(FRAMES * POINTS, 49 * 49))
+        return model.corr_mlp.fc1(volume.reshape(frames * points, 49 * 49))
 
-    measure_both(compare, "CoTracker3, correlation and first layer, finest level", models, first_layer, STEP, 1e-4)
+    return first_layer
+
+
+def test_cotracker_correlation_and_first_layer(compare, pair, device):
+    models, step = pair(*OFFLINE, **OFFLINE_OPTIONS), correlation_and_first_layer(FRAMES, POINTS, device)
+    name = "CoTracker3, correlation and first layer, finest level"
+    measure_both(compare, name, models, step, STEP, 1e-4, compiled=True)
+
+
+@torch.no_grad()
+def test_cotracker_memory(pair, device, capsys):
+    """Peak memory beyond the result, of 24 frames and 2,500 points: meant to be at most 2 % of the official code's.
+
+    What that needs is gigabytes and in proportion to the points: it is measured with a tenth of them.
+    """
+    ours, theirs = pair(*OFFLINE, **OFFLINE_OPTIONS)
+    frames, points, fewer = 24, 2500, 250
+
+    def memory(model, count):
+        """Of temporaries and of the result, in MiB."""
+        step = correlation_and_first_layer(frames, count, device)
+        result = step(model).nbytes / 2**20  # and libraries have their workspace from now on
+        peak = measure.peak_memory(lambda: step(model), device)
+        if peak is None:
+            pytest.skip("the system does not tell a process its peak memory")
+        return peak / 2**20 - result, result
+
+    (mine, result), (part, _) = memory(ours, points), memory(theirs, fewer)
+    scaled = part * points / fewer
+    with capsys.disabled():
+        print(
+            f"\nCoTracker3, correlation and first layer, finest level, T {frames}, N {points}, MiB beside a result of "
+            f"{result:.1f}: patched {mine:.1f}, unpatched {scaled:.0f} ({points // fewer} times {part:.1f}, measured "
+            f"at N {fewer}): {mine / scaled:.2%}, meant to be at most 2 %"
+        )
 
 
 def test_locotrack(compare, pair, device):
@@ -132,4 +187,12 @@ def test_locotrack_cost_volume(compare, pair, device):
     def track(model):
         return model.tracks_from_cost_volume(query, query_fine, coarse, fine, None, im_shp=image)[0]
 
-    measure_both(compare, "LocoTrack-B, cost volume", models, track, None, 1e-3)
+    measure_both(compare, "LocoTrack-B, cost volume", models, track, None, 1e-3, compiled=True)
+
+
+def test_tapir_mixer_block(compare, tapir, pair, device):  # noqa: F811
+    """One of the twelve blocks of an iteration, its linear layers included."""
+    models = pair(*TAPIR, pyramid_level=1)
+    x = torch.randn(POINTS, FRAMES, models[0].torch_pips_mixer.hidden_dim, device=device)
+    name = "BootsTAPIR, a block of the mixer"
+    measure_both(compare, name, models, lambda m: m.torch_pips_mixer.blocks[0](x)[0], None, 1e-4, compiled=True)
