@@ -118,13 +118,15 @@ def test_positions_matched_on_another_networks_map(level, tolerance):
     refiner = LocoTrackRefiner("small", steps=0)
     refiner.cost_conv.weight.zero_()[0, 1 if level == "fine" else 0, 1, 1] = 1
     refiner.cost_conv.bias.zero_()
-    # Cells of twice the size, so that the map of half the resolution knows them apart
-    pattern = F.normalize(torch.randn(1, 1, 32, 32, 96), dim=-1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+    # For the map of half the resolution cells of twice the size, so that it knows them apart
+    size = 1 if level == "fine" else 2
+    pattern = F.normalize(torch.randn(1, 1, 64 // size, 64 // size, 96), dim=-1)
+    pattern = pattern.repeat_interleave(size, 2).repeat_interleave(size, 3)
     moves = torch.tensor([[0, 0], [4, -6], [-2, 8]])  # (x, y)
     grid = torch.cat([pattern.roll((int(y), int(x)), (2, 3)) for x, y in moves], 1)
-    # Centres of the large cells, well inside: the picture does not wrap around.
-    cells = torch.randint(5, 27, (1, 12, 2))
-    queries = torch.cat([torch.zeros(1, 12, 1), (cells + 0.5) * 8], -1)
+    # Centres of cells well inside: the picture does not wrap around.
+    cells = torch.randint(10, 54, (1, 12, 2)) // size
+    queries = torch.cat([torch.zeros(1, 12, 1), (cells + 0.5) * 4 * size], -1)
     tracks = refiner.refine(LocoTrackFeatures.of(grid), queries).tracks
     expected = queries[..., 1:].flip(-1)[:, :, None] + moves * 4.0
     torch.testing.assert_close(tracks, expected, atol=tolerance, rtol=0)
