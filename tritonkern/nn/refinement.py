@@ -17,6 +17,9 @@ from torch import Tensor, nn
 from tritonkern.functional import local_correlation, soft_argmax_2d
 from tritonkern.nn.correlation import TrackerOutput, put_queries, scaled
 
+_MATCH_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+"""Of both maps of the queries that are matched at a time."""
+
 
 def match_two_maps(
     query: Tensor,
@@ -35,22 +38,29 @@ def match_two_maps(
     that of `queries` `[B, N, 3]` (t, y, x). `resolution` is (height, width) of the raster of positions.
     """
     cost = torch.einsum("bnc,bthwc->bnthw", query, features)
-    leading, (rows, columns) = cost.shape[:3], fine_features.shape[2:4]
-    # [B * N * T, 2, h, w]; the parts are not named, so that they are freed at once.
-    both = torch.stack(
-        [
-            F.interpolate(cost.flatten(0, 1), (rows, columns), mode="bilinear", align_corners=False).flatten(0, 1),
-            torch.einsum("bnc,bthwc->bnthw", fine_query, fine_features).flatten(0, 2),
-        ],
-        1,
-    )
-    mixed = F.conv2d(both, cost_conv.weight, cost_conv.bias, padding=1)
-    cells = soft_argmax_2d(mixed.view(*leading, rows, columns), temperature=temperature)
-    tracks = scaled(cells, resolution[1] / columns, resolution[0] / rows)
+    rows, columns = size = fine_features.shape[2:4]
+    # Some queries at a time: what is computed of the maps of all of them does not fit into a cache.
+    of_a_query = 2 * features.shape[0] * features.shape[1] * rows * columns * cost.element_size()
+    few = max(1, _MATCH_BYTES.get(cost.device.type, _MATCH_BYTES["cuda"]) // of_a_query)
+    found, statistics = [], []
+    for coarse, fine in zip(cost.split(few, 1), fine_query.split(few, 1), strict=True):
+        leading = coarse.shape[:3]
+        # [B * n * T, 2, h, w]; the parts are not named, so that they are freed at once.
+        both = torch.stack(
+            [
+                F.interpolate(coarse.flatten(0, 1), size, mode="bilinear", align_corners=False).flatten(0, 1),
+                torch.einsum("bnc,bthwc->bnthw", fine, fine_features).flatten(0, 2),
+            ],
+            1,
+        )
+        mixed = F.conv2d(both, cost_conv.weight, cost_conv.bias, padding=1)
+        found.append(soft_argmax_2d(mixed.view(*leading, rows, columns), temperature=temperature))
+        smallest, largest = both.flatten(2).aminmax(dim=-1)
+        statistics.append(torch.cat([both.mean((2, 3)), largest, smallest], -1).unflatten(0, leading))
+    tracks = scaled(torch.cat(found, 1), resolution[1] / columns, resolution[0] / rows)
     if queries is not None:
         tracks = put_queries(tracks, queries)
-    smallest, largest = both.flatten(2).aminmax(dim=-1)
-    logits = occ_linear(torch.cat([both.mean((2, 3)), largest, smallest], -1)).unflatten(0, leading)
+    logits = occ_linear(torch.cat(statistics, 1))
     return TrackerOutput(tracks, logits[..., 0], logits[..., 1]), cost
 
 
