@@ -4,9 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from official import needs_official, official  # noqa: F401
+from torch import nn
 
 from tritonkern.models import Chrono, LocoTrackFeatures, LocoTrackRefiner, TrackerOutput
 from tritonkern.models.dinov2 import DINOv2Config
+from tritonkern.nn import refinement
 
 
 def clip(frames=3, queries=5):
@@ -232,3 +234,18 @@ def test_official(official, size):  # noqa: F811
         error, own_error = ((x - oracle).abs().max().item() for x in (logits, theirs_))
         print(f"logits: error {error:.1e}, the official code's own {own_error:.1e}")
         assert error <= 2 * own_error + torch.finfo(torch.float32).eps * oracle.abs().max().item()
+
+
+def test_match_does_not_depend_on_how_many_queries_are_taken_at_a_time(monkeypatch):
+    coarse, fine = torch.randn(2, 3, 4, 5, 8).double(), torch.randn(2, 3, 8, 10, 6).double()
+    query, fine_query = torch.randn(2, 7, 8).double().requires_grad_(), torch.randn(2, 7, 6).double()
+    queries = torch.rand(2, 7, 3) * torch.tensor([2.0, 32, 40])
+    layers = nn.Conv2d(2, 1, 3).double(), nn.Linear(6, 2).double()
+    results = []
+    for limit in (1 << 30, 3 * 2 * 2 * 3 * 8 * 10 * 8):  # all of them, three at a time
+        monkeypatch.setitem(refinement._MATCH_BYTES, "cpu", limit)
+        output, cost = refinement.match_two_maps(query, coarse, *layers, 20.0, (32, 40), fine_query, fine, queries)
+        (gradient,) = torch.autograd.grad(output.tracks.sum() + output.occlusion.sum(), query)
+        results.append((*output, cost, gradient))
+    for x, y in zip(*results, strict=True):
+        torch.testing.assert_close(x, y)
