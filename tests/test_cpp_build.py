@@ -158,7 +158,7 @@ def test_every_kernel_file_has_a_memory_driver():
 @pytest.mark.parametrize("operation", sorted(DRIVERS))
 def test_sanitizers_find_nothing(operation, isa, tmp_path):
     """On the best instruction set of this machine, or, in `make aot` (TRITONKERN_AOT=all), on every one."""
-    command = [compiler(), "-std=c++17", "-O1", "-g1", "-Wno-psabi", f"-I{ROOT / 'csrc'}", f"-DTRITONKERN_ISA={isa}"]
+    command = [compiler(), "-std=c++17", "-O0", "-g1", "-Wno-psabi", f"-I{ROOT / 'csrc'}", f"-DTRITONKERN_ISA={isa}"]
     command += [
         "-fsanitize=address,undefined",
         "-fno-sanitize-recover=all",
