@@ -197,6 +197,8 @@ def test_errors_of_features(refiner):
         refiner.refine([features[0], features[1][0], features[2]], queries, start())
     with pytest.raises(ValueError, match=r"features\[0\] must be .* got \[1, 3, 12, 16, 0\]"):
         refiner.refine([features[0][..., :0], *features[1:]], queries, start())
+    with pytest.raises(TypeError, match="grid must be floating point, got list"):
+        LocoTrackFeatures.of([1, 2])
     with pytest.raises(TypeError, match=r"features\[2\] must be floating point, got torch.int32"):
         refiner.refine([*features[:2], features[2].int()], queries, start())
     with pytest.raises(ValueError, match=r"features\[2\] must have B and T of features\[0\], \[1, 3\], got \[1, 2\]"):

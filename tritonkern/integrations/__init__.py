@@ -104,7 +104,7 @@ def patch(model: nn.Module, precision: str = "float32") -> Patch:
         raise ValueError(
             f"model holds no tracker that tritonkern knows: neither {type(model).__name__} nor one of its submodules "
             f"is built like the model of {' or '.join(REPOSITORIES)}; pass the model itself, uncompiled and not "
-            "wrapped by FSDP"
+            "wrapped by FSDP; tritonkern's own models need no patch"
         )
     for path, module, method, _ in replacements:
         if method in module.__dict__:

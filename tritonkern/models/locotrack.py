@@ -212,8 +212,9 @@ def _resized(grid: Tensor, cells: int) -> Tensor:
 
 def _check_map(name: str, grid: Tensor) -> None:
     """Raise TypeError or ValueError unless it is a map of features."""
-    if not grid.is_floating_point():
-        raise TypeError(f"{name} must be floating point, got {grid.dtype}")
+    if not isinstance(grid, Tensor) or not grid.is_floating_point():
+        what = grid.dtype if isinstance(grid, Tensor) else type(grid).__name__
+        raise TypeError(f"{name} must be floating point, got {what}")
     if grid.ndim != 5 or 0 in grid.shape[1:]:
         raise ValueError(
             f"{name} must be [B, T, h, w, C] with at least one frame, cell and channel, got {list(grid.shape)}"
