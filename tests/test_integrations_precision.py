@@ -137,6 +137,14 @@ def test_features_are_rounded_once(twin, monkeypatch):
         assert torch.equal(twin.tracks(), first)
 
 
+def test_features_that_were_written_to_are_rounded_again():
+    precision, features = _precision.Precision("bf16"), torch.ones(3)
+    first = precision.rounded(features)
+    assert precision.rounded(features) is first
+    features.mul_(2)
+    assert torch.equal(precision.rounded(features), torch.full((3,), 2.0, dtype=torch.bfloat16))
+
+
 def gradients(twin):
     twin.model.zero_grad(set_to_none=True)
     twin.tracks().square().mean().backward()

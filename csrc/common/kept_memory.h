@@ -12,8 +12,8 @@ namespace tritonkern {
 
 // `size` bytes, not initialised. Beyond 32 MiB malloc maps fresh pages for every request, and below it does so whenever the top
 // of its heap was given back to the system in between; the page faults of writing them take longer than most computations here:
-// 42 ms where writing 100 MiB takes 6. So a block that is given back waits for a request of about its size. Asking for huge pages instead was slower still on virtual machines whose host takes free pages
-// back. Not thread-safe: Python calls it under its lock.
+// 43 ms for 100 MB ("a fresh result, filled" of `make bench`). So a block that is given back waits for a request of about its
+// size. Not thread-safe: Python calls it under its lock.
 class KeptMemory {
   public:
     explicit KeptMemory(size_t size) : size(size) {

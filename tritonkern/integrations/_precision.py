@@ -12,6 +12,20 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 PRECISIONS = ("float32", "tf32", "bf16")
 
+
+class Copies:
+    """What was made of a tensor, kept for as long as the tensor lives and nobody writes to it."""
+
+    def __init__(self) -> None:
+        self._made = WeakTensorKeyDictionary()
+
+    def of(self, x: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+        version = None if x.is_inference() else x._version  # PyTorch counts no writes to an inference tensor
+        if x not in self._made or self._made[x][0] != version:
+            self._made[x] = version, make(x)
+        return self._made[x][1]
+
+
 # The setting belongs to the process: two threads that changed it in turn would restore each other's value.
 _SETTING = threading.RLock()
 
@@ -23,7 +37,7 @@ class Precision:
         if name not in PRECISIONS:
             raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
         self.name = name
-        self._copies = WeakTensorKeyDictionary()
+        self._copies = Copies()
 
     def __call__(
         self,
@@ -51,9 +65,7 @@ class Precision:
             return features
         if features.requires_grad:
             return features.bfloat16()
-        if features not in self._copies:
-            self._copies[features] = features.bfloat16()
-        return self._copies[features]
+        return self._copies.of(features, Tensor.bfloat16)
 
 
 @contextmanager

@@ -19,10 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from tritonkern.functional import local_correlation_linear
-from tritonkern.integrations._precision import Precision
+from tritonkern.integrations._precision import Copies, Precision
 
 
 def replacements(model: nn.Module, precision: Precision) -> Iterator[tuple[str, nn.Module, str, Any]]:
@@ -34,7 +33,7 @@ def replacements(model: nn.Module, precision: Precision) -> Iterator[tuple[str, 
         for name, module in tracker.updateformer.named_modules():
             if _is_attention(module):
                 yield f"{prefix}updateformer.{name}", module, "forward", _attention
-        yield path, tracker, "get_correlation_feat", _promise_patches(WeakTensorKeyDictionary(), precision)
+        yield path, tracker, "get_correlation_feat", _promise_patches(Copies(), precision)
         if callable(getattr(tracker, "init_video_online_processing", None)):
             kept = _KeptFeatures()
             yield path, tracker, "forward", kept.track
@@ -71,7 +70,7 @@ def _attention(self: Any, x: Tensor, context: Tensor | None = None, attn_bias: T
     return self.to_out(mixed.transpose(1, 2).flatten(2))
 
 
-def _promise_patches(copies: Any, precision: Precision) -> Any:
+def _promise_patches(copies: Copies, precision: Precision) -> Any:
     def get_correlation_feat(self: Any, fmaps: Tensor, queried_coords: Tensor) -> _Patches:
         """Takes the place of the method of that name: features `[B, T, C, h, w]`, points `[B * T, N, 2]`."""
         return _Patches(self, fmaps, queried_coords, copies, precision)
@@ -99,7 +98,7 @@ class _Promise:
 class _Patches(_Promise):
     """The (2r + 1)^2 samples around every point: `[B, T, N, 2r + 1, 2r + 1, C]`, offsets along x first, then y."""
 
-    def __init__(self, tracker: Any, features: Tensor, points: Tensor, copies: Any, precision: Precision) -> None:
+    def __init__(self, tracker: Any, features: Tensor, points: Tensor, copies: Copies, precision: Precision) -> None:
         self.tracker, self.features, self.points = tracker, features, points
         self.copies, self.precision = copies, precision
 
@@ -110,9 +109,7 @@ class _Patches(_Promise):
         if cells.stride(-1) == 1 or cells.requires_grad:
             return cells
         # More frames than fit through the encoder at once: put together by the model, channels first.
-        if features not in self.copies:
-            self.copies[features] = cells.contiguous()
-        return self.copies[features]
+        return self.copies.of(features, lambda x: x.movedim(2, -1).contiguous())
 
     def tensor(self) -> Tensor:
         return type(self.tracker).get_correlation_feat(self.tracker, self.features, self.points)

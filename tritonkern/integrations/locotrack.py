@@ -35,7 +35,7 @@ def replacements(model: nn.Module, precision: Precision) -> Iterator[tuple[str, 
             if _pads_like_tensorflow(module):
                 yield name, module, "forward", convolve_same
         yield path, tracker, "tracks_from_cost_volume", _tracks_from_cost_volume
-        yield path, tracker, "refine_pips", _refine_pips(partial(precision, local_correlation))
+        yield path, tracker, "refine_pips", partial(_refine_pips, precision=precision)
 
 
 def _is_tracker(module: Any) -> bool:
@@ -80,34 +80,31 @@ def _attention(biases: dict[Any, Tensor]) -> Any:
     return forward
 
 
-def _refine_pips(correlate: Any) -> Any:
-    def refine_pips(
-        self: Any,
-        target_feature: Any,
-        support_feature: Sequence[Tensor],
-        frame_features: Any,
-        pyramid: Sequence[Tensor],
-        pos_guess: Tensor,
-        occ_guess: Tensor,
-        expd_guess: Tensor,
-        orig_hw: tuple[int, int],
-        last_iter: Any = None,
-        mixer_iter: Any = 0.0,
-        resize_hw: tuple[int, int] = (256, 256),
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
-        """Takes the place of the method of that name: positions `[B, N, T, 2]` and logits `[B, N, T]`, one step better.
+def _refine_pips(
+    self: Any,
+    target_feature: Any,
+    support_feature: Sequence[Tensor],
+    frame_features: Any,
+    pyramid: Sequence[Tensor],
+    pos_guess: Tensor,
+    occ_guess: Tensor,
+    expd_guess: Tensor,
+    orig_hw: tuple[int, int],
+    last_iter: Any = None,
+    mixer_iter: Any = 0.0,
+    resize_hw: tuple[int, int] = (256, 256),
+    *args: Any,
+    precision: Precision,
+    **kwargs: Any,
+) -> tuple[Tensor, Tensor, Tensor, None, None]:
+    """Takes the place of the method of that name: positions `[B, N, T, 2]` and logits `[B, N, T]`, one step better.
 
-        The features that the official code hands from step to step are read by nobody, and are None here.
-        """
-        guess = TrackerOutput(pos_guess, occ_guess, expd_guess)
-        better = refine(
-            self.cmdtop, self.torch_pips_mixer, pyramid, support_feature, guess, orig_hw, resize_hw, correlate
-        )
-        return (*better, None, None)
-
-    return refine_pips
+    The features that the official code hands from step to step are read by nobody, and are None here.
+    """
+    correlate = partial(precision, local_correlation)
+    guess = TrackerOutput(pos_guess, occ_guess, expd_guess)
+    better = refine(self.cmdtop, self.torch_pips_mixer, pyramid, support_feature, guess, orig_hw, resize_hw, correlate)
+    return (*better, None, None)
 
 
 def _tracks_from_cost_volume(

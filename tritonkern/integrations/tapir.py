@@ -10,6 +10,7 @@ not square its samples do not lie one cell apart; there its own sampling runs, a
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,7 +31,7 @@ def replacements(model: nn.Module, precision: Precision) -> Iterator[tuple[str, 
             if _is_block(block):
                 yield f"{prefix}torch_pips_mixer.blocks.{index}", block, "forward", _block_forward
         yield path, tracker, "get_feature_grids", _get_feature_grids
-        yield path, tracker, "refine_pips", _refine_pips(precision)
+        yield path, tracker, "refine_pips", partial(_refine_pips, precision=precision)
         yield path, tracker, "tracks_from_cost_volume", _tracks_from_cost_volume
 
 
@@ -103,53 +104,52 @@ def _get_feature_grids(self: Any, *args: Any, **kwargs: Any) -> Any:
     return grids._replace(lowres=lowres, hires=hires)
 
 
-def _refine_pips(precision: Precision) -> Any:
-    def refine_pips(
-        self: Any,
-        target_feature: list[Tensor],
-        frame_features: None,
-        pyramid: list[Tensor],
-        pos_guess: Tensor,
-        occ_guess: Tensor,
-        expd_guess: Tensor,
-        orig_hw: tuple[int, int],
-        last_iter: Tensor | None = None,
-        mixer_iter: float = 0.0,
-        resize_hw: tuple[int, int] | None = None,
-        causal_context: dict[str, Tensor] | None = None,
-        get_causal_context: bool = False,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Takes the place of the method of that name: one iteration of the refinement, `[B, N, T, ...]` throughout."""
-        if resize_hw is None or any(grid.shape[2] != grid.shape[3] for grid in pyramid):
-            return type(self).refine_pips(
-                self, target_feature, frame_features, pyramid, pos_guess, occ_guess, expd_guess, orig_hw, last_iter,
-                mixer_iter, resize_hw, causal_context, get_causal_context,
-            )  # fmt: skip
-        batch, points, frames = occ_guess.shape
-        correlations = []
-        for level, (query, grid) in enumerate(zip(target_feature, pyramid, strict=True)):
-            support = query.unsqueeze(-2)
-            if last_iter is not None:
-                own = last_iter[..., : self.highres_dim] if level == 0 else last_iter[..., self.highres_dim :]
-                support = own.unsqueeze(-2)
-            coords = _rescaled(pos_guess, orig_hw, grid.shape[2:4]).transpose(1, 2)
-            support, options = support.to(grid.dtype), {"padding": "zeros", "align_corners": False, "axis_order": "yx"}
-            found = precision(local_correlation, grid, support, coords, **options)
-            correlations.append(found.squeeze(-1).transpose(1, 2))
-        features = last_iter
-        if features is None:
-            features = torch.cat(target_feature[:2], -1).unsqueeze(2).expand(-1, -1, frames, -1)
-        guesses = (torch.zeros_like(pos_guess), occ_guess[..., None], expd_guess[..., None])
-        tokens = torch.cat([*guesses, features, *correlations], -1).flatten(0, 1)
-        context = None if causal_context is None else {name: x.flatten(0, 1) for name, x in causal_context.items()}
-        result, after = self.torch_pips_mixer(tokens.float(), context, get_causal_context)
-        result = result.unflatten(0, (batch, points))
-        if get_causal_context:
-            after = {name: x.unflatten(0, (batch, points)) for name, x in after.items()}
-        moved = pos_guess + _rescaled(result[..., :2], resize_hw, orig_hw)
-        return moved, result[..., 2] + occ_guess, result[..., 3] + expd_guess, result[..., 4:] + features, after
-
-    return refine_pips
+def _refine_pips(
+    self: Any,
+    target_feature: list[Tensor],
+    frame_features: None,
+    pyramid: list[Tensor],
+    pos_guess: Tensor,
+    occ_guess: Tensor,
+    expd_guess: Tensor,
+    orig_hw: tuple[int, int],
+    last_iter: Tensor | None = None,
+    mixer_iter: float = 0.0,
+    resize_hw: tuple[int, int] | None = None,
+    causal_context: dict[str, Tensor] | None = None,
+    get_causal_context: bool = False,
+    *,
+    precision: Precision,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
+    """Takes the place of the method of that name: one iteration of the refinement, `[B, N, T, ...]` throughout."""
+    if resize_hw is None or any(grid.shape[2] != grid.shape[3] for grid in pyramid):
+        return type(self).refine_pips(
+            self, target_feature, frame_features, pyramid, pos_guess, occ_guess, expd_guess, orig_hw, last_iter,
+            mixer_iter, resize_hw, causal_context, get_causal_context,
+        )  # fmt: skip
+    batch, points, frames = occ_guess.shape
+    correlations = []
+    for level, (query, grid) in enumerate(zip(target_feature, pyramid, strict=True)):
+        support = query.unsqueeze(-2)
+        if last_iter is not None:
+            own = last_iter[..., : self.highres_dim] if level == 0 else last_iter[..., self.highres_dim :]
+            support = own.unsqueeze(-2)
+        coords = _rescaled(pos_guess, orig_hw, grid.shape[2:4]).transpose(1, 2)
+        support, options = support.to(grid.dtype), {"padding": "zeros", "align_corners": False, "axis_order": "yx"}
+        found = precision(local_correlation, grid, support, coords, **options)
+        correlations.append(found.squeeze(-1).transpose(1, 2))
+    features = last_iter
+    if features is None:
+        features = torch.cat(target_feature[:2], -1).unsqueeze(2).expand(-1, -1, frames, -1)
+    guesses = (torch.zeros_like(pos_guess), occ_guess[..., None], expd_guess[..., None])
+    tokens = torch.cat([*guesses, features, *correlations], -1).flatten(0, 1)
+    context = None if causal_context is None else {name: x.flatten(0, 1) for name, x in causal_context.items()}
+    result, after = self.torch_pips_mixer(tokens.float(), context, get_causal_context)
+    result = result.unflatten(0, (batch, points))
+    if get_causal_context:
+        after = {name: x.unflatten(0, (batch, points)) for name, x in after.items()}
+    moved = pos_guess + _rescaled(result[..., :2], resize_hw, orig_hw)
+    return moved, result[..., 2] + occ_guess, result[..., 3] + expd_guess, result[..., 4:] + features, after
 
 
 def _rescaled(points: Tensor, size: Any, new_size: Any) -> Tensor:

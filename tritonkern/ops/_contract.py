@@ -40,6 +40,20 @@ def adjacent_channels(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def on_amd() -> bool:
+    """Whether this PyTorch is built for ROCm."""
+    return torch.version.hip is not None
+
+
+def tf32_allowed() -> bool:
+    """Whether the user lets float32 products be rounded to TF32: PyTorch's setting, off unless asked for."""
+    if on_amd():
+        return False
+    matmul = torch.backends.cuda.matmul
+    # From PyTorch 2.9 on; there the older flag raises once the newer one has been set.
+    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
+
+
 def check_dense(name: str, x: Tensor) -> None:
     """Raise TypeError unless `x` is a strided floating-point tensor."""
     if not isinstance(x, Tensor):

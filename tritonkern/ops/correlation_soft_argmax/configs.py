@@ -16,6 +16,8 @@ from typing import NamedTuple
 
 import torch
 
+from tritonkern.ops._contract import on_amd, tf32_allowed
+
 # Rows of cells in a band of the order of the queries, see triton_discs.py. A tile of 8 rows and its reach of 4 rows on
 # both sides are then exactly four bands.
 BAND = 4
@@ -87,17 +89,3 @@ def precision(dtype: torch.dtype) -> str:
     """How float32 tiles are multiplied where the inputs are `dtype`; see triton_tiles.gradient_product."""
     half = dtype.itemsize == 2
     return "tf32" if (half or tf32_allowed()) and not on_amd() else "ieee"
-
-
-def on_amd() -> bool:
-    """Whether this PyTorch is built for ROCm."""
-    return torch.version.hip is not None
-
-
-def tf32_allowed() -> bool:
-    """Whether the user lets float32 products be rounded to TF32: PyTorch's setting, off unless asked for."""
-    if on_amd():
-        return False
-    matmul = torch.backends.cuda.matmul
-    # From PyTorch 2.9 on; there the older flag raises once the newer one has been set.
-    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32

@@ -10,6 +10,8 @@ from typing import NamedTuple
 
 import torch
 
+from tritonkern.ops._contract import tf32_allowed as tf32_allowed
+
 
 class Tile(NamedTuple):
     """Of samples, supports and channels; a program goes through all tiles of its point."""
@@ -31,17 +33,3 @@ def tile(samples: int, supports: int, channels: int, dtype: torch.dtype) -> Tile
 
 def _power(n: int, most: int) -> int:
     return min(most, 1 << max(4, (n - 1).bit_length()))
-
-
-def on_amd() -> bool:
-    """Whether this PyTorch is built for ROCm."""
-    return torch.version.hip is not None
-
-
-def tf32_allowed() -> bool:
-    """Whether the user lets float32 products be rounded to TF32: PyTorch's setting, off unless asked for."""
-    if on_amd():
-        return False
-    matmul = torch.backends.cuda.matmul
-    # From PyTorch 2.9 on; there the older flag raises once the newer one has been set.
-    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32

@@ -18,6 +18,8 @@ from typing import NamedTuple
 
 import torch
 
+from tritonkern.ops._contract import on_amd, tf32_allowed
+
 # 32-bit offsets in units of 8 numbers reach this far: 32 GiB of bfloat16.
 MAX_ELEMENTS = 2**34
 # Row numbers count from the start of a clip and go a window and a tile beyond it.
@@ -69,17 +71,3 @@ def _choose(half: dict, single: dict, head_dim: int, dtype: torch.dtype) -> Tile
     table = single if dtype == torch.float32 else half
     block_rows, block_others, num_warps, num_stages = table[min(w for w in table if w >= width)]
     return Tiles(True, block_rows, block_others, rows, num_warps, num_stages)
-
-
-def on_amd() -> bool:
-    """Whether this PyTorch is built for ROCm."""
-    return torch.version.hip is not None
-
-
-def tf32_allowed() -> bool:
-    """Whether the user lets float32 products be rounded to TF32: PyTorch's setting, off unless asked for."""
-    if on_amd():
-        return False
-    matmul = torch.backends.cuda.matmul
-    # From PyTorch 2.9 on; there the older flag raises once the newer one has been set.
-    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import torch
 
+from tritonkern.ops._contract import on_amd, tf32_allowed
+
 # Tracks are sorted so that about this many neighbours in the order make a square; see `order_kernel`.
 GROUP = 32
 
@@ -80,17 +82,3 @@ def block_d(head_dim: int) -> int:
 def tile_width(cells: int) -> int:
     """Columns of the grid in a block of cells: as many as rows, or twice as many."""
     return 1 << ((cells.bit_length()) // 2)
-
-
-def on_amd() -> bool:
-    """Whether this PyTorch is built for ROCm."""
-    return torch.version.hip is not None
-
-
-def tf32_allowed() -> bool:
-    """Whether the user lets float32 products be rounded to TF32: PyTorch's setting, off unless asked for."""
-    if on_amd():
-        return False
-    matmul = torch.backends.cuda.matmul
-    # From PyTorch 2.9 on; there the older flag raises once the newer one has been set.
-    return matmul.fp32_precision == "tf32" if hasattr(matmul, "fp32_precision") else matmul.allow_tf32
