@@ -190,6 +190,12 @@ def test_locotrack_cost_volume(compare, pair, device):
     measure_both(compare, "LocoTrack-B, cost volume", models, track, None, 1e-3, compiled=True)
 
 
+def test_tapir(compare, tapir, pair, device):  # noqa: F811
+    models = pair(*TAPIR, pyramid_level=1)
+    video, points = torch.rand(1, FRAMES, 256, 256, 3, device=device) * 2 - 1, queries(device, 256, 256, "tyx")
+    measure_both(compare, "BootsTAPIR", models, lambda m: m(video, points, query_chunk_size=64)["tracks"], 1.35, 1e-3)
+
+
 def test_tapir_mixer_block(compare, tapir, pair, device):  # noqa: F811
     """One of the twelve blocks of an iteration, its linear layers included."""
     models = pair(*TAPIR, pyramid_level=1)
