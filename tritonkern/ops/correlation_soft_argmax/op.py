@@ -81,7 +81,7 @@ def check_options(temperature: float, radius: float, eps: float = 1.0) -> None:
     for name, x in (("temperature", temperature), ("radius", radius), ("eps", eps)):
         if not x >= 1.2e-38 or (x == math.inf and name != "radius"):
             finite = "" if name == "radius" else " finite"
-            raise ValueError(f"{name} must be a positive{finite} number, got {x}")
+            raise ValueError(f"{name} must be a positive{finite} number, got {x}; the smallest is 1.2e-38")
 
 
 def _check_grid(name: str, rows: int, columns: int) -> None:

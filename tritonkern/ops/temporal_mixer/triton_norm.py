@@ -1,0 +1,58 @@
+"""Triton kernels around the LayerNorm of the temporal mixer: one program takes a few whole rows."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def offset(track, N, stride_b, stride_n):
+    """Of the first frame of a track."""
+    return track // N * stride_b + track % N * stride_n
+
+
+@triton.jit(do_not_specialize=["rows", "N", "T"])
+def statistics_kernel(
+    x, mean, scale, rows: tl.int64, N: tl.int64, T: tl.int64, stride_b: tl.int64, stride_n: tl.int64,
+    stride_t: tl.int64, eps: tl.float64, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Mean of every frame, and the factor that gives it unit variance, `[B * N * T]`."""
+    ACC: tl.constexpr = mean.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (channel < C)[None, :]
+    start = offset(row // T, N, stride_b, stride_n) + row % T * stride_t
+    value = tl.load(x + start[:, None] + channel[None, :], mask=mask, other=0.0).to(ACC)
+    average = tl.sum(value, 1) / C
+    centred = tl.where(mask, value - average[:, None], 0.0)
+    variance = tl.sum(centred * centred, 1) / C
+    tl.store(mean + row, average, mask=row < rows)
+    tl.store(scale + row, 1.0 / tl.sqrt(variance + tl.full([], eps, ACC)), mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows", "N", "T"])
+def norm_backward_kernel(
+    grad_out, x, norm_weight, mean, scale, grad_normed, grad_x, rows: tl.int64, N: tl.int64, T: tl.int64,
+    stride_b: tl.int64, stride_n: tl.int64, stride_t: tl.int64, grad_stride_b: tl.int64, grad_stride_n: tl.int64,
+    grad_stride_t: tl.int64, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """grad_x = grad_out + scale * (g - mean(g) - n * mean(g * n)), g = grad_normed * weight, n = the normalised row."""
+    ACC: tl.constexpr = mean.dtype.element_ty
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    channel = tl.arange(0, BLOCK)
+    mask = (row < rows)[:, None] & (channel < C)[None, :]
+    start = offset(row // T, N, stride_b, stride_n) + row % T * stride_t
+    grad_start = offset(row // T, N, grad_stride_b, grad_stride_n) + row % T * grad_stride_t
+    average = tl.load(mean + row, mask=row < rows, other=0.0)[:, None]
+    factor = tl.load(scale + row, mask=row < rows, other=0.0)[:, None]
+    value = tl.load(x + start[:, None] + channel[None, :], mask=mask, other=0.0).to(ACC)
+    standard = tl.where(mask, (value - average) * factor, 0.0)
+    weight = tl.load(norm_weight + channel, mask=channel < C, other=0.0).to(ACC)[None, :]
+    at = row[:, None] * C + channel[None, :]
+    weighted = tl.load(grad_normed + at, mask=mask, other=0.0) * weight
+    of_mean = (tl.sum(weighted, 1) / C)[:, None]
+    slope = (tl.sum(weighted * standard, 1) / C)[:, None]
+    grad = tl.load(grad_out + grad_start[:, None] + channel[None, :], mask=mask, other=0.0).to(ACC)
+    grad += factor * (weighted - of_mean - standard * slope)
+    tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=mask)
