@@ -123,6 +123,26 @@ class TestPointTracker:
         with pytest.raises(ValueError, match="query 1 of 4 .* outside the clip"):
             tracker(square_clip(), grid=2, query_frame=8)
 
+    @pytest.mark.parametrize("kind", ["a.mp4", "a.mkv", "array"])
+    @pytest.mark.parametrize(
+        ("query", "options", "message"),
+        [
+            ([8, 1, 1], {}, "t must be 0 to 7"),
+            ([1e300, 1, 1], {}, "t must be 0 to 7"),
+            ([9, 1, 1], {"max_frames": 9}, "t must be 0 to 7"),
+            ([5, 1, 1], {"max_frames": 5}, "t must be 0 to 4"),
+            ([float("inf"), 1, 1], {}, "outside the clip"),
+            ([0, 97, 1], {}, "outside the frame"),
+            ([0, 1, 1], {"max_frames": 0}, "max_frames must be at least 1, got 0"),
+        ],
+    )
+    def test_outside_is_found_before_a_frame_is_read(self, tracker, tmp_path, kind, query, options, message):
+        reader = VideoReader(square_clip() if kind == "array" else write_clip(tmp_path / kind, square_clip()))
+        read = []
+        with pytest.raises(ValueError, match=message):
+            tracker(reader, queries=np.array([query]), progress=lambda *call: read.append(call), **options)
+        assert not read
+
     def test_bad_arguments(self, tracker):
         with pytest.raises(ValueError, match="either grid or queries"):
             tracker(square_clip(), grid=2, queries=np.array([[0, 1, 1]]))

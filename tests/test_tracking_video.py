@@ -5,6 +5,8 @@ import os
 import re
 import struct
 import warnings
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import av
 import numpy as np
@@ -207,6 +209,36 @@ class TestUnreadable:
         with pytest.raises(ValueError, match="frame 3 of .* cannot be decoded .* --max-frames 3"):
             frames_of(path)
         assert len(frames_of(path, max_frames=3)) == 3
+
+    @pytest.mark.parametrize(
+        ("name", "codec", "pix_fmt"),
+        [("a.mp4", "libx264", "yuv444p"), ("a.webm", "libvpx-vp9", "yuv420p"), ("", "", "")],
+    )
+    def test_frames_are_counted_without_decoding(self, tmp_path, monkeypatch, name, codec, pix_fmt):
+        clip = square_clip()
+        reader = VideoReader(write_clip(tmp_path / name, clip, codec=codec, pix_fmt=pix_fmt) if name else clip)
+        monkeypatch.setattr(VideoReader, "_decode", None)
+        assert [reader.count_frames(n) for n in (1, 5, 8, 9, 10**400)] == [1, 5, 8, 8, 8]
+        with pytest.raises(ValueError, match="max_frames must be at least 1, got 0"):
+            reader.count_frames(0)
+
+    def test_images_are_counted(self, tmp_path):
+        for n in range(3):
+            Image.new("RGB", (8, 8)).save(tmp_path / f"{n}.png")
+        reader = VideoReader(tmp_path)
+        assert (reader.count_frames(2), reader.count_frames(9)) == (2, 3)
+
+    def test_a_file_that_breaks_off_counts_as_whole(self, tmp_path, monkeypatch):
+        """Where it is damaged is for the reading to say."""
+        reader = VideoReader(write_clip(tmp_path / "a.mp4", square_clip()))
+
+        class Damaged:
+            def demux(self, stream):
+                yield SimpleNamespace(size=1)
+                raise av.InvalidDataError(1, "damaged")
+
+        monkeypatch.setattr(reader, "_open_stream", lambda: nullcontext((Damaged(), None)))
+        assert reader.count_frames(7) == 7
 
 
 class TestWriting:

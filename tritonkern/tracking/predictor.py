@@ -93,8 +93,13 @@ class PointTracker:
         reader = video if isinstance(video, VideoReader) else VideoReader(video)
         if queries is None:
             queries = grid_queries(DEFAULT_GRID if grid is None else grid, reader.size, query_frame)
+        # As much as can be known before the clip is read, which may take long.
+        queries = check_queries(queries, reader.size)
+        enough = 1 + int(queries[:, 0].max())
+        count = reader.count_frames(enough if max_frames is None else min(enough, max_frames))
+        check_queries(queries, reader.size, count)
         raster = self._read(reader, max_frames, report)
-        queries = check_queries(queries, reader.size, len(raster))
+        check_queries(queries, reader.size, len(raster))
 
         height, width = self.model.resolution
         scale = np.array([width / reader.size[0], height / reader.size[1]])

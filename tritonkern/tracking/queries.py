@@ -5,6 +5,7 @@ centre of the first pixel is (0.5, 0.5).
 """
 
 import csv
+import math
 from os import PathLike
 from pathlib import Path
 
@@ -80,8 +81,8 @@ def _read_npz(path: Path) -> np.ndarray:
             raise ValueError(f"{path} does not hold an array named queries with t, x, y in each row") from error
 
 
-def check_queries(queries: np.ndarray, size: tuple[int, int], frame_count: int) -> np.ndarray:
-    """Queries as float64 `[N, 3]`, each inside the frame and the clip.
+def check_queries(queries: np.ndarray, size: tuple[int, int], frame_count: int | None = None) -> np.ndarray:
+    """Queries as float64 `[N, 3]`, each inside the frame and the clip, whose end is not checked without `frame_count`.
 
     Raises:
         ValueError: the shape is another, or a query lies outside; the message names the first such query.
@@ -97,8 +98,9 @@ def check_queries(queries: np.ndarray, size: tuple[int, int], frame_count: int) 
     width, height = size
     for number, (t, x, y) in enumerate(queries.tolist(), start=1):
         name = f"query {number} of {len(queries)} (t={t:g}, x={x:g}, y={y:g})"
-        if not 0 <= t < frame_count:
-            raise ValueError(f"{name} lies outside the clip: t must be 0 to {frame_count - 1}, a frame that is read")
+        if not 0 <= t < (math.inf if frame_count is None else frame_count):
+            until = "or more" if frame_count is None else f"to {frame_count - 1}"
+            raise ValueError(f"{name} lies outside the clip: t must be 0 {until}, a frame that is read")
         if t != int(t):
             raise ValueError(f"{name} lies between frames: t must be a whole number")
         if not (0 <= x <= width and 0 <= y <= height):

@@ -6,7 +6,7 @@ Everything streams: one full-size frame is alive at a time, whatever the length 
 import re
 import warnings
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from fractions import Fraction
 from os import PathLike
 from pathlib import Path
@@ -102,8 +102,7 @@ class VideoReader:
         Raises:
             ValueError: a frame cannot be decoded, or has another size than the first one.
         """
-        if max_frames is not None and max_frames < 1:
-            raise ValueError(f"max_frames must be at least 1, got {max_frames}")
+        _check_max_frames(max_frames)
         for index, frame in enumerate(self._decode()):
             if (frame.shape[1], frame.shape[0]) != self.size:
                 raise ValueError(
@@ -114,6 +113,25 @@ class VideoReader:
             if index + 1 == max_frames:
                 return
 
+    def count_frames(self, max_frames: int) -> int:
+        """Number of frames, at most `max_frames`, without decoding: of a video file its packets, which are never fewer.
+
+        A file that is damaged before that counts as `max_frames`: reading it says where.
+        """
+        _check_max_frames(max_frames)
+        if self._array is not None or self._images:
+            return min(len(self._images if self._array is None else self._array), max_frames)
+        count = 0
+        with self._open_stream() as (container, stream):
+            try:
+                for packet in container.demux(stream):
+                    count += packet.size > 0  # the last one is empty
+                    if count == max_frames:
+                        break
+            except av.FFmpegError:
+                return max_frames
+        return count
+
     def _decode(self) -> Iterator[np.ndarray]:
         if self._array is not None:
             yield from self._array
@@ -122,7 +140,8 @@ class VideoReader:
         else:
             yield from self._decode_file()
 
-    def _decode_file(self) -> Iterator[np.ndarray]:
+    @contextmanager
+    def _open_stream(self) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
         try:
             container = av.open(str(self._path))
         except (av.FFmpegError, OSError) as error:
@@ -137,7 +156,10 @@ class VideoReader:
                 raise ValueError(f"{self.name} is text: give a video, or a folder of images")
             if not streams:
                 raise ValueError(f"{self.name} has no video stream: give a file with pictures, not only sound")
-            stream = streams[0]
+            yield container, streams[0]
+
+    def _decode_file(self) -> Iterator[np.ndarray]:
+        with self._open_stream() as (container, stream):
             stream.thread_type = "AUTO"
             rate = stream.average_rate or stream.guessed_rate
             self._announced_fps = float(rate) if rate else None
@@ -220,6 +242,11 @@ class VideoWriter:
         else:
             with suppress(av.FFmpegError):
                 self._container.close()
+
+
+def _check_max_frames(max_frames: int | None) -> None:
+    if max_frames is not None and max_frames < 1:
+        raise ValueError(f"max_frames must be at least 1, got {max_frames}")
 
 
 def _natural_order(path: Path) -> list[tuple[int, str]]:
