@@ -169,7 +169,19 @@ class TestErrors:
         (tmp_path / "q.csv").write_text(row)
         result = call("track", video, "--out", tmp_path / "out", "--queries", tmp_path / "q.csv")
         assert_one_line_error(result, part)
-        assert not list(tmp_path.glob("out/*"))
+        assert "reading" not in result.stderr
+        assert not (tmp_path / "out").exists()
+
+    def test_folders_that_were_there_stay(self, call, tmp_path, video):
+        (tmp_path / "q.csv").write_text("8,1,2")
+        (tmp_path / "there").mkdir()
+        for out in ("there", "there/new/out"):
+            result = call("track", video, "--out", tmp_path / out, "--queries", tmp_path / "q.csv")
+            assert_one_line_error(result, "outside the clip")
+            assert list((tmp_path / "there").iterdir()) == []
+        result = call("eval", "--tapvid", tmp_path / "nope.pkl", "--out", tmp_path / "there" / "new" / "scores.json")
+        assert_one_line_error(result, "nope.pkl")
+        assert list((tmp_path / "there").iterdir()) == []
 
     def test_contradicting_options(self, call, tmp_path, video):
         (tmp_path / "q.csv").write_text("0,1,2")
@@ -227,7 +239,8 @@ class TestErrors:
         assert stderr.rstrip().splitlines()[-1] == "tritonkern: interrupted: nothing unfinished was kept"
         assert "Traceback" not in stderr
         complete = [] if stage == "tracking" else ["tracks.csv", "tracks.npz"]
-        assert sorted(os.listdir(tmp_path / "out")) == complete
+        assert sorted(path.name for path in tmp_path.glob("out/*")) == complete
+        assert (tmp_path / "out").exists() == bool(complete)
 
     @pytest.mark.parametrize("package", ["av", "PIL", "rich", "typer"])
     def test_missing_extra(self, tmp_path, package):
@@ -237,7 +250,8 @@ class TestErrors:
         )
         assert result.returncode == 2
         assert result.stderr.startswith("tritonkern: ")
-        assert package in result.stderr and 'pip install "tritonkern[track]"' in result.stderr
+        # Nothing is published: a name from a package index would be somebody else's.
+        assert package in result.stderr and 'pip install ".[track]" in a checkout of tritonkern' in result.stderr
         assert len(result.stderr.splitlines()) == 1
 
 

@@ -8,12 +8,12 @@ import sys
 import time
 import warnings
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, suppress
 from importlib import metadata, util
 from pathlib import Path
 from typing import Annotated
 
-_EXTRA = 'pip install "tritonkern[track]"'
+from tritonkern.extras import how_to_install
 
 try:
     import typer
@@ -22,7 +22,7 @@ try:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
     from rich.table import Table
 except ModuleNotFoundError as _error:
-    sys.stderr.write(f"tritonkern: the package {_error.name} is missing: {_EXTRA}\n")
+    sys.stderr.write(f"tritonkern: the package {_error.name} is missing: {how_to_install('track')}\n")
     sys.exit(2)
 
 app = typer.Typer(
@@ -54,7 +54,7 @@ def one_line_errors() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("tritonkern"):
             raise
-        _fail(f"the package {error.name} is missing: {_EXTRA}")
+        _fail(f"the package {error.name} is missing: {how_to_install('track')}")
     except OSError as error:
         remedies = {
             errno.ENOSPC: "free some space, or give another folder to --out",
@@ -129,7 +129,7 @@ def track(
     device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda if there is one]")] = None,
 ) -> None:
     """Track points through a video."""
-    with one_line_errors():
+    with one_line_errors(), _writable_folder(out):
         _track(video, out, grid, queries, query_frame, model, weights, max_frames, device)
 
 
@@ -154,7 +154,6 @@ def _track(
     reader = VideoReader(video)
     points = None if queries is None else read_queries(queries)
     tracker = PointTracker(model, weights, device)
-    _make_writable_folder(out)
     npz, table, overlay = (out / name for name in ("tracks.npz", "tracks.csv", "overlay.mp4"))
     clock = _Stopwatch()
     with Stages() as stages:
@@ -182,11 +181,19 @@ def _track(
     typer.echo(f"{count} points, {frames} frames; time per frame on {tracker.device}: {per_frame}")
 
 
-def _make_writable_folder(folder: Path) -> None:
-    """Fail before the work rather than after it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+@contextmanager
+def _writable_folder(folder: Path) -> Iterator[None]:
+    """Fail before the work rather than after it. Of the folders that this makes, those still empty at the end go."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        yield
+    finally:
+        for path in made:
+            with suppress(OSError):  # not empty
+                path.rmdir()
 
 
 @app.command("eval")
@@ -204,7 +211,7 @@ def evaluate_model(
     out: Annotated[Path | None, typer.Option(help="JSON file for all scores, video by video.")] = None,
 ) -> None:
     """Score a model with the TAP-Vid metrics, in percent."""
-    with one_line_errors():
+    with one_line_errors(), nullcontext() if out is None else _writable_folder(out.parent):
         _evaluate(tapvid, synthetic, mode, model, weights, device, out)
 
 
@@ -226,8 +233,6 @@ def _evaluate(
     from tritonkern.tracking.tapvid import TapVidClip, read_tapvid
 
     query_modes(mode)
-    if out is not None:
-        _make_writable_folder(out.parent)
     tracker = PointTracker(model, weights, device)
     contestants = {model: tracker.model}
     clips: Iterable[TapVidClip]
@@ -275,26 +280,29 @@ def train_model(
     with one_line_errors():
         if out.suffix != ".safetensors":
             raise ValueError(f"--out must end in .safetensors, got {out}")
-        _make_writable_folder(out.parent)
+        with _writable_folder(out.parent):
+            _train(out, steps, seed, device)
 
-        import torch
 
-        from tritonkern.models import ChronoNano
-        from tritonkern.tracking.predictor import choose_device
-        from tritonkern.training import TrainingPlan, train
+def _train(out: Path, steps: int, seed: int, device: str | None) -> None:
+    import torch
 
-        torch.manual_seed(seed)
-        model = ChronoNano().to(choose_device(device))
-        plan = TrainingPlan(steps=steps, seed=seed)
-        with Stages() as stages:
+    from tritonkern.models import ChronoNano
+    from tritonkern.tracking.predictor import choose_device
+    from tritonkern.training import TrainingPlan, train
 
-            def report(step: int, losses: dict[str, float]) -> None:
-                stages("training", step, steps)
-                if step % 50 == 0:
-                    stages.note(f"step {step}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
+    torch.manual_seed(seed)
+    model = ChronoNano().to(choose_device(device))
+    plan = TrainingPlan(steps=steps, seed=seed)
+    with Stages() as stages:
 
-            train(model, out, plan, report=report)
-        typer.echo(out)
+        def report(step: int, losses: dict[str, float]) -> None:
+            stages("training", step, steps)
+            if step % 50 == 0:
+                stages.note(f"step {step}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
+
+        train(model, out, plan, report=report)
+    typer.echo(out)
 
 
 class _Stopwatch:
@@ -341,7 +349,7 @@ def bench(context: typer.Context) -> None:
                 "and run `pip install -e .[test]` and `tritonkern bench` there"
             )
         if util.find_spec("pytest_benchmark") is None:
-            raise ValueError('the benchmarks need pytest-benchmark: pip install "tritonkern[test]"')
+            raise ValueError(f"the benchmarks need pytest-benchmark: {how_to_install('test')}")
         command = [sys.executable, "-m", "pytest", str(benchmarks), "--benchmark-only", *context.args]
         raise typer.Exit(subprocess.run(command).returncode)
 

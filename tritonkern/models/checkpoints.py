@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tritonkern.extras import how_to_install
+
 # Where training frameworks put the weights among the other things of a checkpoint.
 _WRAPPERS = ("state_dict", "model", "teacher")
 _LISTED = 8
@@ -66,7 +68,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         from safetensors.torch import load_file
     except ModuleNotFoundError as error:
         raise ModuleNotFoundError(
-            f'{path} needs the package {error.name}: pip install "tritonkern[track]"', name=error.name
+            f"{path} needs the package {error.name}: {how_to_install('track')}", name=error.name
         ) from error
     try:
         return load_file(path)

@@ -9,12 +9,14 @@ write_overlay("overlay.mp4", "video.mp4", tracks)
 ```
 """
 
+from tritonkern.extras import how_to_install
+
 try:
     import av as _av  # noqa: F401
     import PIL as _pil  # noqa: F401
 except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
-        f'tritonkern.tracking needs the package {error.name}: pip install "tritonkern[track]"', name=error.name
+        f"tritonkern.tracking needs the package {error.name}: {how_to_install('track')}", name=error.name
     ) from error
 
 from tritonkern.tracking.evaluation import evaluate

@@ -214,7 +214,7 @@ def photo_clips(
 ) -> Iterator[Clip]:
     """Held-out clips whose textures are photographs (scikit-image's own), which training never sees.
 
-    Each layer shows a random crop of a photograph. Needs `scikit-image` (`pip install "tritonkern[eval]"`).
+    Each layer shows a random crop of a photograph. Needs `scikit-image` (`pip install ".[eval]"`).
     """
     pictures = photographs()
 

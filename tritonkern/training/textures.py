@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw
 from torch import Tensor
 
+from tritonkern.extras import how_to_install
+
 PHOTOGRAPHS = ("astronaut", "chelsea", "coffee", "rocket", "camera", "coins")
 
 
@@ -97,7 +99,7 @@ def photographs() -> list[Tensor]:
     try:
         from skimage import data
     except ImportError as error:
-        raise ImportError('photographs need scikit-image: pip install "tritonkern[eval]"') from error
+        raise ImportError(f"photographs need scikit-image: {how_to_install('eval')}") from error
     pictures = []
     for name in PHOTOGRAPHS:
         picture = getattr(data, name)()
