@@ -224,9 +224,25 @@ def test_a_users_inherited_setting_stays():
         torch.backends.fp32_precision = "none"
 
 
+@pytest.mark.parametrize(("asked", "name"), [("float32", "float32"), ("tf32", "tf32"), ("bfloat16", "bf16")])
+def test_the_handle_shows_the_precision(asked, name):
+    with tritonkern.patch(locotrack_like.Tracker(), precision=asked) as handle:
+        assert handle.precision == name
+        assert f"precision={name}: " in repr(handle) and handle.replaced[0] in repr(handle)
+    assert repr(handle) == f"<tritonkern.Patch, precision={name}: restored>"
+
+
+@torch.no_grad()
+def test_bfloat16_is_bf16(twin):
+    with tritonkern.patch(twin.model, precision="bf16"):
+        expected = twin.tracks()
+    with tritonkern.patch(twin.model, precision="bfloat16"):
+        assert torch.equal(twin.tracks(), expected)
+
+
 def test_errors(twin):
     for name in ("float16", "TF32", None, True):
-        with pytest.raises(ValueError, match=f"precision must be one of float32, tf32, bf16, got {name!r}"):
+        with pytest.raises(ValueError, match=rf"one of float32, tf32, bf16 \(or bfloat16\), got {name!r}"):
             tritonkern.patch(twin.model, precision=name)
     assert not any("forward" in module.__dict__ for module in twin.model.modules())
 

@@ -28,7 +28,9 @@ _MISSING = object()
 class Patch:
     """What `tritonkern.patch` did to a model. `restore` undoes it; as a context manager it does so at the end."""
 
-    def __init__(self, replacements: list[Replacement]) -> None:
+    def __init__(self, replacements: list[Replacement], precision: str) -> None:
+        self.precision = precision
+        """"float32", "tf32" or "bf16"."""
         self.replaced = [f"{path}.{method}" if path else method for path, _, method, _ in replacements]
         """Dotted names of the replaced methods, such as ``"model.forward_dino"``."""
         self._undo: list[tuple[nn.Module, str, Any]] = []
@@ -55,7 +57,7 @@ class Patch:
 
     def __repr__(self) -> str:
         state = ", ".join(self.replaced) if self._undo else "restored"
-        return f"<tritonkern.Patch: {state}>"
+        return f"<tritonkern.Patch, precision={self.precision}: {state}>"
 
 
 def patch(model: nn.Module, precision: str = "float32") -> Patch:
@@ -82,14 +84,14 @@ def patch(model: nn.Module, precision: str = "float32") -> Patch:
             - ``"tf32"``: on NVIDIA GPUs the factors of matrix products are rounded to TF32, 11 significant bits, in the
               forward pass. PyTorch's setting is changed during each such call, for all threads, and put back after it.
               On a CPU nothing changes.
-            - ``"bf16"``: features, support, weights, bias and result are rounded to bfloat16, 8 significant bits; sums
-              are kept in float32, and the model gets the result in its own dtype. Gradients are rounded alike. The
-              rounded features lie beside the model's own for as long as these live.
+            - ``"bf16"`` or ``"bfloat16"``: features, support, weights, bias and result are rounded to bfloat16, 8
+              significant bits; sums are kept in float32, and the model gets the result in its own dtype. Gradients are
+              rounded alike. The rounded features lie beside the model's own for as long as these live.
 
             What either gains or loses has been measured on no GPU, and with no trained weights.
 
     Returns:
-        A handle that lists what was `replaced` and can `restore()` it.
+        A handle that lists what was `replaced`, knows its `precision`, and can `restore()` the model.
 
     Raises:
         TypeError: `model` is no `torch.nn.Module`.
@@ -110,4 +112,4 @@ def patch(model: nn.Module, precision: str = "float32") -> Patch:
         if method in module.__dict__:
             where = f"{path}.{method}" if path else method
             raise ValueError(f"model already has a replaced method, {where}; restore() the earlier patch first")
-    return Patch(replacements)
+    return Patch(replacements, computed.name)

@@ -34,9 +34,9 @@ class Precision:
     """Calls `tritonkern.local_correlation` or `local_correlation_linear` as `tritonkern.patch` was asked to."""
 
     def __init__(self, name: str) -> None:
-        if name not in PRECISIONS:
-            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)}, got {name!r}")
-        self.name = name
+        if name not in (*PRECISIONS, "bfloat16"):
+            raise ValueError(f"precision must be one of {', '.join(PRECISIONS)} (or bfloat16), got {name!r}")
+        self.name = "bf16" if name == "bfloat16" else name
         self._copies = Copies()
 
     def __call__(
