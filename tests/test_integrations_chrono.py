@@ -2,6 +2,8 @@
 
 import copy
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -107,6 +109,25 @@ def test_copy_of_a_patched_model_has_layers_of_its_own(tracker):
         for model, actual in zip((twin, tracker), results, strict=True):
             torch.testing.assert_close(actual, model(video, queries)["tracks"], atol=1e-3, rtol=0)
     assert not torch.equal(*results)
+
+
+def test_calls_of_two_threads_do_not_meet(tracker):
+    """Their adapters hang on the same blocks at the same time, and clips differ in length."""
+    both_hang = threading.Barrier(2, timeout=30)
+
+    def call(inputs):
+        with torch.no_grad():
+            return tracker(*inputs)["tracks"]
+
+    with tritonkern.patch(tracker):
+        clips = [clip(frames=3), clip(frames=5)]
+        expected = [call(inputs) for inputs in clips]
+        handle = tracker.dino.blocks[0].register_forward_pre_hook(lambda *_: (both_hang.wait(), None)[1])
+        with ThreadPoolExecutor(2) as threads:
+            actual = list(threads.map(call, clips))
+        handle.remove()
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y, atol=1e-3, rtol=0)
 
 
 def test_no_random_number_is_drawn(tracker):

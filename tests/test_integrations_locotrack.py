@@ -1,5 +1,8 @@
 """`tritonkern.patch` on LocoTrack: on a structural twin everywhere, on the official repository where it is at hand."""
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from locotrack_like import CMDTop, MultiHeadAttention, Tracker
@@ -53,6 +56,26 @@ def test_oblong_videos_and_another_clip():
             assert_same(actual, tracker(video, queries))
             handle = tritonkern.patch(tracker)
         handle.restore()
+
+
+def test_clips_of_different_lengths_in_two_threads(tracker):
+    """Both want the attention's bias of their own length at the same time."""
+    both_attend = threading.Barrier(2, timeout=30)
+
+    def call(inputs):
+        with torch.no_grad():
+            return tracker(*inputs)
+
+    clips = [clip(frames=4), clip(frames=6)]
+    attention = next(module for module in tracker.modules() if isinstance(module, MultiHeadAttention))
+    with tritonkern.patch(tracker):
+        expected = [call(inputs) for inputs in clips]
+        handle = attention.query_proj.register_forward_pre_hook(lambda *_: (both_attend.wait(), None)[1])
+        with ThreadPoolExecutor(2) as threads:
+            actual = list(threads.map(call, clips))
+        handle.remove()
+    for x, y in zip(actual, expected, strict=True):
+        assert_same(x, y)
 
 
 def test_cost_volume_without_query_points(tracker):

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib.machinery
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -140,11 +141,13 @@ def _forward_dino(self: Any, video: Tensor, use_bfloat16: bool = True, img_mult:
     images = (((video + 1) / 2 - mean) / std).flatten(0, 1).movedim(-1, 1)
     images = F.interpolate(images, size=(14 * cells, 14 * cells), mode="bilinear", align_corners=False)
 
-    hooks = []
+    hooks, thread = [], threading.get_ident()
     try:
         for block, adapter in zip(self.dino.blocks, self.adapter, strict=False):
 
-            def hook(module: nn.Module, args: Any, output: Tensor, adapter: Any = adapter) -> Tensor:
+            def hook(module: nn.Module, args: Any, output: Tensor, adapter: Any = adapter) -> Tensor | None:
+                if threading.get_ident() != thread:  # another call's, which has hooks of its own
+                    return None
                 return _twin(adapter).add_to(output.unflatten(0, (batch, frames)), grid).flatten(0, 1)
 
             hooks.append(block.register_forward_hook(hook))

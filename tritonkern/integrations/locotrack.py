@@ -69,13 +69,15 @@ def _attention(biases: dict[Any, Tensor]) -> Any:
     def forward(self: Any, query: Tensor, key: Tensor, value: Tensor, mask: Any = None) -> Tensor:
         """Takes the place of `MultiHeadAttention.forward`: `[B * N, T, C]` -> the same shape."""
         of = (self.num_heads, query.shape[1], query.device)
-        if of not in biases:
-            biases.clear()
+        bias = biases.get(of)
+        if bias is None:
             # An inference tensor could not be used in training afterwards.
             with torch.inference_mode(False):
-                biases[of] = temporal_bias(*of)
+                bias = temporal_bias(*of)
+            biases.clear()
+            biases[of] = bias
         projections = (self.query_proj(query), self.key_proj(key), self.value_proj(value))
-        return self.final_proj(attend_over_time(*projections, biases[of]))
+        return self.final_proj(attend_over_time(*projections, bias))
 
     return forward
 
