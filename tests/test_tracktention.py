@@ -417,6 +417,35 @@ def test_calls_of_several_threads_do_not_meet():
         assert all(threads.map(call, range(60)))
 
 
+@pytest.mark.parametrize("name", ["ours", "convolutions"])
+def test_compiled_model_is_one_graph(name):
+    torch._dynamo.reset()
+    build, blocks, dim = MODELS[name]
+    model = insert_tracktention(build(), blocks, dim, num_heads=2, depth=1).eval()
+    for layer in model.layers:
+        nn.init.normal_(layer.out.weight, std=0.5)
+    video, tracks, visibility = torch.randn(2, 3, 3, 56, 56), torch.rand(2, 3, 5, 2) * 56, torch.rand(2, 3, 5) > 0.3
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    expected, actual = (tensors(f(video, tracks, visibility)) for f in (model, compiled))
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y)
+    # The image network is as it was: nothing hangs on it, and it can be compiled by itself.
+    assert not any(module._forward_hooks or "forward" in module.__dict__ for module in model.image.modules())
+    image = torch.compile(model.image, fullgraph=True, backend="aot_eager")
+    for x, y in zip(tensors(image(video[0])), tensors(model.image(video[0])), strict=True):
+        torch.testing.assert_close(x, y)
+
+    def gradients(call):
+        model.zero_grad()
+        sum(x.square().sum() for x in tensors(call(video, tracks, visibility))).backward()
+        return {key: x.grad for key, x in model.named_parameters() if x.grad is not None}
+
+    expected, actual = gradients(model), gradients(compiled)
+    assert actual.keys() == expected.keys() and any(key.startswith("layers") for key in actual)
+    for key, grad in expected.items():
+        torch.testing.assert_close(actual[key], grad, atol=1e-4 * grad.abs().max().item(), rtol=1e-4, msg=key)
+
+
 def test_reentrant_checkpointing_of_a_block_is_refused():
     class Checkpointed(Net):
         def forward(self, x):

@@ -82,11 +82,14 @@ class TracktentionModel(nn.Module):
         if video.ndim != 5:
             raise ValueError(f"video must be [B, T, 3, H, W], got {list(video.shape)}")
         batch, frames, _, height, width = video.shape
-        thread, recording = threading.get_ident(), torch.is_grad_enabled()
+        # A graph belongs to one call.
+        thread = None if torch.compiler.is_compiling() else threading.get_ident()
+        recording = torch.is_grad_enabled()
 
         def reach(layer: Tracktention) -> Callable[..., Any]:
             def hook(module: nn.Module, args: Any, output: Any) -> Any:
-                if threading.get_ident() != thread:  # another call's, of this model or of the image network alone
+                # Another call's, of this model or of the image network alone?
+                if thread is not None and threading.get_ident() != thread:
                     return None
                 if recording and not torch.is_grad_enabled():
                     raise RuntimeError(
@@ -126,8 +129,7 @@ class TracktentionModel(nn.Module):
         with ExitStack() as hooks:
             for name, layer in zip(self.names, self.layers, strict=True):
                 assert isinstance(layer, Tracktention)
-                handle = self.image.get_submodule(name).register_forward_hook(reach(layer))
-                hooks.callback(handle.remove)
+                hooks.callback(_hang(self.image.get_submodule(name), reach(layer)))
             output = self.image(video.flatten(0, 1), **options)
         return _map(output, lambda x: x.unflatten(0, (batch, frames)) if len(x) == batch * frames else x)
 
@@ -139,6 +141,26 @@ class TracktentionModel(nn.Module):
         raise ValueError(
             "blocks return tokens, but the model has no patch embedding, a convolution with kernel = stride"
         )
+
+
+def _hang(module: nn.Module, hook: Callable[..., Any]) -> Callable[[], None]:
+    """Lets `hook(module, args, output)` see and change what `module` returns; the result ends that."""
+    if not torch.compiler.is_compiling():
+        return module.register_forward_hook(hook).remove
+    # Dynamo cannot register hooks, but follows this, and leaves out of its graph what is put there and removed again.
+    own, forward = module.__dict__.get("forward"), module.forward
+
+    def hooked(*args: Any, **options: Any) -> Any:
+        return hook(module, args, forward(*args, **options))
+
+    def remove() -> None:
+        if own is None:
+            del module.__dict__["forward"]
+        else:
+            module.__dict__["forward"] = own
+
+    module.__dict__["forward"] = hooked
+    return remove
 
 
 def _name(model: nn.Module, block: int | str) -> str:
