@@ -1,6 +1,7 @@
 """The two ends of a temporal adapter, and the adapter as a whole, against plain modules in float64."""
 
 import functools
+import os
 
 import pytest
 import torch
@@ -16,9 +17,18 @@ from tritonkern.ops.temporal_adapter import op
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=native_backends(op.NAME))
+# `test_temporal_adapter_triton.py` runs this file in Triton's interpreter.
+INTERPRETED = [pytest.param(("triton", "cpu"), id="triton")] * (os.environ.get("TRITON_INTERPRET") == "1")
+
+
+@pytest.fixture(params=[*native_backends(op.NAME), *INTERPRETED])
 def where(request):
     return request.param
+
+
+def skip_wrong_bfloat16(where, dtype):
+    if where == ("triton", "cpu") and dtype == torch.bfloat16:
+        pytest.skip("Triton's interpreter truncates what is stored in bfloat16")
 
 
 def patch_rows(image, pool):
@@ -116,19 +126,23 @@ def out_tensors(shape, grid, pool, prefix, channels, dtype, device="cpu"):
     return tensors
 
 
-# (B, T, C), grid, prefix, O, pool: more than one block of tiles, sizes that no vector or tile divides, one pixel
+# (B, T, C), grid, prefix, O, pool: more than one block of tiles, sizes that no vector or tile divides, one pixel, more
+# than one program's pixels (Triton: 16 tiles of a frame), more than one's channels
 SHAPES = [
     ((1, 2, 24), (8, 8), 1, 32, 4),
     ((2, 3, 13), (5, 7), 0, 19, 1),
     ((1, 1, 8), (1, 1), 5, 8, 1),
     ((2, 5, 64), (12, 20), 5, 40, 2),
     ((1, 1, 3), (2, 18), 1, 1, 2),
+    ((2, 1, 3), (48, 46), 1, 5, 2),
+    ((1, 2, 300), (4, 4), 1, 7, 2),
 ]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape, grid, prefix, out_channels, pool", SHAPES)
 def test_in(where, shape, grid, prefix, out_channels, pool, dtype):
+    skip_wrong_bfloat16(where, dtype)
     backend, device = where
     tensors = in_tensors(shape, grid, prefix, out_channels, dtype, device)
     rows = grid[0] * grid[1] // pool**2
@@ -145,6 +159,7 @@ def test_in(where, shape, grid, prefix, out_channels, pool, dtype):
 @pytest.mark.parametrize("shape, grid, prefix, out_channels, pool", SHAPES)
 @pytest.mark.parametrize("add", [True, False])
 def test_out(where, shape, grid, prefix, out_channels, pool, dtype, add):
+    skip_wrong_bfloat16(where, dtype)
     backend, device = where
     tensors = out_tensors(shape, grid, pool, prefix, out_channels, dtype, device)
     if not add:
@@ -192,6 +207,50 @@ def test_any_strides(where, view):
     _, weight, bias, _ = out_tensors((3, 2, 16), (4, 8), 1, 1, 24, torch.float32, where[1])
     expected = relu_conv_add(hidden, (4, 8), weight, bias, contiguous, backend=where[0])
     torch.testing.assert_close(relu_conv_add(hidden, (4, 8), weight, bias, tokens, backend=where[0]), expected)
+
+
+def test_a_nan_stays_in_its_batch_entry(where):
+    tokens, *parameters = in_tensors((2, 2, 24), (4, 8), 1, 16, torch.float32, where[1])
+    weight, bias = (x.to(where[1]) for x in (torch.randn(24, 16, 3, 3), torch.randn(24)))
+    tokens[0, 1, 5, 2] = float("nan")
+    tokens.requires_grad_()
+    hidden = norm_conv_relu(tokens, (4, 8), *parameters, backend=where[0])
+    out = relu_conv_add(hidden, (4, 8), weight, bias, tokens, backend=where[0])
+    assert torch.equal(out[:, :, 0], tokens[:, :, 0])
+    assert hidden[0].isnan().all() and out[0, :, 1:].isnan().all() and out[1].isfinite().all()
+    (grad,) = torch.autograd.grad(out.sum(), tokens)
+    assert (grad[:, :, 0] == 1).all() and grad[0, :, 1:].isnan().all() and grad[1].isfinite().all()
+
+
+@pytest.mark.parametrize("prefix", [0, 1])
+def test_a_gradient_does_not_depend_on_which_others_are_asked_for(where, prefix):
+    options = (4, 4, 2, torch.float32)
+    tensors = in_tensors((2, 2, 8), (4, 4), prefix, 8, torch.float32, where[1])
+    hidden, mean, rstd = op.adapter_in_fwd(*tensors[:3], 1e-5, *tensors[3:], *options, where[0])
+    saved = (torch.randn_like(hidden), *tensors[:4], hidden, mean, rstd)
+    tokens, norm_weight, norm_bias, *conv = op.adapter_in_bwd(*saved, *options, [True] * 3, where[0])
+    for number, expected in enumerate(([tokens], [norm_weight, norm_bias], conv)):
+        needs = [at == number for at in range(3)]
+        grads = [x for x in op.adapter_in_bwd(*saved, *options, needs, where[0]) if x.numel()]
+        assert all(torch.equal(x, y) for x, y in zip(grads, expected, strict=True))
+    hidden, weight, _, tokens = out_tensors((2, 2, 8), (4, 4), 2, prefix, 8, torch.float32, where[1])
+    first, *conv = op.adapter_out_bwd(tokens, hidden, weight, *options, [True, True], where[0])
+    assert torch.equal(op.adapter_out_bwd(tokens, hidden, weight, *options, [True, False], where[0])[0], first)
+    grads = op.adapter_out_bwd(tokens, hidden, weight, *options, [False, True], where[0])[1:]
+    assert all(torch.equal(x, y) for x, y in zip(grads, conv, strict=True))
+
+
+def test_autocast_rounds_nothing_inside(where):
+    """Operators compute in the dtype that `hidden_dtype` names, also where a caller's autocast is on."""
+    tokens, *parameters = in_tensors((1, 2, 24), (4, 8), 1, 16, torch.float32, where[1])
+    options = (4, 8, 1, torch.float32, where[0])
+    expected = op.adapter_in_fwd(tokens, *parameters[:2], 1e-5, *parameters[2:], *options)[0]
+    weight, bias = (x.to(where[1]) for x in (torch.randn(24, 16, 3, 3), torch.randn(24)))
+    with torch.autocast(where[1], torch.bfloat16):
+        hidden = op.adapter_in_fwd(tokens, *parameters[:2], 1e-5, *parameters[2:], *options)[0]
+        out = op.adapter_out_fwd(hidden, weight, bias, None, *options)
+    assert torch.equal(hidden, expected)
+    assert torch.equal(out, op.adapter_out_fwd(hidden, weight, bias, None, *options))
 
 
 def adapter_and_tokens(dim=24, frames=3, grid=(8, 4), prefix=1, dtype=torch.float64, batch=2):

@@ -176,7 +176,7 @@ def _in_fwd(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     check_in(tokens, norm_weight, norm_bias, weight, bias, rows, columns, pool, dtype)
-    kernels = _load(tokens.device, backend)
+    kernels = _backends.load(NAME, tokens.device, backend)
     return kernels.in_forward(tokens, norm_weight, norm_bias, eps, weight, bias, rows, columns, pool, dtype)
 
 
@@ -233,7 +233,7 @@ def _in_bwd(
         needs,
     )
     _check_in_backward(*arguments)
-    return _load(tokens.device, backend).in_backward(*arguments)
+    return _backends.load(NAME, tokens.device, backend).in_backward(*arguments)
 
 
 def _in_bwd_fake(
@@ -274,7 +274,9 @@ def _out_fwd(
     backend: str | None = None,
 ) -> Tensor:
     check_out(hidden, weight, bias, tokens, rows, columns, pool, dtype)
-    return _load(hidden.device, backend).out_forward(hidden, weight, bias, tokens, rows, columns, pool, dtype)
+    return _backends.load(NAME, hidden.device, backend).out_forward(
+        hidden, weight, bias, tokens, rows, columns, pool, dtype
+    )
 
 
 def _out_fwd_fake(
@@ -306,7 +308,9 @@ def _out_bwd(
     backend: str | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     _check_out_backward(grad_out, hidden, weight, rows, columns, pool, dtype, needs)
-    return _load(hidden.device, backend).out_backward(grad_out, hidden, weight, rows, columns, pool, dtype, needs)
+    return _backends.load(NAME, hidden.device, backend).out_backward(
+        grad_out, hidden, weight, rows, columns, pool, dtype, needs
+    )
 
 
 def _out_bwd_fake(
@@ -326,13 +330,6 @@ def _out_bwd_fake(
         weight.new_empty(weight.shape if grad_conv else (0,)),
         weight.new_empty(weight.shape[:1] if grad_conv else (0,)),
     )
-
-
-def _load(device: torch.device, backend: str | None):
-    # On a GPU the reference is no slow path: it is cuDNN's convolutions on channels-last images.
-    if backend is None and device.type == "cuda":
-        backend = "reference"
-    return _backends.load(NAME, device, backend)
 
 
 adapter_in_fwd = _registry.define(

@@ -1,4 +1,4 @@
-"""Eager PyTorch, the plainest correct form; in float64 it is what the tests believe. On a GPU it is the backend."""
+"""Eager PyTorch, the plainest correct form; in float64 it is what the tests believe."""
 
 from __future__ import annotations
 
@@ -6,10 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonkern.ops._contract import accurate
+from tritonkern.ops._contract import accurate, full_precision
 from tritonkern.ops.temporal_adapter.op import hidden_dtype
 
 
+@full_precision
 def in_forward(
     tokens: Tensor,
     norm_weight: Tensor,
@@ -82,6 +83,7 @@ def in_backward(
     )
 
 
+@full_precision
 def out_forward(
     hidden: Tensor,
     weight: Tensor,

@@ -1,0 +1,93 @@
+"""The Triton kernels of `temporal_adapter` without a GPU: in the interpreter, and compiled ahead of time."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from test_triton_aot import SHARED_KIB, TARGETS, compile_only, pool, resources  # noqa: E402, F401
+
+FLOAT, DOUBLE, HALF = torch.float32, torch.float64, torch.bfloat16
+# Channels of the tokens and of hidden, pool, dtype of the tokens, of the convolutions: Chrono-S in bfloat16, Chrono-B
+# under autocast, odd numbers, float64. The first for every target; the others for all of them in `make aot`.
+CASES = [
+    (384, 128, 4, HALF, HALF),
+    (768, 128, 4, FLOAT, HALF),
+    (19, 13, 1, FLOAT, FLOAT),
+    (384, 128, 2, DOUBLE, DOUBLE),
+]
+
+
+@pytest.mark.slow
+def test_kernels_in_the_interpreter():
+    cases = str(Path(__file__).with_name("test_temporal_adapter.py"))
+    chosen = (
+        "triton and not gradcheck and not opcheck and not float64 and not shape3 and not (shape5 and (float16 or True))"
+    )
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, cases]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+
+
+def launch(kernels, channels, inner, side, tokens_dtype, dtype, size=(1, 1, 4, 4), prefix=1):
+    """Every kernel in every form. `size` is B, T, h, w."""
+    kernels.hidden_dtype = lambda device, dtype: dtype  # as on a GPU
+    batch, frames, rows, columns = size
+    tokens = torch.zeros(batch, frames, prefix + rows * columns, channels, dtype=tokens_dtype)
+    norm, bias = torch.zeros(2, channels, dtype=tokens_dtype).unbind(), torch.zeros(inner, dtype=tokens_dtype)
+    norm = [x.clone() for x in norm]
+    weight = torch.zeros(inner, channels, 3, 3, dtype=tokens_dtype)
+    options = (rows, columns, side, dtype)
+    hidden, mean, rstd = kernels.in_forward(tokens, *norm, 1e-5, weight, bias, *options)
+    kernels.in_backward(hidden, tokens, *norm, weight, hidden, mean, rstd, *options, [True] * 3)
+    weight = weight.transpose(0, 1).contiguous()
+    kernels.out_forward(hidden, weight, norm[0], tokens, *options)
+    update = kernels.out_forward(hidden, weight, norm[0], None, *options)
+    kernels.out_backward(tokens, hidden, weight, *options, [True, True])
+    kernels.out_backward(update, hidden, weight, *options, [True, True])
+
+
+def measure(target, *case):
+    kernels, compiled = compile_only("temporal_adapter", target)
+    launch(kernels, *case)
+    return [resources(kernel, target) for kernel in {kernel.hash: kernel for kernel in compiled}.values()]
+
+
+@pytest.mark.slow
+def test_no_kernel_spills_or_overflows_shared_memory(pool):  # noqa: F811
+    others = {"sm_80": CASES[1:2], "sm_90": CASES[2:3], "sm_100": CASES[3:], "gfx942": CASES[1:2]}
+    chosen = dict.fromkeys(TARGETS, CASES[1:]) if os.environ.get("TRITONKERN_AOT") == "all" else others
+    futures = {
+        (target, *case): pool.submit(measure, target, *case)
+        for target in TARGETS
+        for case in [CASES[0], *chosen[target]]
+    }
+    faults = []
+    for (target, channels, *case), future in futures.items():
+        for used in future.result():
+            row = f"{target} C={channels} {case}: {used._replace(assembly='')}"
+            if used.spilled or used.shared > SHARED_KIB[target] * 1024:
+                faults.append(row)
+            vectors = channels % 8 == 0 and used.kernel != "moments_kernel" and case[-1].itemsize < 8
+            if vectors and not target.startswith("gfx") and "ld.global.v" not in used.assembly:
+                faults.append(f"{row}: rows are not read in vectors")
+    assert not faults, "\n".join(faults)
+
+
+def variants(target):
+    kernels, compiled = compile_only("temporal_adapter", target)
+    sizes = [((1, 1, 4, 4), 1), ((2, 3, 8, 4), 0), ((1, 16, 16, 16), 5), ((17, 2, 4, 12), 1)]
+    for size, prefix in sizes:
+        launch(kernels, 384, 32, 4, FLOAT, HALF, size, prefix)
+    return len({kernel.hash for kernel in compiled}), len(compiled) / len(sizes)
+
+
+@pytest.mark.slow
+def test_other_sizes_do_not_recompile(pool):  # noqa: F811
+    for future in [pool.submit(variants, target) for target in ("sm_90", "gfx942")]:
+        assert future.result() == (14, 19)

@@ -1,0 +1,60 @@
+"""Triton kernels between tokens, images `[B * T, h, w, C]` and `hidden`, which is an image stored patch after patch."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from tritonkern.ops.temporal_adapter.triton_norm import frame_start, place, rows_at
+
+
+@triton.jit(do_not_specialize=["columns", "pixels", "tiles"])
+def rectify_kernel(
+    source, bias, gate, result, columns: tl.int32, pixels: tl.int32, tiles: tl.int32, POOL: tl.constexpr,
+    TO_HIDDEN: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """From an image to hidden or back, and zero where the gate (hidden; without one the value itself) is not positive.
+
+    The first is ReLU, the second its gradient; a NaN passes both.
+    """
+    ACC: tl.constexpr = tl.float64 if source.dtype.element_ty == tl.float64 else tl.float32
+    frame, tile, channel = place(tiles, C, BLOCK)
+    row = tile * ROWS + tl.arange(0, ROWS)  # in hidden
+    mask = (row < pixels)[:, None] & (channel < C)[None, :]
+    patch, inner = row // (POOL * POOL), row % (POOL * POOL)
+    across = columns // POOL
+    y, x = patch // across * POOL + inner // POOL, patch % across * POOL + inner % POOL
+    hidden_at = frame * pixels * C + rows_at(row, C, channel)
+    image_at = frame * pixels * C + rows_at(y * columns + x, C, channel)
+    value = tl.load(source + (image_at if TO_HIDDEN else hidden_at), mask=mask, other=0.0).to(ACC)
+    if bias is not None:
+        value += tl.load(bias + channel, mask=channel < C, other=0.0).to(ACC)[None, :]
+    if gate is not None:
+        value = tl.where(tl.load(gate + hidden_at, mask=mask, other=0.0) <= 0, 0.0, value)
+    else:
+        value = tl.where(value <= 0, 0.0, value)
+    tl.store(result + (hidden_at if TO_HIDDEN else image_at), value.to(result.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["T", "prefix", "pixels", "tiles"])
+def add_kernel(
+    update, bias, tokens, result, T: tl.int32, prefix: tl.int32, pixels: tl.int32, tiles: tl.int32, stride_b: tl.int64,
+    stride_t: tl.int64, stride_l: tl.int64, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """All tokens `[B, T, prefix + h * w, C]`: the prefix as it is, `update + bias` added to the patches.
+
+    Without tokens the update alone.
+    """
+    ACC: tl.constexpr = tl.float64 if update.dtype.element_ty == tl.float64 else tl.float32
+    frame, tile, channel = place(tiles, C, BLOCK)
+    row = tile * ROWS + tl.arange(0, ROWS)
+    length = prefix + pixels
+    mask = (row < length)[:, None] & (channel < C)[None, :]
+    patch = mask & (row >= prefix)[:, None]
+    value = tl.load(update + frame * pixels * C + rows_at(row - prefix, C, channel), mask=patch, other=0.0).to(ACC)
+    value += tl.load(bias + channel, mask=channel < C, other=0.0).to(ACC)[None, :]
+    if tokens is not None:
+        tokens += frame_start(frame, T, 0, stride_b, stride_t, stride_l)
+        residual = tl.load(tokens + rows_at(row, stride_l, channel), mask=mask, other=0.0).to(ACC)
+        value = tl.where(patch, residual + value, residual)
+    tl.store(result + frame * length * C + rows_at(row, C, channel), value.to(result.dtype.element_ty), mask=mask)
