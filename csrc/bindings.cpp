@@ -14,6 +14,7 @@
 #include "correlation_soft_argmax/call.h"
 #include "local_correlation/bindings.h"
 #include "residual_norm/call.h"
+#include "temporal_block/bindings.h"
 #include "temporal_mixer/bindings.h"
 #include "temporal_window_attention/call.h"
 #include "track_attention/bindings.h"
@@ -39,6 +40,7 @@ struct Kernels {
     void (*group_norm_gradient)(const GroupNormBackward&);
     void (*conv3x3)(const Conv3x3&);
     void (*conv3x3_weight_gradient)(const Conv3x3WeightGradient&);
+    void (*temporal_block_forward)(const TemporalBlock&);
     void (*temporal_mixer_forward)(const TemporalMixer&);
     void (*temporal_mixer_backward)(const TemporalMixer&);
     void (*track_attention_forward)(const TrackAttention&);
@@ -53,9 +55,9 @@ struct Kernels {
             isa::temporal_window_attention_backward, isa::correlation_soft_argmax_forward,                             \
             isa::correlation_soft_argmax_backward, isa::soft_argmax_forward, isa::soft_argmax_backward,                \
             isa::residual_norm_forward, isa::residual_norm_backward, isa::group_norm_statistics, isa::group_norm_sums, \
-            isa::group_norm_gradient, isa::conv3x3, isa::conv3x3_weight_gradient, isa::temporal_mixer_forward,         \
-            isa::temporal_mixer_backward, isa::track_attention_forward, isa::track_attention_backward,                 \
-            isa::local_correlation_forward, isa::local_correlation_backward                                            \
+            isa::group_norm_gradient, isa::conv3x3, isa::conv3x3_weight_gradient, isa::temporal_block_forward,         \
+            isa::temporal_mixer_forward, isa::temporal_mixer_backward, isa::track_attention_forward,                   \
+            isa::track_attention_backward, isa::local_correlation_forward, isa::local_correlation_backward             \
     }
 
 // Best first.
@@ -279,6 +281,7 @@ PYBIND11_MODULE(_cpp, m) {
         },
         py::call_guard<py::gil_scoped_release>());
     bind_temporal_adapter(m, [] { return &kernels(); });
+    bind_temporal_block(m, kernels);
     bind_temporal_mixer(m, kernels);
     bind_track_attention(m, kernels);
     bind_local_correlation(m, kernels);

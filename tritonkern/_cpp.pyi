@@ -213,6 +213,17 @@ def local_correlation_backward(
     grads: Sequence[_Tensor],
     /,
 ) -> None: ...
+def temporal_block_forward(
+    dtype: int,
+    shape: Sequence[int],
+    window: tuple[int, int],
+    eps: float,
+    num_threads: int,
+    x: tuple[int, Sequence[int]],
+    parameters: Sequence[int],
+    out: int,
+    /,
+) -> None: ...
 def temporal_mixer_tasks(shape: Sequence[int], /) -> int: ...
 def temporal_mixer_forward(
     dtype: int,

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <cstdlib>
+#include <memory>
 #include <new>
 
 #include "common/streaming.h"
@@ -26,6 +27,20 @@ constexpr T min(T a, T b) {
 template <class T>
 constexpr T max(T a, T b) {
     return a > b ? a : b;
+}
+
+// Memory of a whole call, aligned to a cache line and not initialised.
+struct FreeDeleter {
+    void operator()(void* p) const { std::free(p); }
+};
+template <class A>
+using Buffer = std::unique_ptr<A[], FreeDeleter>;
+
+template <class A>
+Buffer<A> allocate(int64_t count) {
+    A* p = static_cast<A*>(std::aligned_alloc(kCacheLine, round_up(count * int64_t(sizeof(A)), kCacheLine)));
+    if (!p) throw std::bad_alloc();
+    return Buffer<A>(p);
 }
 
 // Cuts typed buffers out of a thread's scratch memory; without memory it only counts.

@@ -2,26 +2,10 @@
 // n * n independent matrix products over the channels, and back.
 #pragma once
 
-#include <cstdlib>
-#include <memory>
-
-#include "temporal_adapter/product.h"
+#include "common/product.h"
 #include "temporal_adapter/tiles.h"
 
 namespace tritonkern::TRITONKERN_ISA {
-
-struct FreeDeleter {
-    void operator()(void* p) const { std::free(p); }
-};
-template <class A>
-using Buffer = std::unique_ptr<A[], FreeDeleter>;
-
-template <class A>
-Buffer<A> allocate(int64_t count) {
-    A* p = static_cast<A*>(std::aligned_alloc(kCacheLine, round_up(count * int64_t(sizeof(A)), kCacheLine)));
-    if (!p) throw std::bad_alloc();
-    return Buffer<A>(p);
-}
 
 // What a block of tiles may take in the caches of one core: small blocks stay near it, large ones read the weights less
 // often. On Zen 3 (512 KiB and a share of 32 MiB) 1 MiB is 7 to 15 % faster than 3 MiB, and 12 MiB is as much slower.

@@ -6,7 +6,8 @@ from tritonkern.functional.attention import (
     track_splat_attention,
     window_extent,
 )
-from tritonkern.functional.blocks import norm_conv_relu, relu_conv_add, residual_norm, temporal_mixer
+from tritonkern.functional.blocks import norm_conv_relu, relu_conv_add, residual_norm, temporal_block, temporal_mixer
+from tritonkern.functional.dense import attention, linear
 from tritonkern.functional.matching import (
     Match,
     correlation_soft_argmax,
@@ -17,13 +18,16 @@ from tritonkern.functional.matching import (
 
 __all__ = [
     "Match",
+    "attention",
     "correlation_soft_argmax",
+    "linear",
     "local_correlation",
     "local_correlation_linear",
     "norm_conv_relu",
     "relu_conv_add",
     "residual_norm",
     "soft_argmax_2d",
+    "temporal_block",
     "temporal_mixer",
     "temporal_window_attention",
     "track_sample_attention",

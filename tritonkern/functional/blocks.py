@@ -6,10 +6,12 @@ import torch
 from torch import Tensor
 
 from tritonkern.functional._arguments import autocast_dtype, real, refuse_forward_mode
+from tritonkern.functional.attention import window_extent
 from tritonkern.ops import _backends
 from tritonkern.ops._contract import DTYPES
 from tritonkern.ops.residual_norm import op as _norm_op
 from tritonkern.ops.temporal_adapter import op as _adapter_op
+from tritonkern.ops.temporal_block import op as _block_op
 from tritonkern.ops.temporal_mixer import op as _mixer_op
 
 
@@ -84,8 +86,8 @@ def norm_conv_relu(
     """What a temporal adapter begins with: GroupNorm over the whole clip, 3x3 convolution, ReLU.
 
     The norm has one group: its statistics are taken over all frames, patches and channels of a batch entry. Padding is
-    zero after the norm. The normalised tokens are never stored. The first derivative is supported; a second one raises
-    RuntimeError.
+    zero after the norm. On the CPU the normalised tokens are never stored. The first derivative is supported; a second
+    one raises RuntimeError.
 
     Args:
         tokens: ``[B, T, prefix + h * w, C]``, class and register tokens before the patches of each frame, row by row;
@@ -95,7 +97,7 @@ def norm_conv_relu(
         weight, bias: ``[O, C, 3, 3]`` and ``[O]``.
         pool: side p of the patches that the result is stored in.
         eps: added to the variance.
-        backend: ``"cpp"`` or ``"reference"``; None chooses by device (on a GPU the latter, which is cuDNN).
+        backend: ``"cpp"``, ``"triton"`` (around cuDNN's convolutions) or ``"reference"``; None chooses by device.
 
     Returns:
         ``[B, T, h/p * w/p, p * p * O]``: pixel (y, x) of channel o of the image is in row (y / p, x / p) at
@@ -172,6 +174,69 @@ def _adapter_dtype(tokens: Tensor) -> torch.dtype:
     if not isinstance(tokens, Tensor):
         raise TypeError(f"tokens must be a torch.Tensor, got {type(tokens).__name__}")
     return autocast_dtype(tokens)
+
+
+def temporal_block(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    qkv_weight: Tensor,
+    qkv_bias: Tensor | None,
+    proj_weight: Tensor,
+    proj_bias: Tensor | None,
+    num_heads: int,
+    window: int | tuple[int, int] = 13,
+    *,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor:
+    """A pre-norm transformer block over time as one kernel: LayerNorm, window attention with its projections, residual.
+
+    ::
+
+        n = LayerNorm(x; norm_weight, norm_bias, eps)
+        query, key, value = n @ qkv_weight.T + qkv_bias            rows of qkv_weight: (3, heads, C / heads)
+        a = temporal_window_attention(query, key, value, window)   every position on its own, scale (C / heads) ** -0.5
+        out = x + a @ proj_weight.T + proj_bias
+
+    Made for few channels, where the block is memory traffic: one read of x, one write of the result. The Triton kernel
+    holds up to 128 channels and windows of up to 64 frames in 16-bit and float32; beyond that, and in float64 on GPUs,
+    the steps run one after the other. The first derivative is supported, for the tensors that require it; a second one
+    raises RuntimeError. Only x and the parameters are saved for it: the backward pass computes the steps again.
+
+    Args:
+        x: ``[B, T, N, C]`` (batch, frames, spatial positions, channels), any strides; float64, float32, bfloat16 or
+            float16; C up to 2048; B, T and N may be 0. Sums are kept in float32 (float64 for float64). On a GPU 16-bit
+            intermediate results are rounded to x's dtype, on a CPU not. Autocast does not apply.
+        norm_weight, norm_bias: ``[C]``, of any of these dtypes, as the other parameters are.
+        qkv_weight, qkv_bias: ``[3 C, C]`` and ``[3 C]`` or None.
+        proj_weight, proj_bias: ``[C, C]`` and ``[C]`` or None.
+        num_heads: heads of C / num_heads channels, a multiple of 8 up to 256.
+        window: odd number of frames in all, or the inclusive counts ``(left, right)``; as `temporal_window_attention`.
+        eps: added to the variance, not negative.
+        backend: ``"cpp"``, ``"triton"`` or ``"reference"``; None chooses by device.
+
+    Returns:
+        Contiguous tensor of x's shape and dtype. A NaN or infinity in a frame reaches exactly the frames whose window
+        holds it, at its own position.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        NotImplementedError: an input carries a forward-mode tangent.
+        ValueError: shapes or devices that do not fit together, a window that is even or negative, or a backend that
+            cannot run this call.
+
+    Paper: Kim et al., "Exploring Temporally-Aware Features for Point Tracking", CVPR 2025.
+    """
+    left, right = window_extent(window)
+    _backends.check_name(backend)
+    eps = real("eps", eps)
+    if not isinstance(num_heads, int) or isinstance(num_heads, bool):
+        raise TypeError(f"num_heads must be an int, got {type(num_heads).__name__}")
+    call = (x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads, left, right, eps)
+    _block_op.check(*call)
+    refuse_forward_mode("temporal_block", *(tensor for tensor in call[:7] if tensor is not None))
+    return _block_op.temporal_block_fwd(*call, backend)
 
 
 def temporal_mixer(

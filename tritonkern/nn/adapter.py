@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonkern.functional import norm_conv_relu, relu_conv_add, temporal_window_attention
+from tritonkern.functional import norm_conv_relu, relu_conv_add, temporal_block
 from tritonkern.nn.temporal import TemporalWindowAttention
 
 
@@ -88,16 +88,9 @@ class TemporalAdapter(nn.Module):
             x = F.relu(linear(hidden, pool.weight.permute(0, 2, 3, 1).flatten(1), pool.bias))
 
             # [B, T, h/pool * w/pool, hidden]
-            norm2 = self.norm2
-            normed = F.layer_norm(
-                x, norm2.normalized_shape, norm2.weight.to(x.dtype), norm2.bias.to(x.dtype), norm2.eps
-            )
-            query, key, value = linear(normed, attn.qkv.weight, attn.qkv.bias).chunk(3, dim=-1)
-            heads = (attn.num_heads, attn.head_dim)
-            attended = temporal_window_attention(
-                query.unflatten(-1, heads), key.unflatten(-1, heads), value.unflatten(-1, heads), attn.window
-            )
-            x = x + linear(attended.flatten(-2), attn.proj.weight, attn.proj.bias)
+            norm2, qkv, proj = self.norm2, attn.qkv, attn.proj
+            parameters = (norm2.weight, norm2.bias, qkv.weight, qkv.bias, proj.weight, proj.bias)
+            x = temporal_block(x, *parameters, attn.num_heads, attn.window, eps=norm2.eps)
 
             bias = upsample.bias.repeat(self.pool**2)  # type: ignore[union-attr]
             return linear(x, upsample.weight.permute(2, 3, 1, 0).flatten(0, 2), bias)
