@@ -177,6 +177,17 @@ def test_most_blocks_of_a_large_grid_are_skipped(splat):
     assert meetings(this)[-1].double().mean() < 0.2
 
 
+@pytest.mark.parametrize("others", [1, 128, 300])
+def test_lists_are_complete_and_small(others):
+    visits = (torch.rand(2, 3, others) < 0.3).byte()
+    visits[0, 1], visits[1, 2] = 0, 1
+    numbers, counts = triton_culling.lists(visits)
+    # In float64 the lists are most of the memory: those of a sort would take twice as much.
+    assert numbers.dtype == torch.int32
+    for met, listed, count in zip(visits.flatten(0, 1), numbers.flatten(0, 1), counts.flatten(), strict=True):
+        assert listed[:count].tolist() == met.nonzero()[:, 0].tolist()
+
+
 @BOTH
 def test_without_culling_all_blocks_meet(splat):
     assert meetings(far_giant(splat, "cpu", torch.float32, 1.0), culling=False)[-1].all()

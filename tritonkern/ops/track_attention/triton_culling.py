@@ -162,6 +162,21 @@ def visits_kernel(
         tl.store(visits + (place * row_blocks + block) * column_blocks + other, visit.to(tl.uint8), mask=exists)
 
 
+@triton.jit(do_not_specialize=range(4))
+def lists_kernel(visits, lists, counts, others: tl.int32, CHUNK: tl.constexpr):
+    """The numbers of the blocks that a block meets, in order, and how many there are."""
+    block = tl.program_id(0).to(tl.int64)
+    visits += block * others
+    lists += block * others
+    count = 0
+    for first in tl.range(0, others, CHUNK):
+        other = first + tl.arange(0, CHUNK)
+        visit = tl.load(visits + other, mask=other < others, other=0).to(tl.int32)
+        tl.store(lists + count + tl.cumsum(visit, 0) - visit, other, mask=visit != 0)
+        count += tl.sum(visit, 0)
+    tl.store(counts + block, count)
+
+
 class Scene(NamedTuple):
     """What the kernels ask about positions, by frame (batch and time); see triton_geometry."""
 
@@ -244,5 +259,10 @@ def visits(
 
 
 def lists(visits: Tensor) -> tuple[Tensor, Tensor]:
-    """For each block of axis 1 the numbers of the blocks of axis 2 that it meets, those first, and how many."""
-    return visits.sort(dim=-1, descending=True, stable=True).indices, visits.sum(-1, dtype=torch.int32)
+    """For each block of axis 1 the numbers of the blocks of axis 2 that it meets, those first, and how many.
+
+    Not by sorting: in float64, where a block has few members, 8 bytes for a number were most of the memory.
+    """
+    numbers, counts = (visits.new_empty(shape, dtype=torch.int32) for shape in (visits.shape, visits.shape[:2]))
+    lists_kernel[(counts.numel(),)](visits, numbers, counts, visits.shape[2], CHUNK=128, num_warps=1)
+    return numbers, counts
