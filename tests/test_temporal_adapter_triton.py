@@ -26,9 +26,8 @@ CASES = [
 @pytest.mark.slow
 def test_kernels_in_the_interpreter():
     cases = str(Path(__file__).with_name("test_temporal_adapter.py"))
-    chosen = (
-        "triton and not gradcheck and not opcheck and not float64 and not shape3 and not (shape5 and (float16 or True))"
-    )
+    slow = "gradcheck or opcheck or shape3 or (shape5 and True) or (float16 and not shape0) or (float64 and not shape2)"
+    chosen = f"triton and not ({slow})"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, cases]
     done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
@@ -60,7 +59,7 @@ def measure(target, *case):
 
 @pytest.mark.slow
 def test_no_kernel_spills_or_overflows_shared_memory(pool):  # noqa: F811
-    others = {"sm_80": CASES[1:2], "sm_90": CASES[2:3], "sm_100": CASES[3:], "gfx942": CASES[1:2]}
+    others = {"sm_80": CASES[1:2], "sm_90": CASES[2:3], "sm_100": CASES[3:], "gfx942": []}
     chosen = dict.fromkeys(TARGETS, CASES[1:]) if os.environ.get("TRITONKERN_AOT") == "all" else others
     futures = {
         (target, *case): pool.submit(measure, target, *case)

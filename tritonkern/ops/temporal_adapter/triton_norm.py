@@ -33,11 +33,8 @@ def rows_at(row, stride, channel):
 
 @triton.jit
 def _standardised(x, mean, rstd, ACC: tl.constexpr):
-    """Of zero mean and unit deviation. The mean is taken off in two parts, so that one far from 0 keeps its digits."""
-    exact = tl.load(mean)
-    high = exact.to(ACC)
-    low = (exact - high.to(tl.float64)).to(ACC)
-    return ((x - high) - low) * tl.load(rstd).to(ACC)
+    """Of zero mean and unit deviation."""
+    return (x - tl.load(mean).to(ACC)) * tl.load(rstd).to(ACC)
 
 
 @triton.jit(do_not_specialize=["T", "prefix", "pixels", "chunks"])
