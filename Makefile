@@ -6,34 +6,34 @@ BIN := .venv/bin
 
 .PHONY: demo test check format bench gpu aot clean
 
-# Also when a C++ file is newer than the last build; ninja compiles only what changed.
-.venv/built: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*.h)
+# The package with an extra of pyproject.toml. Also when a C++ file is newer than the last build; ninja compiles only what changed.
+.venv/with-%: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$*]"
 	touch $@
 
 ## Track points in a video of moving photographs; ends with the path of the overlay.
-demo: .venv/built
+demo: .venv/with-eval
 	$(BIN)/python examples/demo.py
 
 ## Run the tests.
-test: .venv/built
+test: .venv/with-test
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --quiet tests
 
 ## Lint, formatting and types.
-check: .venv/built
+check: .venv/with-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*/*.h tests/*.cpp
 
-format: .venv/built
+format: .venv/with-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*.cpp csrc/*/*.h tests/*.cpp
 
 ## Benchmarks on this machine, with peers; OPS=name chooses an operation.
-bench: .venv/built
+bench: .venv/with-test
 	$(BIN)/python -m pytest benchmarks --benchmark-only $(if $(OPS),-k "$(OPS)")
 
 ## On a machine with a GPU, with the Python that has its PyTorch: tests on the device, benchmarks, roofline table.
@@ -43,7 +43,7 @@ gpu:
 
 ## Compile every Triton kernel for every target and every tile, and run the sanitizers on every instruction set that this machine has
 ## (the tests do a part of both).
-aot: .venv/built
+aot: .venv/with-test
 	TRITONKERN_AOT=all $(BIN)/python -m pytest --quiet tests/test_triton_aot.py tests/test_*_triton.py \
 		tests/test_cpp_build.py::test_sanitizers_find_nothing
 

@@ -117,7 +117,9 @@ class NinjaBuild(build_ext):
             raise RuntimeError(f"the C++ kernels are built on Linux only, this is {sys.platform}.")
         import ninja
 
-        build_dir = Path(self.build_temp).resolve() / "tritonkern_cpp"
+        # pip gives an editable build a new folder each time, in which everything would be compiled again.
+        folder = ROOT / "build" / "editable" if self.editable_mode else Path(self.build_temp).resolve()
+        build_dir = folder / "tritonkern_cpp"
         build_dir.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
         (build_dir / "build.ninja").write_text(ninja_file(output, build_dir), encoding="utf-8")
