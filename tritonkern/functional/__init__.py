@@ -7,7 +7,6 @@ from tritonkern.functional.attention import (
     window_extent,
 )
 from tritonkern.functional.blocks import norm_conv_relu, relu_conv_add, residual_norm, temporal_block, temporal_mixer
-from tritonkern.functional.dense import attention, linear
 from tritonkern.functional.matching import (
     Match,
     correlation_soft_argmax,
@@ -18,9 +17,7 @@ from tritonkern.functional.matching import (
 
 __all__ = [
     "Match",
-    "attention",
     "correlation_soft_argmax",
-    "linear",
     "local_correlation",
     "local_correlation_linear",
     "norm_conv_relu",
