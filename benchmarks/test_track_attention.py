@@ -146,16 +146,22 @@ def test_growth_with_tracks(compare, device, splat, tracks):
 
 
 def test_layer_beside_a_block(compare, device):
-    """One Tracktention layer against a block of the ViT-B that it is inserted into."""
-    dtype, shape = main_dtype(device), TRACK_ATTENTION[0]._replace(frames=4)
+    """One Tracktention layer against a block of the ViT-B that it is inserted into.
+
+    It adds 100 / (12 ratio) percent to the time of the 12 blocks, meant to be less than 10.
+    """
+    dtype, shape = main_dtype(device), TRACK_ATTENTION[0]
+    if device == "cpu":
+        shape = shape._replace(frames=4)
     dim, cells = shape.heads * shape.head_dim, math.prod(shape.grid)
     layer = Tracktention(dim, shape.heads).to(device, dtype)
     block = DINOv2("vitb14").blocks[0].to(device, dtype)
     features = torch.randn(1, shape.frames, *shape.grid, dim, device=device, dtype=dtype)
     tracks = torch.rand(1, shape.frames, shape.tracks, 2, device=device) * shape.grid[0]
     tokens = features[0].flatten(1, 2)
-    flops = shape.frames * cells * (24 * dim**2 + 4 * cells * dim)
+    # Linear layers of the layer: three on cells, 27 times C^2 on tracks. A block has 12 on cells, and attention.
+    flops = 2 * shape.frames * dim**2 * (3 * cells + 27 * shape.tracks)
     # Two different things: nothing to compare but the time.
     calls = {OURS: lambda: (layer(features, tracks), None)[1], "a ViT-B block": lambda: (block(tokens), None)[1]}
     with torch.no_grad():
-        compare("tracktention", shape.size, dtype, "forward", calls, 0, flops)
+        compare("tracktention", shape.size, dtype, "forward", calls, 0, flops, {"a ViT-B block": 10 / 12})
