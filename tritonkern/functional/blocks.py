@@ -199,10 +199,11 @@ def temporal_block(
         a = temporal_window_attention(query, key, value, window)   every position on its own, scale (C / heads) ** -0.5
         out = x + a @ proj_weight.T + proj_bias
 
-    Made for few channels, where the block is memory traffic: one read of x, one write of the result. The Triton kernel
-    holds up to 128 channels and windows of up to 64 frames in 16-bit and float32; beyond that, and in float64 on GPUs,
-    the steps run one after the other. The first derivative is supported, for the tensors that require it; a second one
-    raises RuntimeError. Only x and the parameters are saved for it: the backward pass computes the steps again.
+    Made for few channels: one read of x, one write of the result. The Triton kernel holds 16-bit tensors of up to 128
+    channels in heads of up to 32, and windows of up to 49 frames (25 before sm_90); whatever else comes to a GPU,
+    float32 and float64 included, goes through the steps one after the other. The first derivative is supported, for the
+    tensors that require it; a second one raises RuntimeError. Only x and the parameters are saved for it: the backward
+    pass computes the steps again.
 
     Args:
         x: ``[B, T, N, C]`` (batch, frames, spatial positions, channels), any strides; float64, float32, bfloat16 or
