@@ -2,8 +2,8 @@
 
 Estimate, not measured: no GPU was at hand. Known from ahead-of-time compilation (tests/test_track_attention_triton.py,
 Triton 3.9) is that nothing spilled in the tiles compiled there: 16 and 32 bits on the four targets, most head dims but
-not all, and sm_80 in float64. `make aot` compiles every one. Known to spill: the gradient of keys and values when
-splatting in float32 with heads of 144 on sm_100, 8 bytes; products of 32 channels cure that, and spill with heads of 192.
+not all, and sm_80 in float64. `make aot` compiles every one. Known to spill on sm_100, 8 bytes: the gradient of keys
+and values when splatting in float32 with heads of 144. Products of 32 channels cure that, and spill with heads of 192.
 
 Estimates for 37 x 37 cells, 576 tracks, D = 64, sigma = 1/2 in bfloat16, where a pair matters up to about 3.5 cells: a
 tile of 8 x 8 cells matters to 15 x 15 of them. A block of 32 tracks covers about 9 x 9 cells and meets 3 x 3 tiles of
