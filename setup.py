@@ -21,7 +21,7 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 ERROR_FILE = "_cpp_build_error.txt"
-KERNELS = ["correlation_soft_argmax", "local_correlation", "residual_norm", "temporal_adapter"]
+KERNELS = ["correlation_soft_argmax", "full_attention", "local_correlation", "residual_norm", "temporal_adapter"]
 KERNELS += ["temporal_block", "temporal_mixer", "temporal_window_attention", "track_attention"]
 X86_64 = {
     "baseline": ["-march=x86-64", "-O2", "-DTRITONKERN_VECTOR_BYTES=16"],

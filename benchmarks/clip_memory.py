@@ -11,13 +11,16 @@ import torch
 import torch.nn.functional as F
 from measure import peak_memory
 
+from tritonkern.models import dinov2
 from tritonkern.models.chrono import Chrono
 from tritonkern.models.dinov2 import DINOv2Config
 
 
 @torch.no_grad()
 def main(frames: int) -> None:
+    # Older versions call PyTorch's.
     F.scaled_dot_product_attention = lambda query, key, value, **options: value.clone()
+    dinov2.full_attention = lambda query, key, value: value.clone()
     model = Chrono(DINOv2Config(384, 2, 6)).eval()
     video = torch.rand(1, frames, 256, 256, 3) * 2 - 1
     queries = torch.rand(1, 64, 3) * torch.tensor([frames - 1.0, 256, 256])

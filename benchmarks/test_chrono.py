@@ -138,6 +138,7 @@ def stopwatch(monkeypatch, theirs):
 
         monkeypatch.setattr(owner, name, timed)
 
+    watch(dinov2, "full_attention", "attention")
     watch(F, "scaled_dot_product_attention", "attention")
     watch(F, "linear", "linear layers")
     watch(F, "gelu", "GELU")

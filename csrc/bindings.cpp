@@ -12,6 +12,7 @@
 
 #include "common/kept_memory.h"
 #include "correlation_soft_argmax/call.h"
+#include "full_attention/bindings.h"
 #include "local_correlation/bindings.h"
 #include "residual_norm/call.h"
 #include "temporal_block/bindings.h"
@@ -33,6 +34,7 @@ struct Kernels {
     void (*correlation_backward)(const CorrelationSoftArgmax&);
     void (*soft_argmax_forward)(const SoftArgmax&);
     void (*soft_argmax_backward)(const SoftArgmax&);
+    void (*full_attention_forward)(const FullAttention&);
     void (*residual_norm_forward)(const ResidualNorm&);
     void (*residual_norm_backward)(const ResidualNorm&);
     void (*group_norm_statistics)(const GroupNormStatistics&);
@@ -49,15 +51,16 @@ struct Kernels {
     void (*local_correlation_backward)(const LocalCorrelation&);
 };
 
-#define TRITONKERN_KERNELS(isa, condition)                                                                             \
-    Kernels {                                                                                                          \
-        #isa, [] { return bool(condition); }, isa::temporal_window_attention_forward,                                  \
-            isa::temporal_window_attention_backward, isa::correlation_soft_argmax_forward,                             \
-            isa::correlation_soft_argmax_backward, isa::soft_argmax_forward, isa::soft_argmax_backward,                \
-            isa::residual_norm_forward, isa::residual_norm_backward, isa::group_norm_statistics, isa::group_norm_sums, \
-            isa::group_norm_gradient, isa::conv3x3, isa::conv3x3_weight_gradient, isa::temporal_block_forward,         \
-            isa::temporal_mixer_forward, isa::temporal_mixer_backward, isa::track_attention_forward,                   \
-            isa::track_attention_backward, isa::local_correlation_forward, isa::local_correlation_backward             \
+#define TRITONKERN_KERNELS(isa, condition)                                                              \
+    Kernels {                                                                                           \
+        #isa, [] { return bool(condition); }, isa::temporal_window_attention_forward,                   \
+            isa::temporal_window_attention_backward, isa::correlation_soft_argmax_forward,              \
+            isa::correlation_soft_argmax_backward, isa::soft_argmax_forward, isa::soft_argmax_backward, \
+            isa::full_attention_forward, isa::residual_norm_forward, isa::residual_norm_backward,       \
+            isa::group_norm_statistics, isa::group_norm_sums, isa::group_norm_gradient, isa::conv3x3,   \
+            isa::conv3x3_weight_gradient, isa::temporal_block_forward, isa::temporal_mixer_forward,     \
+            isa::temporal_mixer_backward, isa::track_attention_forward, isa::track_attention_backward,  \
+            isa::local_correlation_forward, isa::local_correlation_backward                             \
     }
 
 // Best first.
@@ -200,6 +203,16 @@ PYBIND11_MODULE(_cpp, m) {
         },
         "The instruction sets that this machine can use, best first.");
     m.def(
+        "is_amd",
+        [] {
+#ifdef __x86_64__
+            return bool(__builtin_cpu_is("amd"));
+#else
+            return false;
+#endif
+        },
+        "Whether AMD made this processor.");
+    m.def(
         "temporal_window_attention_forward",
         [](int dtype, const Shape& shape, int64_t left, int64_t right, double scale, int num_threads,
            const PyTensor& query, const PyTensor& key, const PyTensor& value, uintptr_t out, uintptr_t lse) {
@@ -281,6 +294,7 @@ PYBIND11_MODULE(_cpp, m) {
         },
         py::call_guard<py::gil_scoped_release>());
     bind_temporal_adapter(m, [] { return &kernels(); });
+    bind_full_attention(m, kernels);
     bind_temporal_block(m, kernels);
     bind_temporal_mixer(m, kernels);
     bind_track_attention(m, kernels);

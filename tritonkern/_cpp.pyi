@@ -213,6 +213,19 @@ def local_correlation_backward(
     grads: Sequence[_Tensor],
     /,
 ) -> None: ...
+def is_amd() -> bool: ...
+def full_attention_forward(
+    dtype: int,
+    shape: Sequence[int],
+    scale: float,
+    num_threads: int,
+    query: tuple[int, Sequence[int]],
+    key: tuple[int, Sequence[int]],
+    value: tuple[int, Sequence[int]],
+    out: int,
+    lse: int,
+    /,
+) -> None: ...
 def temporal_block_forward(
     dtype: int,
     shape: Sequence[int],

@@ -19,8 +19,7 @@ inline void product_block(const A* left, int64_t stride, const A* right, int64_t
     Vec<A> low[R], high[R];
     TRITONKERN_UNROLL
     for (int r = 0; r < R; ++r) {
-        low[r] = add ? load(out + r * kCols<A>) : Vec<A>{};
-        high[r] = add ? load(out + r * kCols<A> + L) : Vec<A>{};
+        low[r] = high[r] = Vec<A>{};
     }
     for (int64_t k = 0; k < K; ++k) {
         const Vec<A> right_low = load(right + k * kCols<A>), right_high = load(right + k * kCols<A> + L);
@@ -30,6 +29,12 @@ inline void product_block(const A* left, int64_t stride, const A* right, int64_t
             low[r] += x * right_low;
             high[r] += x * right_high;
         }
+    }
+    // Added last: a sum of short sums rounds less than a long one.
+    TRITONKERN_UNROLL
+    for (int r = 0; r < R && add; ++r) {
+        low[r] += load(out + r * kCols<A>);
+        high[r] += load(out + r * kCols<A> + L);
     }
     TRITONKERN_UNROLL
     for (int r = 0; r < R; ++r) {

@@ -1,6 +1,7 @@
 """One public function an operation: what it computes, argument checks, one call."""
 
 from tritonkern.functional.attention import (
+    full_attention,
     temporal_window_attention,
     track_sample_attention,
     track_splat_attention,
@@ -18,6 +19,7 @@ from tritonkern.functional.matching import (
 __all__ = [
     "Match",
     "correlation_soft_argmax",
+    "full_attention",
     "local_correlation",
     "local_correlation_linear",
     "norm_conv_relu",

@@ -1,13 +1,17 @@
-"""Attention along time and along tracks."""
+"""Attention along time, along tracks, and of everything to everything."""
 
 from __future__ import annotations
 
+import functools
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tritonkern.functional._arguments import autocast, real, refuse_forward_mode
 from tritonkern.ops import _backends
 from tritonkern.ops._contract import accumulator
+from tritonkern.ops.full_attention import op as _full_op
 from tritonkern.ops.temporal_window_attention import op as _window_op
 from tritonkern.ops.track_attention import op as _track_op
 
@@ -232,3 +236,54 @@ def _track_attention(
         visible = visible & visibility
     attend = _track_op.track_attention_fwd
     return attend(query, key, value, tracks, visible, precision, scale, splat, culling, backend)[0]
+
+
+def full_attention(
+    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, backend: str | None = None
+) -> Tensor:
+    """Softmax attention of every query to all keys: what a vision transformer on a CPU spends most of its time in.
+
+    Unless a backend is named this is `torch.nn.functional.scaled_dot_product_attention`, but for long sequences on AMD
+    CPUs, where a kernel of this package is faster (measured on Zen 3). The first derivative is PyTorch's, from what
+    either forward pass leaves.
+
+    Args:
+        query: ``[B, L, H, D]`` (batch, queries, heads, head dimension), any strides; float64, float32, bfloat16 or
+            float16. The package's kernel computes with 16-bit numbers in float32. Under autocast all three are cast to
+            its dtype.
+        key, value: ``[B, S, H, D]`` in query's dtype.
+        scale: factor on the scores, ``D ** -0.5`` if None.
+        backend: ``"cpp"``, or ``"reference"``, which stores all weights; None chooses as said above.
+
+    Returns:
+        ``[B, L, H, D]`` in query's dtype.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        NotImplementedError: an input carries a forward-mode tangent.
+        ValueError: shapes or devices that do not fit together, or a backend that cannot run this call.
+
+    Attention: Vaswani et al., 2017; in blocks with a running maximum: Milakov and Gimelshein, 2018, Dao et al., 2022.
+    """
+    _backends.check_name(backend)
+    query, key, value = autocast(query, key, value)
+    _full_op.check(query, key, value)
+    scale = query.shape[-1] ** -0.5 if scale is None else real("scale", scale)
+    refuse_forward_mode("full_attention", query, key, value)
+    if backend is None:
+        # Shorter sequences are not faster.
+        if query.device.type != "cpu" or query.shape[1] * key.shape[1] < 1 << 20 or not _pytorch_is_slower():
+            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+            return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
+        backend = "cpp"
+    return _full_op.full_attention_fwd(query, key, value, scale, backend)[0]
+
+
+@functools.cache
+def _pytorch_is_slower() -> bool:
+    """Whether this is a CPU whose matrix library leaves room, with the package's kernels at hand."""
+    if _backends.unavailable(_full_op.NAME, "cpp", torch.device("cpu")) is not None:
+        return False
+    from tritonkern import _cpp
+
+    return _cpp.is_amd() and _cpp.isa() != "baseline"

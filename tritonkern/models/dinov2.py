@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonkern.functional import residual_norm
+from tritonkern.functional import full_attention, residual_norm
 from tritonkern.models.checkpoints import load_strict, read_state_dict
 from tritonkern.nn import TemporalAdapter
 
@@ -69,9 +69,9 @@ class Attention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        # 3 x [N, H, L, D]
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
-        return self.proj(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2))
+        # 3 x [N, L, H, D]
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        return self.proj(full_attention(query, key, value).flatten(2))
 
 
 class LayerScale(nn.Module):

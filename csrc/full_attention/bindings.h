@@ -1,0 +1,41 @@
+// The Python face of softmax attention.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+
+#include "full_attention/call.h"
+
+namespace tritonkern {
+
+// `kernels()` returns pointers to the functions of call.h for this machine.
+template <class GetKernels>
+void bind_full_attention(pybind11::module_& m, const GetKernels& kernels) {
+    namespace py = pybind11;
+    using Rows = std::pair<uintptr_t, std::array<int64_t, 3>>;  // address, strides of batch, row and head
+    // (B, L, S, H, D)
+    m.def(
+        "full_attention_forward",
+        [=](int dtype, const std::array<int64_t, 5>& shape, double scale, int num_threads, const Rows& query,
+            const Rows& key, const Rows& value, uintptr_t out, uintptr_t lse) {
+            FullAttention call{};
+            call.dtype = static_cast<DType>(dtype);
+            call.B = shape[0], call.L = shape[1], call.S = shape[2], call.H = shape[3], call.D = shape[4];
+            call.scale = scale, call.num_threads = num_threads;
+            call.query = reinterpret_cast<const void*>(query.first);
+            call.key = reinterpret_cast<const void*>(key.first);
+            call.value = reinterpret_cast<const void*>(value.first);
+            for (int i = 0; i < 3; ++i) {
+                call.query_stride[i] = query.second[i];
+                call.key_stride[i] = key.second[i];
+                call.value_stride[i] = value.second[i];
+            }
+            call.out = reinterpret_cast<void*>(out), call.lse = reinterpret_cast<void*>(lse);
+            kernels().full_attention_forward(call);
+        },
+        py::call_guard<py::gil_scoped_release>());
+}
+
+}  // namespace tritonkern

@@ -1,0 +1,155 @@
+"""Full attention: every backend against float64, the rule of twice eager PyTorch's error, the choice of a backend."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from oracle import assert_as_exact_as_eager, native_backends
+
+from tritonkern.functional import attention as module
+from tritonkern.functional import full_attention
+from tritonkern.ops._contract import DTYPES
+from tritonkern.ops.full_attention import op
+
+BACKENDS = [p for p in native_backends(op.NAME) if p.id != "triton"]
+# B, L, S, H, D: one of everything, ragged blocks of queries, keys and channels, whole blocks.
+SHAPES = [(1, 1, 1, 1, 1), (2, 5, 7, 3, 8), (1, 49, 257, 2, 17), (1, 96, 512, 1, 64)]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request):
+    return request.param[0]
+
+
+def random_inputs(shape, dtype, scale=1.0):
+    """query, key and value, parts of one tensor as a projection leaves them where lengths agree, and a cotangent."""
+    B, L, S, H, D = shape
+    sizes = [(B, L, H, D), (B, S, H, D), (B, S, H, D), (B, L, H, D)]
+    return [(scale * torch.randn(*size[:2], 2, *size[2:], dtype=torch.float64)).to(dtype)[:, :, 1] for size in sizes]
+
+
+def textbook(query, key, value):
+    """One query at a time."""
+    rows = []
+    for i in range(query.shape[1]):
+        scores = (query[:, i, None] * key).sum(-1) / math.sqrt(query.shape[-1])  # [B, S, H]
+        rows.append((scores.softmax(1)[..., None] * value).sum(1))
+    return torch.stack(rows, 1)
+
+
+def eager(query, key, value):
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    weights = (query @ key.transpose(-1, -2) * query.shape[-1] ** -0.5).softmax(-1)
+    return (weights @ value).transpose(1, 2)
+
+
+def pytorch(query, key, value):
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
+
+
+def results(function, inputs):
+    leaves = [x.detach().requires_grad_() for x in inputs[:3]]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, inputs[3])]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_result_and_gradients(backend, shape, dtype):
+    torch.manual_seed(0)
+    inputs = random_inputs(shape, dtype, 2.0)
+    found = results(lambda *x: full_attention(*x, backend=backend), inputs)
+    exact = results(textbook, [x.double() for x in inputs])
+    # PyTorch's gradients, which are ours as well, are not those of the eager form.
+    plain = zip(results(eager, inputs), results(pytorch, inputs), strict=True)
+    # There a weight is exp(score - log-sum-exp), where a score's last digit counts.
+    score = torch.einsum("blhd,bshd->bhls", inputs[0].double(), inputs[1].double()).abs().max() * shape[-1] ** -0.5
+    for name, actual, twins, truth in zip(("out", "query", "key", "value"), found, plain, exact, strict=True):
+        forward = name == "out"
+        term = 0 if forward else score * truth.abs().max()
+        assert_as_exact_as_eager(actual, twins[:1] if forward else twins, truth, term, name)
+    assert found[0].dtype == dtype and found[0].is_contiguous()
+
+
+def test_scale_and_log_sum_exp(backend):
+    torch.manual_seed(1)
+    query, key, value, _ = random_inputs((1, 60, 300, 2, 16), torch.float64)
+    out, lse = op.full_attention_fwd(query, key, value, -0.3, backend)
+    scores = torch.einsum("blhd,bshd->blhs", query, key) * -0.3
+    assert torch.allclose(lse, scores.logsumexp(-1), atol=1e-12)
+    assert torch.allclose(out, torch.einsum("blhs,bshd->blhd", scores.softmax(-1), value), atol=1e-12)
+
+
+def test_scores_far_apart_and_not_finite(backend):
+    torch.manual_seed(2)
+    query, key, value, _ = random_inputs((1, 50, 600, 1, 8), torch.float32)
+    # The first 300 scores are 100 below the others, so that all that their blocks brought must fade to nothing.
+    query[..., 0], key[:, :300, :, 0], key[:, 300:, :, 0] = 10.0, -20.0, 10.0
+    out = full_attention(query, key, value, backend=backend)
+    assert torch.allclose(out, full_attention(query, key[:, 300:], value[:, 300:], backend="reference"), atol=1e-5)
+    # No weight at all for keys of -inf, as in PyTorch, wherever they lie; NaN for a query of NaN, and for no other.
+    key[:, :300, :, 0] = -torch.inf
+    assert torch.allclose(full_attention(query, key, value, backend=backend), out, atol=1e-5)
+    query[:, 7] = torch.nan
+    broken = full_attention(query, key, value, backend=backend).isnan().flatten(2).any(-1)[0]
+    assert broken.nonzero().tolist() == [[7]]
+
+
+def test_threads_do_not_change_a_bit():
+    torch.manual_seed(3)
+    inputs = random_inputs((1, 1200, 300, 1, 16), torch.float32)[:3]
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        found.append(full_attention(*inputs, backend="cpp"))
+    torch.set_num_threads(before)
+    assert all(torch.equal(found[0], x) for x in found[1:])
+    # A query alone gets what it gets beside others.
+    alone = full_attention(inputs[0][:, 777:778], *inputs[1:], backend="cpp")
+    assert torch.equal(alone, found[0][:, 777:778])
+
+
+def test_operator_and_compiled_graph():
+    torch.manual_seed(4)
+    query, key, value, grad = random_inputs((1, 9, 11, 2, 8), torch.float32)
+    leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+    torch.library.opcheck(op.full_attention_fwd, (*leaves, 0.5, "cpp"))
+    compiled = torch.compile(full_attention, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(query, key, value, backend="cpp"), full_attention(query, key, value, backend="cpp"))
+
+
+def test_own_kernel_where_it_is_faster_and_pytorch_elsewhere(monkeypatch):
+    inputs = random_inputs((1, 1100, 1100, 1, 8), torch.float32)[:3]
+    asked = []
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *x, **_: asked.append(x) or x[2])
+    for slower, length, expected in ((True, 1100, 0), (True, 900, 1), (False, 1100, 1)):
+        monkeypatch.setattr(module, "_pytorch_is_slower", lambda slower=slower: slower)
+        asked.clear()
+        full_attention(*(x[:, :length] for x in inputs))
+        assert len(asked) == expected
+
+
+def test_autocast():
+    inputs = random_inputs((1, 5, 5, 1, 8), torch.float32)[:3]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert full_attention(*inputs, backend="cpp").dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (lambda q, k, v: ([], k, v), TypeError, "query must be a torch.Tensor"),
+        (lambda q, k, v: (q, k.double(), v), TypeError, "key must have the dtype of query"),
+        (lambda q, k, v: (q[0], k, v), ValueError, "query must have shape"),
+        (lambda q, k, v: (q, k[:, :0], v[:, :0]), ValueError, "key must have shape"),
+        (lambda q, k, v: (q, k, v[:, :-1]), ValueError, "value must have shape"),
+        (lambda q, k, v: (q, k[..., :-1], v), ValueError, "key must have shape"),
+        (lambda q, k, v: (q, k, v.to("meta")), ValueError, "value must be on the device of query"),
+    ],
+)
+def test_bad_arguments(change, error, message):
+    with pytest.raises(error, match=message):
+        full_attention(*change(*random_inputs((1, 3, 4, 2, 8), torch.float32)[:3]))
+    with pytest.raises(ValueError, match="triton"):
+        full_attention(*random_inputs((1, 3, 4, 2, 8), torch.float32)[:3], backend="triton")

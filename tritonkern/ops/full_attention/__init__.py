@@ -1,0 +1,1 @@
+"""Softmax attention on the CPU; see README.md in this folder."""

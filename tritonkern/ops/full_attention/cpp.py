@@ -1,0 +1,34 @@
+"""The call into the C++ kernel. PyTorch is imported first, so that the extension shares its OpenMP runtime."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritonkern import _cpp
+from tritonkern.ops._contract import CPP_DTYPES, accumulator, adjacent_channels
+from tritonkern.ops._results import new_result
+
+
+def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """As reference.forward."""
+    (batch, length, heads, dim), keys = query.shape, key.shape[1]
+    out = new_result(query, query.shape)
+    lse = query.new_empty((batch, length, heads), dtype=accumulator(query.dtype))
+    if not out.numel():
+        return out, lse.fill_(-torch.inf) if not keys else lse.zero_()
+    if not keys:
+        return out.fill_(torch.nan), lse.fill_(-torch.inf)
+    query, key, value = (adjacent_channels(x) for x in (query, key, value))
+    _cpp.full_attention_forward(
+        CPP_DTYPES[query.dtype],
+        (batch, length, keys, heads, dim),
+        scale,
+        torch.get_num_threads(),
+        (query.data_ptr(), query.stride()[:3]),
+        (key.data_ptr(), key.stride()[:3]),
+        (value.data_ptr(), value.stride()[:3]),
+        out.data_ptr(),
+        lse.data_ptr(),
+    )
+    return out, lse

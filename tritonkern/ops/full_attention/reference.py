@@ -1,0 +1,18 @@
+"""Eager PyTorch, the plainest form; the whole matrix of weights is stored."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritonkern.ops._contract import accurate, full_precision
+
+
+@full_precision
+def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`[B, L, H, D]` and twice `[B, S, H, D]` -> the result `[B, L, H, D]`, log-sum-exp of the scores `[B, L, H]`."""
+    query, key, values = (accurate(x).transpose(1, 2) for x in (query, key, value))
+    scores = query @ key.transpose(-1, -2) * scale
+    out = (scores.softmax(-1) @ values).transpose(1, 2).to(value.dtype)
+    lse = torch.logsumexp(scores, -1).transpose(1, 2)
+    return out.contiguous(), lse.contiguous()
