@@ -131,12 +131,15 @@ def test_forward_and_backward(compare, device, shape, splat):
     compare(OP, shape.size, dtype, direction, calls, *cost(shape, dtype, True), targets(device, shape))
 
 
+GROWTH = [TRACK_ATTENTION_DENSE._replace(tracks=tracks) for tracks in (144, 576, 2304, 4096)]
+GROWTH += [TRACK_ATTENTION_DENSE._replace(tracks=576, grid=(side, side)) for side in (16, 32, 96, 128)]
+
+
 @BOTH
-@pytest.mark.parametrize("tracks", [144, 576, 2304, 4096])
-def test_growth_with_tracks(compare, device, splat, tracks):
-    """Up to a track a cell: cost follows the pairs that are near each other."""
+@pytest.mark.parametrize("shape", GROWTH, ids=lambda s: f"{s.tracks} tracks, {s.grid[0]} x {s.grid[1]} cells")
+def test_growth(compare, device, splat, shape):
+    """Up to a track a cell, and 28 cells a track: cost follows the pairs that are near each other."""
     dtype = main_dtype(device)
-    shape = TRACK_ATTENTION_DENSE._replace(tracks=tracks)
     inputs, places = random_inputs(shape, splat, dtype, device)
     calls = {OURS: functools.partial(ours, splat, *inputs, places)}
     calls |= {name: functools.partial(peer, splat, *inputs, places) for name, peer in peers().items()}

@@ -72,6 +72,23 @@ def test_result_and_gradients(backend, shape, dtype):
     assert found[0].dtype == dtype and found[0].is_contiguous()
 
 
+@pytest.mark.parametrize("spread", ["channels", "expanded", "tokens first"])
+def test_any_strides(backend, spread):
+    torch.manual_seed(5)
+    inputs = random_inputs((2, 30, 30, 2, 8), torch.float64)
+
+    def laid_out(x):
+        if spread == "channels":
+            return torch.stack([x, 0 * x], -1)[..., 0]
+        return x[..., :1].expand(x.shape) if spread == "expanded" else x.movedim(0, 2).contiguous().movedim(2, 0)
+
+    inputs = [laid_out(x) for x in inputs]
+    found = results(lambda *x: full_attention(*x, scale=-0.3, backend=backend), inputs)
+    expected = results(lambda *x: textbook(x[0] * -0.3 * math.sqrt(8), *x[1:]), [x.contiguous() for x in inputs])
+    for actual, truth in zip(found, expected, strict=True):
+        torch.testing.assert_close(actual, truth)
+
+
 def test_scale_and_log_sum_exp(backend):
     torch.manual_seed(1)
     query, key, value, _ = random_inputs((1, 60, 300, 2, 16), torch.float64)
@@ -110,24 +127,52 @@ def test_threads_do_not_change_a_bit():
     assert torch.equal(alone, found[0][:, 777:778])
 
 
-def test_operator_and_compiled_graph():
+def test_operator():
     torch.manual_seed(4)
-    query, key, value, grad = random_inputs((1, 9, 11, 2, 8), torch.float32)
-    leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+    leaves = [x.clone().requires_grad_() for x in random_inputs((1, 9, 11, 2, 8), torch.float32)[:3]]
     torch.library.opcheck(op.full_attention_fwd, (*leaves, 0.5, "cpp"))
-    compiled = torch.compile(full_attention, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(query, key, value, backend="cpp"), full_attention(query, key, value, backend="cpp"))
 
 
-def test_own_kernel_where_it_is_faster_and_pytorch_elsewhere(monkeypatch):
-    inputs = random_inputs((1, 1100, 1100, 1, 8), torch.float32)[:3]
-    asked = []
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *x, **_: asked.append(x) or x[2])
-    for slower, length, expected in ((True, 1100, 0), (True, 900, 1), (False, 1100, 1)):
-        monkeypatch.setattr(module, "_pytorch_is_slower", lambda slower=slower: slower)
-        asked.clear()
-        full_attention(*(x[:, :length] for x in inputs))
-        assert len(asked) == expected
+@pytest.fixture
+def asked(monkeypatch):
+    """Calls of PyTorch's attention, on a machine where ours is faster."""
+    calls, pytorchs = [], F.scaled_dot_product_attention
+    monkeypatch.setattr(module, "_pytorch_is_slower", lambda: True)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *x, **y: calls.append(x) or pytorchs(*x, **y))
+    return calls
+
+
+@pytest.mark.parametrize(
+    "queries, keys, expected", [(1024, 1024, 0), (1023, 1100, 1), (1100, 1000, 1), (1024, (1 << 16) + 1, 1)]
+)
+def test_own_kernel_where_it_is_faster(asked, monkeypatch, queries, keys, expected):
+    query, key, value, _ = random_inputs((1, queries, keys, 1, 1), torch.float32)
+    full_attention(query, key, value)
+    assert len(asked) == expected
+    monkeypatch.setattr(module, "_pytorch_is_slower", lambda: False)
+    full_attention(query, key, value)
+    assert len(asked) == expected + 1
+
+
+def test_graphs_and_transforms_keep_pytorchs(asked):
+    torch.manual_seed(6)
+    inputs = [x.contiguous() for x in random_inputs((1, 1030, 1030, 1, 4), torch.float32)[:3]]
+    eager_result = full_attention(*inputs)
+    assert not asked
+    for graph in (
+        torch.compile(full_attention, fullgraph=True, backend="aot_eager", dynamic=True),
+        torch.export.export(Wrapper(), tuple(inputs)).module(),
+    ):
+        torch.testing.assert_close(graph(*inputs), eager_result)
+    exported = torch.export.export(Wrapper(), tuple(inputs))
+    assert not any("tritonkern" in str(node.target) for node in exported.graph.nodes)
+    grad = torch.func.grad(lambda query: full_attention(query, *inputs[1:]).sum())(inputs[0])
+    assert grad.shape == inputs[0].shape
+
+
+class Wrapper(torch.nn.Module):
+    def forward(self, query, key, value):
+        return full_attention(query, key, value)
 
 
 def test_autocast():
@@ -141,8 +186,9 @@ def test_autocast():
     [
         (lambda q, k, v: ([], k, v), TypeError, "query must be a torch.Tensor"),
         (lambda q, k, v: (q, k.double(), v), TypeError, "key must have the dtype of query"),
-        (lambda q, k, v: (q[0], k, v), ValueError, "query must have shape"),
-        (lambda q, k, v: (q, k[:, :0], v[:, :0]), ValueError, "key must have shape"),
+        (lambda q, k, v: (q[0], k, v), ValueError, "query must be .B, L, H, D."),
+        (lambda q, k, v: (q, k[:, :0], v[:, :0]), ValueError, "key must be .B, L, H, D."),
+        (lambda q, k, v: (q[:, :, :0], k[:, :, :0], v[:, :, :0]), ValueError, "query must be .B, L, H, D."),
         (lambda q, k, v: (q, k, v[:, :-1]), ValueError, "value must have shape"),
         (lambda q, k, v: (q, k[..., :-1], v), ValueError, "key must have shape"),
         (lambda q, k, v: (q, k, v.to("meta")), ValueError, "value must be on the device of query"),

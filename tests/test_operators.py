@@ -9,6 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 import tritonkern
 from tritonkern import temporal_window_attention
+from tritonkern.ops import _registry
 from tritonkern.ops.temporal_window_attention import op
 
 FWD, BWD = op.temporal_window_attention_fwd, op.temporal_window_attention_bwd
@@ -279,3 +280,16 @@ def test_memory_of_large_results_is_kept_for_the_next():
     assert cpp.KeptMemory.kept() == kept
     cpp.KeptMemory.forget()
     assert cpp.KeptMemory.kept() == 0
+
+
+def test_operators_run_on_the_device_of_their_tensors(monkeypatch):
+    """Triton launches on the current device: on a GPU every operator makes that of its tensors the current one."""
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("tritonkern::")]
+    assert len(names) > 10
+    for name in names:
+        assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
+    asked, real = [], torch.cuda.device_of
+    monkeypatch.setattr(torch.cuda, "device_of", lambda x: asked.append(x) or real(x))
+    x = torch.ones(2)
+    assert _registry._on_its_device(lambda scale, x: scale * x)(3, x).tolist() == [3, 3]
+    assert asked == [x]

@@ -446,6 +446,17 @@ def test_compiled_model_is_one_graph(name):
         torch.testing.assert_close(actual[key], grad, atol=1e-4 * grad.abs().max().item(), rtol=1e-4, msg=key)
 
 
+def test_compiling_a_block_with_a_hook_of_its_own_is_refused():
+    torch._dynamo.reset()
+    build, blocks, dim = MODELS["ours"]
+    model = insert_tracktention(build(), blocks, dim, num_heads=2, depth=1).eval()
+    model.image.blocks[blocks[0]].register_forward_hook(lambda module, args, output: output * 2)
+    video, tracks = torch.randn(1, 2, 3, 56, 56), torch.rand(1, 2, 5, 2) * 56
+    model(video, tracks)
+    with pytest.raises(Exception, match="no forward hooks of their own"):
+        torch.compile(model, fullgraph=True, backend="aot_eager")(video, tracks)
+
+
 def test_reentrant_checkpointing_of_a_block_is_refused():
     class Checkpointed(Net):
         def forward(self, x):

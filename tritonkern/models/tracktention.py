@@ -147,6 +147,11 @@ def _hang(module: nn.Module, hook: Callable[..., Any]) -> Callable[[], None]:
     """Lets `hook(module, args, output)` see and change what `module` returns; the result ends that."""
     if not torch.compiler.is_compiling():
         return module.register_forward_hook(hook).remove
+    if module._forward_hooks:
+        raise RuntimeError(
+            "a model with Tracktention compiles only if its blocks have no forward hooks of their own, which would run "
+            "after the layer and not before it; remove them, or run the model uncompiled"
+        )
     # Dynamo cannot register hooks, but follows this, and leaves out of its graph what is put there and removed again.
     own, forward = module.__dict__.get("forward"), module.forward
 

@@ -6,6 +6,7 @@ operators are registered by hand.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -24,8 +25,20 @@ def define(schema: str, implementation: Callable, fake: Callable) -> torch._ops.
     name = schema.partition("(")[0]
     _library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     _library.impl(name, implementation, "CompositeExplicitAutograd")
+    _library.impl(name, _on_its_device(implementation), "CUDA")
     torch.library.register_fake(f"tritonkern::{name}", fake, lib=_library)
     return getattr(torch.ops.tritonkern, name).default
+
+
+def _on_its_device(implementation: Callable) -> Callable:
+    """Triton launches on the current device, which need not be that of the tensors."""
+
+    @functools.wraps(implementation)
+    def run(*arguments, **options):
+        with torch.cuda.device_of(next(x for x in arguments if isinstance(x, torch.Tensor))):
+            return implementation(*arguments, **options)
+
+    return run
 
 
 def attach_gradient(operator: torch._ops.OpOverload, setup_context: Callable, backward: Callable) -> None:

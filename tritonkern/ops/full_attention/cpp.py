@@ -16,9 +16,7 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Te
     out = new_result(query, query.shape)
     lse = query.new_empty((batch, length, heads), dtype=accumulator(query.dtype))
     if not out.numel():
-        return out, lse.fill_(-torch.inf) if not keys else lse.zero_()
-    if not keys:
-        return out.fill_(torch.nan), lse.fill_(-torch.inf)
+        return out, lse
     query, key, value = (adjacent_channels(x) for x in (query, key, value))
     _cpp.full_attention_forward(
         CPP_DTYPES[query.dtype],
@@ -32,3 +30,15 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Te
         lse.data_ptr(),
     )
     return out, lse
+
+
+def backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As reference.backward: PyTorch's kernel for CPUs, which wants just what the forward pass leaves."""
+    # It takes adjacent channels for granted.
+    rows = (adjacent_channels(x) for x in (grad_out, query, key, value, out, lse))
+    query_grad, key_grad, value_grad = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        *(x.transpose(1, 2) for x in rows), 0.0, False, attn_mask=None, scale=scale
+    )
+    return query_grad.transpose(1, 2), key_grad.transpose(1, 2), value_grad.transpose(1, 2)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from tritonkern.ops import _backends, _registry
@@ -21,8 +20,8 @@ def check(query: Tensor, key: Tensor, value: Tensor) -> None:
             )
         if tensor.dtype != query.dtype:
             raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {tensor.dtype}; convert it")
-        if tensor.dim() != 4 or tensor.shape[3] == 0 or tensor.shape[1] == 0:
-            raise ValueError(f"{name} must have shape [B, L, H, D] with L and D from 1 up, got {tuple(tensor.shape)}")
+        if tensor.dim() != 4 or 0 in tensor.shape[1:]:
+            raise ValueError(f"{name} must be [B, L, H, D] with L, H and D from 1 up, got {tuple(tensor.shape)}")
     batch, _, heads, dim = query.shape
     for name, tensor in (("key", key), ("value", value)):
         if tensor.shape != (batch, key.shape[1], heads, dim):
@@ -54,19 +53,15 @@ full_attention_fwd = _registry.define(
 
 
 def _setup_context(ctx, inputs, output):
-    query, key, value, ctx.scale, _ = inputs
+    query, key, value, ctx.scale, ctx.backend = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(query, key, value, *output)
 
 
 def _gradient(ctx, grad_out, _):
-    query, key, value, out, lse = ctx.saved_tensors
-    by_head = [x.transpose(1, 2) for x in (grad_out, query, key, value, out, lse)]
-    # PyTorch's kernel for CPUs, which wants just what this forward pass leaves.
-    grads = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        *by_head, 0.0, False, attn_mask=None, scale=ctx.scale
-    )
-    return (*(grad.transpose(1, 2) for grad in grads), None, None)
+    saved = ctx.saved_tensors
+    kernels = _backends.load(NAME, grad_out.device, ctx.backend)
+    return (*kernels.backward(grad_out, *saved, ctx.scale), None, None)
 
 
 _registry.attach_gradient(full_attention_fwd, _setup_context, _gradient)

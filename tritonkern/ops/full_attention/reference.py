@@ -16,3 +16,16 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Te
     out = (scores.softmax(-1) @ values).transpose(1, 2).to(value.dtype)
     lse = torch.logsumexp(scores, -1).transpose(1, 2)
     return out.contiguous(), lse.contiguous()
+
+
+@full_precision
+def backward(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of query, key and value."""
+    grad, q, k, v, result = (accurate(x).transpose(1, 2) for x in (grad_out, query, key, value, out))
+    weights = (q @ k.transpose(-1, -2) * scale - lse.transpose(1, 2)[..., None]).exp()
+    grad_scores = weights * (grad @ v.transpose(-1, -2) - (grad * result).sum(-1, keepdim=True)) * scale
+    grads = (grad_scores @ k, grad_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad)
+    query_grad, key_grad, value_grad = (x.transpose(1, 2).to(query.dtype) for x in grads)
+    return query_grad, key_grad, value_grad

@@ -33,7 +33,7 @@ def forward(
     rows = x.to(_compute_dtype(x, backend))
     attended = _attended(backend, rows, norm_weight, norm_bias, qkv_weight, qkv_bias, num_heads, left, right, eps)[2]
     update = _linear(attended.flatten(-2), proj_weight, proj_bias)
-    return (rows + update).to(x.dtype, memory_format=torch.contiguous_format)
+    return (rows + update).to(x.dtype).contiguous()
 
 
 @full_precision
@@ -80,7 +80,7 @@ def backward(
         # The residual's gradient is added where that of the norm is made.
         grads = norm.backward(grad, grad_normed, rows, None, None, norm_weight.to(accurate), eps, dtype, wanted)
         for place, made in ((0, 0), (1, 3), (2, 4)):
-            results[place] = grads[made].to(results[place].dtype)
+            results[place] = grads[made].to(results[place].dtype).contiguous()
     return results
 
 

@@ -14,6 +14,11 @@ from tritonkern.ops.temporal_block import composition
 
 backward = functools.partial(composition.backward, "cpp")
 
+_MAX_CHANNELS = 512
+"""Weights are laid out anew in each call, which is not little beyond."""
+_MAX_AROUND = 128
+"""Frames. The scores of a stretch of time, four times as long as its surroundings, lie in a thread's memory."""
+
 
 def forward(
     x: Tensor,
@@ -29,6 +34,11 @@ def forward(
     eps: float,
 ) -> Tensor:
     """`[B, T, N, C]` -> the same, contiguous."""
+    frames, channels = x.shape[1], x.shape[3]
+    if channels > _MAX_CHANNELS or min(left + right, frames - 1) > _MAX_AROUND:
+        return composition.forward(
+            "cpp", x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, num_heads, left, right, eps
+        )
     x = adjacent_channels(x)
     accurate = accumulator(x.dtype)
     given = (norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias)

@@ -32,7 +32,7 @@ def check(
     """Raise TypeError or ValueError unless the arguments fit together."""
     check_dense("x", x)
     if x.dim() != 4 or not 1 <= x.shape[-1] <= MAX_CHANNELS:
-        raise ValueError(f"x must have shape [B, T, N, C] with C from 8 to {MAX_CHANNELS}, got {tuple(x.shape)}")
+        raise ValueError(f"x must have shape [B, T, N, C] with C from 1 to {MAX_CHANNELS}, got {tuple(x.shape)}")
     channels = x.shape[-1]
     head_dim = channels // max(num_heads, 1)
     if num_heads < 1 or channels % num_heads or head_dim % 8 or head_dim > MAX_HEAD_DIM:
