@@ -93,6 +93,36 @@ def test_handle_lists_what_it_replaced(tracker):
     handle.restore()
 
 
+class EagerAttention(nn.Module):
+    """As DINOv2's."""
+
+    def __init__(self, attention):
+        super().__init__()
+        self.num_heads, self.qkv, self.proj = attention.num_heads, attention.qkv, attention.proj
+
+    def forward(self, x):
+        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        weights = (query @ key.mT * query.shape[-1] ** -0.5).softmax(-1)
+        return self.proj((weights @ value).transpose(1, 2).flatten(2))
+
+
+def test_attention_of_the_backbone(tracker, monkeypatch):
+    for block in tracker.dino.blocks:
+        block.attn = EagerAttention(block.attn).eval()
+    video, queries = clip()
+    expected = tracker(video, queries)
+    asked, real = [], tritonkern.integrations.chrono.full_attention
+    monkeypatch.setattr(tritonkern.integrations.chrono, "full_attention", lambda *x: asked.append(x) or real(*x))
+    handle = tritonkern.patch(tracker)
+    assert "dino.blocks.0.attn.forward" in handle.replaced
+    assert_same(tracker(video, queries), expected)
+    assert len(asked) == len(tracker.dino.blocks)
+    tracker.train()(video, queries)  # dropout is the model's own
+    assert len(asked) == len(tracker.dino.blocks)
+    handle.restore()
+    assert not any("forward" in module.__dict__ for module in tracker.modules())
+
+
 def test_copy_of_a_patched_model_has_layers_of_its_own(tracker):
     video, queries = clip()
     with torch.no_grad(), tritonkern.patch(tracker):
@@ -195,10 +225,11 @@ def test_official(official, monkeypatch):  # noqa: F811
     monkeypatch.setattr(torch.hub, "load", lambda repo_or_dir, model: getattr(hub, model)(pretrained=False))
     model = official("Chrono", "models.locotrack_model").LocoTrack(dino_size="small")
     randomise(model.adapter), randomise(model.occ_linear)
+    model.eval()
     video, queries = clip(frames=2, queries=70, size=256)
     with torch.no_grad():
         expected = model(video, queries)
         with tritonkern.patch(model) as handle:
             actual = model(video, queries)
-    assert len(handle.replaced) == 11 + 3
+    assert len(handle.replaced) == 11 + 12 + 3
     assert_same(actual, expected)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonkern.functional import temporal_window_attention
+from tritonkern.functional import full_attention, temporal_window_attention
 from tritonkern.integrations._precision import Precision
 from tritonkern.nn import TemporalAdapter, TemporalWindowAttention
 from tritonkern.nn.correlation import find
@@ -87,6 +87,9 @@ def replacements(model: nn.Module, precision: Precision) -> Iterator[tuple[str, 
             name = f"{path}.adapter.{index}" if path else f"adapter.{index}"
             _check(name, adapter.attn_temp)
             yield name, adapter, "forward", _adapter_forward
+        for name, attention in tracker.dino.named_modules(prefix=f"{path}.dino" if path else "dino"):
+            if _is_attention(attention):
+                yield name, attention, "forward", _attention_forward
         yield path, tracker, "forward_dino", _forward_dino
         yield path, tracker, "tracks_from_cost_volume", _tracks_from_cost_volume
         yield path, tracker, "estimate_trajectories", _estimate_trajectories
@@ -100,6 +103,13 @@ def _is_tracker(module: nn.Module) -> bool:
         and all(isinstance(getattr(module, name, None), kind) for name, kind in children.items())
         and isinstance(getattr(module, "softmax_temperature", None), (int, float))
     )
+
+
+def _is_attention(module: nn.Module) -> bool:
+    """DINOv2's, and not of this package, which needs nothing."""
+    layers = all(isinstance(getattr(module, name, None), nn.Linear) for name in ("qkv", "proj"))
+    own = type(module).__module__.startswith("tritonkern.")
+    return layers and isinstance(getattr(module, "num_heads", None), int) and not own and not hasattr(module, "q_norm")
 
 
 def _check(name: str, attention: Any) -> None:
@@ -125,6 +135,14 @@ def _twin(adapter: Any) -> TemporalAdapter:
     twin.attn_temp.window = (attention.bias.window_left, attention.bias.window_right)
     twin.attn_temp.qkv, twin.attn_temp.proj = attention.qkv, attention.proj
     return twin
+
+
+def _attention_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Takes the place of the attention of DINOv2's blocks on a CPU in evaluation: `[N, L, C]` -> the same shape."""
+    if args or kwargs or self.training or x.device.type != "cpu":
+        return type(self).forward(self, x, *args, **kwargs)
+    query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+    return self.proj(full_attention(query, key, value).flatten(2))
 
 
 def _adapter_forward(self: Any, x: Tensor) -> Tensor:
