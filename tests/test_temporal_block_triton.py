@@ -56,7 +56,6 @@ def test_the_kernel_neither_spills_nor_overflows_shared_memory(pool):  # noqa: F
     for (target, *case), future in futures.items():
         used = future.result()
         row = f"{target} {case}: {used._replace(assembly='')}"
-        print(row)
         if used.spilled or used.shared > SHARED_KIB[target] * 1024:
             faults.append(row)
         if not re.search(MATRIX[target], used.assembly):

@@ -252,5 +252,4 @@ def _launch(kernel, programs: int, tiles: configs.Tiles | None, *arguments, **co
         raise ValueError(f"too much work for one launch of the triton backend ({programs} programs); split the batch")
     if tiles is not None:
         constants |= {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    with torch.cuda.device_of(arguments[0]):
-        kernel[(programs,)](*arguments, **constants)
+    kernel[(programs,)](*arguments, **constants)

@@ -7,10 +7,11 @@ tiles of 32 rows), heads of 64 channels (on gfx942), and on sm_80 tiles of 64 ro
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
+
+from tritonkern.ops._contract import on_amd
 
 MAX_CHANNELS = 128
 MAX_HEAD_DIM = 32
@@ -32,7 +33,6 @@ def tile(channels: int, head_dim: int, window: int, dtype: torch.dtype) -> Tile 
     return chosen if 4 * (window - 1) <= 3 * chosen.rows else None
 
 
-@functools.cache
 def before_hopper() -> bool:
-    """Whether the GPU is an NVIDIA one of the generations before sm_90."""
-    return torch.version.hip is None and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0)
+    """Whether the current GPU is an NVIDIA one of the generations before sm_90."""
+    return not on_amd() and torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0)

@@ -130,10 +130,9 @@ def forward(
         dtypes = (torch.float32, torch.float32, x.dtype, torch.float32, x.dtype, torch.float32)
         made = [None if p is None else p.to(d).contiguous() for p, d in zip(parameters, dtypes, strict=True)]
         source, strides = flat.readable(x.unsqueeze(3))
-        with torch.cuda.device_of(out):
-            forward_kernel[(triton.cdiv(rows, own),)](
-                source, *made, out, *flat.divisor(T), *flat.divisor(N), *flat.divisor(1), rows, own, left, right, eps,
-                *strides, C=C, D=C // num_heads, BLOCK_C=window_configs.block_d(C),
-                BLOCK_D=window_configs.block_d(C // num_heads), ROWS=tile.rows, num_warps=tile.num_warps,
-            )  # fmt: skip
+        forward_kernel[(triton.cdiv(rows, own),)](
+            source, *made, out, *flat.divisor(T), *flat.divisor(N), *flat.divisor(1), rows, own, left, right, eps,
+            *strides, C=C, D=C // num_heads, BLOCK_C=window_configs.block_d(C),
+            BLOCK_D=window_configs.block_d(C // num_heads), ROWS=tile.rows, num_warps=tile.num_warps,
+        )  # fmt: skip
     return out

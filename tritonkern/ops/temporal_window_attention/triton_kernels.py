@@ -12,7 +12,6 @@ other and nothing outside its window. It is also how float64 and exact float32 g
 Scores stay in natural units: where one weight is all of a row's, backward then finds it to be exactly 1.
 """
 
-import torch
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -315,14 +314,13 @@ def _launch(kernel, inputs, saved, outputs, choose, left: int, right: int, scale
     left, right = min(left, T - 1), min(right, T - 1)
     inputs, strides = zip(*(flat.readable(x) for x in inputs), strict=True)
     tiles = choose(D, left + right + 1, inputs[0].dtype)
-    with torch.cuda.device_of(outputs[0]):
-        kernel[(triton.cdiv(rows, tiles.block_rows),)](
-            *inputs, *saved, *outputs, *flat.divisor(T), *flat.divisor(N), *flat.divisor(H), rows, left, right, scale,
-            *(stride for unit in strides for stride in unit),
-            D=D, BLOCK_D=configs.block_d(D), TENSOR_CORES=tiles.tensor_cores, BLOCK_ROWS=tiles.block_rows,
-            BLOCK_OTHERS=tiles.block_others, ROWS=tiles.rows, STAGES=tiles.num_stages,
-            num_warps=tiles.num_warps, num_stages=tiles.num_stages,
-        )  # fmt: skip
+    kernel[(triton.cdiv(rows, tiles.block_rows),)](
+        *inputs, *saved, *outputs, *flat.divisor(T), *flat.divisor(N), *flat.divisor(H), rows, left, right, scale,
+        *(stride for unit in strides for stride in unit),
+        D=D, BLOCK_D=configs.block_d(D), TENSOR_CORES=tiles.tensor_cores, BLOCK_ROWS=tiles.block_rows,
+        BLOCK_OTHERS=tiles.block_others, ROWS=tiles.rows, STAGES=tiles.num_stages,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
 
 
 def _aligned(x: Tensor) -> Tensor:

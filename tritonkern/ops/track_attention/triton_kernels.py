@@ -316,16 +316,15 @@ def forward(
     lse = tracks.new_empty((B, T, query.shape[2:-2].numel(), H))
     if out.numel() == 0 or tracks.shape[2] == 0:
         return out.zero_(), lse.fill_(-torch.inf)
-    with torch.cuda.device_of(query):
-        (query, q), (key, k), (value, v) = map(geometry.readable, (query, key, value))
-        scene = culled.scene(tracks, visible, H, (query if splat else key).shape[2:4], splat)
-        tiles = configs.forward_tiles(D, query.dtype)
-        eps = torch.finfo(query.dtype).eps if culling else 0.0
-        visits = culled.visits(query, key, q, k, scene, precision, scale, eps, tiles)
-        forward_kernel[(visits.shape[0] * visits.shape[1],)](
-            query, key, value, out, lse, *scene.arguments(), precision, *culled.lists(visits), *scene.sizes,
-            *visits.shape[1:], scale, query.shape[3], *q, *k, *v, **_constants(tiles, splat, D, query.dtype),
-        )  # fmt: skip
+    (query, q), (key, k), (value, v) = map(geometry.readable, (query, key, value))
+    scene = culled.scene(tracks, visible, H, (query if splat else key).shape[2:4], splat)
+    tiles = configs.forward_tiles(D, query.dtype)
+    eps = torch.finfo(query.dtype).eps if culling else 0.0
+    visits = culled.visits(query, key, q, k, scene, precision, scale, eps, tiles)
+    forward_kernel[(visits.shape[0] * visits.shape[1],)](
+        query, key, value, out, lse, *scene.arguments(), precision, *culled.lists(visits), *scene.sizes,
+        *visits.shape[1:], scale, query.shape[3], *q, *k, *v, **_constants(tiles, splat, D, query.dtype),
+    )  # fmt: skip
     return out, lse
 
 
@@ -354,28 +353,27 @@ def backward(
         grad_tracks, grad_precision = tracks.new_zeros(tracks.shape), precision.new_zeros(())
     if query.numel() == 0 or key.numel() == 0:
         return grad_query.zero_(), grad_key.zero_(), grad_value.zero_(), grad_tracks, grad_precision
-    with torch.cuda.device_of(query):
-        (grad_out, g), (query, q), (key, k), (value, v) = map(geometry.readable, (grad_out, query, key, value))
-        scene = culled.scene(tracks, visible, H, (query if splat else key).shape[2:4], splat)
-        tiles = configs.backward_tiles(D, query.dtype)
-        # Gradients of positions are in the accumulator's type.
-        eps = torch.finfo(tracks.dtype if positions else query.dtype).eps if culling else 0.0
-        visits = culled.visits(query, key, q, k, scene, precision, scale, eps, tiles)
-        rows = query.shape[2:4].numel()
-        saved = [tracks.new_empty((B * T, H, rows)) for _ in range(3)]
-        pulls = tracks.new_empty((B * T, H, M, 2) if positions else 0)
-        widening = tracks.new_empty((B * T, H, rows) if positions else 0)
-        sizes, strides = (*scene.sizes, *visits.shape[1:], scale), (*g, *q, *k, *v)
-        constants = dict(POSITIONS=positions, **_constants(tiles, splat, D, query.dtype))
-        query_gradient_kernel[(visits.shape[0] * visits.shape[1],)](
-            grad_out, query, key, value, grad_query, *saved, pulls, widening, *scene.arguments(), precision,
-            *culled.lists(visits), *sizes, query.shape[3], *strides, **constants,
-        )  # fmt: skip
-        key_value_gradient_kernel[(visits.shape[0] * visits.shape[2],)](
-            grad_out, query, key, value, grad_key, grad_value, *saved, pulls, *scene.arguments(), precision,
-            *culled.lists(visits.mT.contiguous()), *sizes, key.shape[3], *strides, **constants,
-        )  # fmt: skip
-        if positions:
-            grad_tracks = (2 if splat else -2) * precision * pulls.sum(1).view(tracks.shape)
-            grad_precision = widening.sum()
+    (grad_out, g), (query, q), (key, k), (value, v) = map(geometry.readable, (grad_out, query, key, value))
+    scene = culled.scene(tracks, visible, H, (query if splat else key).shape[2:4], splat)
+    tiles = configs.backward_tiles(D, query.dtype)
+    # Gradients of positions are in the accumulator's type.
+    eps = torch.finfo(tracks.dtype if positions else query.dtype).eps if culling else 0.0
+    visits = culled.visits(query, key, q, k, scene, precision, scale, eps, tiles)
+    rows = query.shape[2:4].numel()
+    saved = [tracks.new_empty((B * T, H, rows)) for _ in range(3)]
+    pulls = tracks.new_empty((B * T, H, M, 2) if positions else 0)
+    widening = tracks.new_empty((B * T, H, rows) if positions else 0)
+    sizes, strides = (*scene.sizes, *visits.shape[1:], scale), (*g, *q, *k, *v)
+    constants = dict(POSITIONS=positions, **_constants(tiles, splat, D, query.dtype))
+    query_gradient_kernel[(visits.shape[0] * visits.shape[1],)](
+        grad_out, query, key, value, grad_query, *saved, pulls, widening, *scene.arguments(), precision,
+        *culled.lists(visits), *sizes, query.shape[3], *strides, **constants,
+    )  # fmt: skip
+    key_value_gradient_kernel[(visits.shape[0] * visits.shape[2],)](
+        grad_out, query, key, value, grad_key, grad_value, *saved, pulls, *scene.arguments(), precision,
+        *culled.lists(visits.mT.contiguous()), *sizes, key.shape[3], *strides, **constants,
+    )  # fmt: skip
+    if positions:
+        grad_tracks = (2 if splat else -2) * precision * pulls.sum(1).view(tracks.shape)
+        grad_precision = widening.sum()
     return grad_query, grad_key, grad_value, grad_tracks, grad_precision
