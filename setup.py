@@ -21,8 +21,8 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 ERROR_FILE = "_cpp_build_error.txt"
-KERNELS = ["correlation_soft_argmax", "full_attention", "local_correlation", "residual_norm", "temporal_adapter"]
-KERNELS += ["temporal_block", "temporal_mixer", "temporal_window_attention", "track_attention"]
+KERNELS = ["correlation_soft_argmax", "full_attention", "local_correlation", "temporal_adapter"]
+KERNELS += ["temporal_mixer", "temporal_window_attention", "track_attention"]
 X86_64 = {
     "baseline": ["-march=x86-64", "-O2", "-DTRITONKERN_VECTOR_BYTES=16"],
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-DTRITONKERN_VECTOR_BYTES=32"],

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import functools
 import importlib
@@ -121,7 +120,6 @@ def peak_memory(call: Callable[[], Result], device: str) -> int | None:
         call()
         return torch.cuda.max_memory_allocated() - before
     try:
-        _forget_kept_memory()
         ctypes.CDLL(None).malloc_trim(0)  # gives freed memory back, or the call would reuse it unseen
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # resets the high-water mark
@@ -130,11 +128,6 @@ def peak_memory(call: Callable[[], Result], device: str) -> int | None:
         return _high_water_mark() - before
     except (OSError, AttributeError):  # another system than Linux with glibc
         return None
-
-
-def _forget_kept_memory() -> None:
-    with contextlib.suppress(ImportError, AttributeError):  # no extension, or an older one
-        importlib.import_module("tritonkern._cpp").KeptMemory.forget()
 
 
 def _high_water_mark() -> int:

@@ -142,8 +142,6 @@ def stopwatch(monkeypatch, theirs):
     watch(F, "scaled_dot_product_attention", "attention")
     watch(F, "linear", "linear layers")
     watch(F, "gelu", "GELU")
-    watch(dinov2, "residual_norm", "norm, scale, residual")
-    watch(torch, "addcmul", "norm, scale, residual")
     watch(F, "layer_norm", "norm, scale, residual")
     watch(TemporalAdapter, "add_to", "adapters")
     watch(type(theirs.adapter[0]), "forward", "adapters")

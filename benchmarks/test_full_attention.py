@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from tritonkern.functional import full_attention
+from tritonkern.functional._full_attention import full_attention
 
 # [B, L, H, D]: one frame of ViT-S/14 at 64 x 64 and at 37 x 37 patches.
 SHAPES = [(1, 4097, 6, 64), (1, 1370, 6, 64)]

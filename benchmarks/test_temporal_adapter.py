@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from tritonkern import temporal_block, temporal_window_attention
 from tritonkern.nn import TemporalAdapter
 
 OURS = "tritonkern"
@@ -17,8 +16,6 @@ HIDDEN = 128
 # [T, 1 + h * w, C]: Chrono-S and Chrono-B on Kubric clips (64 x 64 tokens), and a clip of DAVIS in Chrono-S.
 SHAPES = [(24, 64, 384), (24, 64, 768), (48, 64, 384)]
 # [B, T, N, hidden]: the transformer block in the middle of these adapters, and that of a clip of TAP-Vid RGB-Stacking.
-BLOCK_SHAPES = [(1, 24, 256, HIDDEN), (1, 250, 256, HIDDEN)]
-HEADS, WINDOW = 4, 13
 
 
 class Official(nn.Module):
@@ -122,56 +119,3 @@ def test_forward_and_backward(compare, device, shape):
         "official form, compiled": lambda: both(compiled, theirs),
     }
     compare(OP, shape, dtype, "forward + backward", calls, *cost(shape, dtype, True), {"official form, eager": 1.7})
-
-
-def attended_by_a_mask(query, key, value):
-    """`[B, T, N, H, D]` through PyTorch's attention with a mask over time."""
-    at = torch.arange(query.shape[1], device=query.device)
-    band = (at[:, None] - at[None, :]).abs() <= WINDOW // 2
-    query, key, value = (x.permute(0, 2, 3, 1, 4) for x in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value, attn_mask=band).permute(0, 3, 1, 2, 4)
-
-
-def steps(x, norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias, attend):
-    normed = F.layer_norm(x, norm_weight.shape, norm_weight, norm_bias)
-    qkv = F.linear(normed, qkv_weight, qkv_bias).unflatten(-1, (3, HEADS, -1))
-    return x + F.linear(attend(*qkv.unbind(-3)).flatten(-2), proj_weight, proj_bias)
-
-
-def block_case(shape, device):
-    """The calls of the block, its tensors, and the bytes and FLOPs of a forward pass."""
-    dtype, channels = torch.bfloat16 if device == "cuda" else torch.float32, shape[-1]
-    sizes = [shape, (channels,), (channels,), (3 * channels, channels), (3 * channels,)]
-    tensors = [torch.randn(size, device=device) for size in [*sizes, (channels, channels), (channels,)]]
-    tensors = [x.mul_(channels**-0.5 if x.dim() == 2 else 1).to(dtype) for x in tensors]
-    ours = functools.partial(temporal_window_attention, window=WINDOW)
-    calls = {
-        OURS: lambda *x: temporal_block(*x, HEADS, WINDOW),
-        "steps, SDPA with a mask": functools.partial(steps, attend=attended_by_a_mask),
-        "steps, our attention": functools.partial(steps, attend=ours),
-    }
-    rows = tensors[0].numel() // channels
-    return calls, tensors, 2 * tensors[0].nbytes, rows * (8 * channels**2 + 4 * channels * WINDOW)
-
-
-@pytest.mark.parametrize("shape", BLOCK_SHAPES, ids=str)
-def test_block_forward(compare, device, shape):
-    calls, tensors, moved, flops = block_case(shape, device)
-    calls = {name: functools.partial(call, *tensors) for name, call in calls.items()}
-    with torch.no_grad():
-        compare("temporal_block", shape, tensors[0].dtype, "forward", calls, moved, flops)
-
-
-@pytest.mark.parametrize("shape", BLOCK_SHAPES[:1], ids=str)
-def test_block_forward_and_backward(compare, device, shape):
-    calls, tensors, moved, flops = block_case(shape, device)
-    tensors = [x.requires_grad_() for x in tensors]
-    grad_out = torch.randn_like(tensors[0])
-
-    def both(call):
-        out = call(*tensors)
-        return out.detach(), *torch.autograd.grad(out, tensors, grad_out)
-
-    calls = {name: functools.partial(both, call) for name, call in calls.items()}
-    # Parameters' gradients are sums over thousands of rows, in another order.
-    compare("temporal_block", shape, tensors[0].dtype, "forward + backward", calls, 2 * moved, 3 * flops, ulps=256)

@@ -10,12 +10,9 @@
 #include <stdexcept>
 #include <string>
 
-#include "common/kept_memory.h"
 #include "correlation_soft_argmax/call.h"
 #include "full_attention/bindings.h"
 #include "local_correlation/bindings.h"
-#include "residual_norm/call.h"
-#include "temporal_block/bindings.h"
 #include "temporal_mixer/bindings.h"
 #include "temporal_window_attention/call.h"
 #include "track_attention/bindings.h"
@@ -35,14 +32,11 @@ struct Kernels {
     void (*soft_argmax_forward)(const SoftArgmax&);
     void (*soft_argmax_backward)(const SoftArgmax&);
     void (*full_attention_forward)(const FullAttention&);
-    void (*residual_norm_forward)(const ResidualNorm&);
-    void (*residual_norm_backward)(const ResidualNorm&);
     void (*group_norm_statistics)(const GroupNormStatistics&);
     void (*group_norm_sums)(const GroupNormBackward&);
     void (*group_norm_gradient)(const GroupNormBackward&);
     void (*conv3x3)(const Conv3x3&);
     void (*conv3x3_weight_gradient)(const Conv3x3WeightGradient&);
-    void (*temporal_block_forward)(const TemporalBlock&);
     void (*temporal_mixer_forward)(const TemporalMixer&);
     void (*temporal_mixer_backward)(const TemporalMixer&);
     void (*track_attention_forward)(const TrackAttention&);
@@ -56,9 +50,9 @@ struct Kernels {
         #isa, [] { return bool(condition); }, isa::temporal_window_attention_forward,                   \
             isa::temporal_window_attention_backward, isa::correlation_soft_argmax_forward,              \
             isa::correlation_soft_argmax_backward, isa::soft_argmax_forward, isa::soft_argmax_backward, \
-            isa::full_attention_forward, isa::residual_norm_forward, isa::residual_norm_backward,       \
+            isa::full_attention_forward,       \
             isa::group_norm_statistics, isa::group_norm_sums, isa::group_norm_gradient, isa::conv3x3,   \
-            isa::conv3x3_weight_gradient, isa::temporal_block_forward, isa::temporal_mixer_forward,     \
+            isa::conv3x3_weight_gradient, isa::temporal_mixer_forward,     \
             isa::temporal_mixer_backward, isa::track_attention_forward, isa::track_attention_backward,  \
             isa::local_correlation_forward, isa::local_correlation_backward                             \
     }
@@ -164,18 +158,6 @@ SoftArgmax describe(int dtype, const Shape& shape, double temperature, double ra
     return call;
 }
 
-// Addresses of x (backward: the sum), branch, gamma, weight and bias; 0 for what is absent.
-ResidualNorm describe(const std::array<int, 3>& dtypes, const std::array<int64_t, 2>& shape, double eps,
-                      int num_threads, const std::array<uintptr_t, 5>& inputs) {
-    ResidualNorm call{};
-    call.dtype = static_cast<DType>(dtypes[0]), call.branch_dtype = static_cast<DType>(dtypes[1]);
-    call.out_dtype = static_cast<DType>(dtypes[2]);
-    call.rows = shape[0], call.C = shape[1], call.eps = eps, call.num_threads = num_threads;
-    call.x = pointer(inputs[0]), call.branch = pointer(inputs[1]), call.gamma = pointer(inputs[2]);
-    call.weight = pointer(inputs[3]), call.bias = pointer(inputs[4]);
-    return call;
-}
-
 }  // namespace
 }  // namespace tritonkern
 
@@ -184,14 +166,6 @@ PYBIND11_MODULE(_cpp, m) {
     m.doc() =
         "CPU kernels of tritonkern. Pointers are integers, strides count elements; the callers in tritonkern.ops check "
         "them.";
-    py::class_<KeptMemory>(m, "KeptMemory", py::buffer_protocol(),
-                           "Bytes for a large result; see csrc/common/kept_memory.h.")
-        .def(py::init<size_t>())
-        .def_static("kept", &KeptMemory::kept, "Bytes that wait for a next result.")
-        .def_static("forget", &KeptMemory::forget, "Give back to the system what waits.")
-        .def_buffer([](KeptMemory& memory) {
-            return py::buffer_info(static_cast<uint8_t*>(memory.data()), py::ssize_t(memory.size));
-        });
     m.def("isa", [] { return kernels().isa; }, "The instruction set that the kernels use: avx512, avx2 or baseline.");
     m.def(
         "isas",
@@ -272,30 +246,8 @@ PYBIND11_MODULE(_cpp, m) {
             kernels().soft_argmax_backward(call);
         },
         py::call_guard<py::gil_scoped_release>());
-    m.def(
-        "residual_norm_forward",
-        [](const std::array<int, 3>& dtypes, const std::array<int64_t, 2>& shape, double eps, int num_threads,
-           const std::array<uintptr_t, 5>& inputs, const std::array<uintptr_t, 2>& results) {
-            auto call = describe(dtypes, shape, eps, num_threads, inputs);
-            call.sum = pointer(results[0]), call.normed = pointer(results[1]);
-            kernels().residual_norm_forward(call);
-        },
-        py::call_guard<py::gil_scoped_release>());
-    m.def(
-        "residual_norm_backward",
-        [](const std::array<int, 3>& dtypes, const std::array<int64_t, 2>& shape, double eps, int num_threads,
-           const std::array<uintptr_t, 5>& inputs, const std::array<uintptr_t, 2>& grads,
-           const std::array<uintptr_t, 3>& results, int64_t chunk) {
-            auto call = describe(dtypes, shape, eps, num_threads, inputs);
-            call.grad_sum = pointer(grads[0]), call.grad_normed = pointer(grads[1]);
-            call.grad_x = pointer(results[0]), call.grad_branch = pointer(results[1]);
-            call.partial = pointer(results[2]), call.chunk = chunk;
-            kernels().residual_norm_backward(call);
-        },
-        py::call_guard<py::gil_scoped_release>());
     bind_temporal_adapter(m, [] { return &kernels(); });
     bind_full_attention(m, kernels);
-    bind_temporal_block(m, kernels);
     bind_temporal_mixer(m, kernels);
     bind_track_attention(m, kernels);
     bind_local_correlation(m, kernels);

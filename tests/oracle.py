@@ -1,7 +1,5 @@
 """What the tests run and compare with: native backends, textbook loops, eager forms, the tolerance rule."""
 
-import contextlib
-import importlib
 import itertools
 import math
 import os
@@ -147,8 +145,6 @@ class peak_memory:
         if self.device == "cuda":
             torch.cuda.reset_peak_memory_stats()
         else:
-            with contextlib.suppress(ImportError):
-                importlib.import_module("tritonkern._cpp").KeptMemory.forget()
             with open("/proc/self/clear_refs", "w") as file:
                 file.write("5")  # resets VmHWM
         self.before = self.now()

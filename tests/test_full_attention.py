@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 from oracle import assert_as_exact_as_eager, native_backends
 
-from tritonkern.functional import attention as module
-from tritonkern.functional import full_attention
+from tritonkern.functional import _full_attention as module
+from tritonkern.functional._full_attention import full_attention
 from tritonkern.ops._contract import DTYPES
 from tritonkern.ops.full_attention import op
 

@@ -250,38 +250,6 @@ def test_uninitialised_memory_is_poisoned_in_every_test():
     assert torch.empty(100).isnan().all() and torch.empty_like(GOOD).isnan().all()
 
 
-def test_memory_of_large_results_is_kept_for_the_next():
-    cpp = pytest.importorskip("tritonkern._cpp")
-    from tritonkern.ops._results import new_result
-
-    like = torch.empty(0)
-    first = new_result(like, (3, 1 << 22))
-    address, size = first.data_ptr(), first.untyped_storage().nbytes()
-    assert (first.shape, first.stride(), first.dtype, size) == ((3, 1 << 22), (1 << 22, 1), torch.float32, 3 << 24)
-    assert first.isnan().all()  # poisoned, see conftest.py
-    view = first[1]
-    del first
-    other = new_result(like, (3, 1 << 22))
-    assert other.data_ptr() != address  # a view still lives there
-    kept = cpp.KeptMemory.kept()
-    del view
-    assert cpp.KeptMemory.kept() == kept + size
-    smaller = new_result(like, (9, 1 << 20))
-    assert smaller.data_ptr() != address  # a quarter of that block would lie idle
-    assert new_result(like, (3, 1 << 22)).data_ptr() == address
-    for _ in range(1100):  # nobody asks for that size again
-        cpp.KeptMemory(5 << 24)
-    assert cpp.KeptMemory.kept() <= 5 << 24
-    many = [new_result(like, (1 << 25,)) for _ in range(5)]
-    del many
-    assert 384 << 20 <= cpp.KeptMemory.kept() <= 512 << 20
-    kept = cpp.KeptMemory.kept()
-    new_result(like, (1 << 28,), torch.float32)  # 1 GiB is not kept, and drives out nothing
-    assert cpp.KeptMemory.kept() == kept
-    cpp.KeptMemory.forget()
-    assert cpp.KeptMemory.kept() == 0
-
-
 def test_operators_run_on_the_device_of_their_tensors(monkeypatch):
     """Triton launches on the current device: on a GPU every operator makes that of its tensors the current one."""
     names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("tritonkern::")]

@@ -4,23 +4,25 @@ Importing this package loads neither Triton nor a device; a backend is loaded at
 """
 
 from tritonkern.functional import (
+    Match,
     correlation_soft_argmax,
     local_correlation,
     local_correlation_linear,
     soft_argmax_2d,
-    temporal_block,
     temporal_mixer,
     temporal_window_attention,
     track_sample_attention,
     track_splat_attention,
 )
 from tritonkern.integrations import patch
-from tritonkern.nn import CorrelationSoftArgmax, TemporalWindowAttention, Tracktention
+from tritonkern.nn import CorrelationSoftArgmax, TemporalAdapter, TemporalWindowAttention, Tracktention
 
 __version__ = "0.1.0"
 
 __all__ = [
     "CorrelationSoftArgmax",
+    "Match",
+    "TemporalAdapter",
     "TemporalWindowAttention",
     "Tracktention",
     "__version__",
@@ -29,7 +31,6 @@ __all__ = [
     "local_correlation_linear",
     "patch",
     "soft_argmax_2d",
-    "temporal_block",
     "temporal_mixer",
     "temporal_window_attention",
     "track_sample_attention",

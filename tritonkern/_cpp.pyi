@@ -4,16 +4,6 @@ from collections.abc import Sequence
 
 _Tensor = tuple[int, Sequence[int]]
 
-class KeptMemory:
-    """`size` bytes for a large result, a writable buffer; see csrc/common/kept_memory.h."""
-
-    def __init__(self, size: int, /) -> None: ...
-    @staticmethod
-    def kept() -> int: ...
-    @staticmethod
-    def forget() -> None: ...
-    def __buffer__(self, flags: int, /) -> memoryview: ...
-
 def isa() -> str: ...
 def isas() -> list[str]: ...
 def temporal_window_attention_forward(
@@ -95,26 +85,6 @@ def soft_argmax_backward(
     results: Sequence[int],
     grad_points: int,
     grad_cost: int,
-    /,
-) -> None: ...
-def residual_norm_forward(
-    dtypes: Sequence[int],
-    shape: Sequence[int],
-    eps: float,
-    num_threads: int,
-    inputs: Sequence[int],
-    results: Sequence[int],
-    /,
-) -> None: ...
-def residual_norm_backward(
-    dtypes: Sequence[int],
-    shape: Sequence[int],
-    eps: float,
-    num_threads: int,
-    inputs: Sequence[int],
-    grads: Sequence[int],
-    results: Sequence[int],
-    chunk: int,
     /,
 ) -> None: ...
 
@@ -224,17 +194,6 @@ def full_attention_forward(
     value: tuple[int, Sequence[int]],
     out: int,
     lse: int,
-    /,
-) -> None: ...
-def temporal_block_forward(
-    dtype: int,
-    shape: Sequence[int],
-    window: tuple[int, int],
-    eps: float,
-    num_threads: int,
-    x: tuple[int, Sequence[int]],
-    parameters: Sequence[int],
-    out: int,
     /,
 ) -> None: ...
 def temporal_mixer_tasks(shape: Sequence[int], /) -> int: ...

@@ -1,17 +1,13 @@
-"""Attention along time, along tracks, and of everything to everything."""
+"""Attention along time and between tracks and a feature map."""
 
 from __future__ import annotations
 
-import functools
-
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from tritonkern.functional._arguments import autocast, real, refuse_forward_mode
+from tritonkern.functional._arguments import autocast, real, refuse_forward_mode, window_extent
 from tritonkern.ops import _backends
 from tritonkern.ops._contract import accumulator
-from tritonkern.ops.full_attention import op as _full_op
 from tritonkern.ops.temporal_window_attention import op as _window_op
 from tritonkern.ops.track_attention import op as _track_op
 
@@ -81,28 +77,6 @@ def temporal_window_attention(
         return attend(query, key, value, left, right, scale, backend)[0]
     query, key, value = query.unsqueeze(2), key.unsqueeze(2), value.unsqueeze(2)
     return attend(query, key, value, left, right, scale, backend)[0].squeeze(2)
-
-
-def window_extent(window: int | tuple[int, int]) -> tuple[int, int]:
-    """Frames seen before and after a query, both inclusive: 13 -> (6, 6), (6, 0) -> (6, 0).
-
-    Raises:
-        TypeError: neither an int nor a pair of ints.
-        ValueError: an even or non-positive total, or a negative count.
-    """
-    if isinstance(window, int) and not isinstance(window, bool):
-        if window < 1 or window % 2 == 0:
-            raise ValueError(
-                f"window must be an odd number of frames, such as 13 for six on each side, got {window}; "
-                "use window=(left, right) for sides that differ"
-            )
-        left = right = window // 2
-    elif isinstance(window, (tuple, list)) and [type(count) for count in window] == [int, int]:
-        left, right = window
-    else:
-        raise TypeError(f"window must be an odd int or a pair of ints (left, right), got {window!r}")
-    _window_op.check_window(left, right)
-    return left, right
 
 
 def track_sample_attention(
@@ -236,64 +210,3 @@ def _track_attention(
         visible = visible & visibility
     attend = _track_op.track_attention_fwd
     return attend(query, key, value, tracks, visible, precision, scale, splat, culling, backend)[0]
-
-
-def full_attention(
-    query: Tensor, key: Tensor, value: Tensor, *, scale: float | None = None, backend: str | None = None
-) -> Tensor:
-    """Softmax attention of every query to all keys: what a vision transformer on a CPU spends most of its time in.
-
-    Unless a backend is named this is `torch.nn.functional.scaled_dot_product_attention`, but for 1,024 tokens and more
-    on AMD CPUs with AVX2 and not AVX-512, where a kernel of this package is faster (measured on Zen 3); compiled and
-    exported graphs and transforms of `torch.func` keep PyTorch's. There is no second derivative.
-
-    Args:
-        query: ``[B, L, H, D]`` (batch, queries, heads, head dimension), any strides; float64, float32, bfloat16 or
-            float16. The package's kernel computes with 16-bit numbers in float32. Under autocast all three are cast to
-            its dtype.
-        key, value: ``[B, S, H, D]`` in query's dtype. All sizes but B from 1 up.
-        scale: factor on the scores, ``D ** -0.5`` if None.
-        backend: ``"cpp"``, or ``"reference"``, which stores all weights; None chooses as said above.
-
-    Returns:
-        ``[B, L, H, D]`` in query's dtype (the autocast dtype under autocast).
-
-    Raises:
-        TypeError: an argument of the wrong type or dtype.
-        NotImplementedError: an input carries a forward-mode tangent, and a backend is named.
-        ValueError: shapes or devices that do not fit together, or a backend that cannot run this call.
-
-    Attention: Vaswani et al., 2017; in blocks with a running maximum: Milakov and Gimelshein, 2018, Dao et al., 2022.
-    """
-    _backends.check_name(backend)
-    query, key, value = autocast(query, key, value)
-    _full_op.check(query, key, value)
-    scale = query.shape[-1] ** -0.5 if scale is None else real("scale", scale)
-    if backend is None:
-        if not _own_kernel(query, key):
-            query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-            return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
-        backend = "cpp"
-    refuse_forward_mode("full_attention", query, key, value)
-    return _full_op.full_attention_fwd(query, key, value, scale, backend)[0]
-
-
-def _own_kernel(query: Tensor, key: Tensor) -> bool:
-    """Whether the package's kernel is the faster one for this call."""
-    # A graph must run elsewhere and at other lengths as well; transforms of functions need rules of their own.
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False
-    if query.device.type != "cpu" or torch.autograd.forward_ad._current_level >= 0:
-        return False
-    # Shorter sequences gain nothing; each thread holds the keys and values of a head.
-    return min(query.shape[1], key.shape[1]) >= 1024 and key.shape[1] <= 1 << 16 and _pytorch_is_slower()
-
-
-@functools.cache
-def _pytorch_is_slower() -> bool:
-    """Whether this is a CPU whose matrix library leaves room, with the package's kernels at hand."""
-    if _backends.unavailable(_full_op.NAME, "cpp", torch.device("cpu")) is not None:
-        return False
-    from tritonkern import _cpp
-
-    return _cpp.is_amd() and _cpp.isa() == "avx2"

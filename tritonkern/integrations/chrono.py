@@ -19,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonkern.functional import full_attention, temporal_window_attention
+from tritonkern.functional import temporal_window_attention
+from tritonkern.functional._full_attention import full_attention
 from tritonkern.integrations._precision import Precision
 from tritonkern.nn import TemporalAdapter, TemporalWindowAttention
 from tritonkern.nn.correlation import find
@@ -134,6 +135,8 @@ def _twin(adapter: Any) -> TemporalAdapter:
     twin.attn_temp.head_dim = attention.proj.in_features // attention.num_heads
     twin.attn_temp.window = (attention.bias.window_left, attention.bias.window_right)
     twin.attn_temp.qkv, twin.attn_temp.proj = attention.qkv, attention.proj
+    for name in ("q_norm", "k_norm", "proj_drop"):  # refused by `_check` unless they do nothing
+        setattr(twin.attn_temp, name, nn.Identity())
     return twin
 
 

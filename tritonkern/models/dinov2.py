@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonkern.functional import full_attention, residual_norm
+from tritonkern.functional._full_attention import full_attention
 from tritonkern.models.checkpoints import load_strict, read_state_dict
 from tritonkern.nn import TemporalAdapter
 
@@ -124,12 +124,9 @@ class Block(nn.Module):
         self.ls2 = LayerScale(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        norm1, norm2, gamma1, gamma2 = self.norm1, self.norm2, self.ls1.gamma, self.ls2.gamma
         # The residual stream has the precision of the parameters, also where autocast computes the branches in less.
-        x = x.to(torch.promote_types(x.dtype, gamma1.dtype))
-        x, normed = residual_norm(x, None, None, norm1.weight, norm1.bias, norm1.eps)
-        x, normed = residual_norm(x, self.attn(normed), gamma1, norm2.weight, norm2.bias, norm2.eps)
-        return torch.addcmul(x, self.mlp(normed), gamma2)
+        x = x + self.ls1(self.attn(self.norm1(x)))
+        return x + self.ls2(self.mlp(self.norm2(x)))
 
 
 class _PositionCache:

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonkern.functional import norm_conv_relu, relu_conv_add, temporal_block
+from tritonkern.functional._adapter import adapter_in, adapter_out
 from tritonkern.nn.temporal import TemporalWindowAttention
 
 
@@ -74,29 +74,26 @@ class TemporalAdapter(nn.Module):
 
     def _bottleneck(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """`[B, T, prefix + h * w, C]` -> the image that the last ReLU and convolution take, patch after patch."""
-        norm, conv, pool, upsample, attn = self.norm, self.conv1, self.conv_pool, self.conv_upsample, self.attn_temp
-        hidden = norm_conv_relu(
+        norm, conv, pool, upsample = self.norm, self.conv1, self.conv_pool, self.conv_upsample
+        hidden = adapter_in(
             tokens, grid, norm.weight, norm.bias, conv.weight, cast(Tensor, conv.bias), pool=self.pool, eps=norm.eps
         )
         # What follows has the dtype that the convolution chose: on the CPU float32 even for half precision.
         with torch.autocast(tokens.device.type, enabled=False):
-
-            def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-                return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
-
             # Patches are rows: a convolution whose kernel is its stride is a product with the kernel as a matrix.
-            x = F.relu(linear(hidden, pool.weight.permute(0, 2, 3, 1).flatten(1), pool.bias))
-
-            # [B, T, h/pool * w/pool, hidden]
-            norm2, qkv, proj = self.norm2, attn.qkv, attn.proj
-            parameters = (norm2.weight, norm2.bias, qkv.weight, qkv.bias, proj.weight, proj.bias)
-            x = temporal_block(x, *parameters, attn.num_heads, attn.window, eps=norm2.eps)
-
+            x = F.relu(_linear(hidden, pool.weight.permute(0, 2, 3, 1).flatten(1), pool.bias))
+        # [B, T, h/pool * w/pool, hidden]
+        x = x + self.attn_temp(self.norm2(x.to(self.norm2.weight.dtype))).to(x.dtype)
+        with torch.autocast(tokens.device.type, enabled=False):
             bias = upsample.bias.repeat(self.pool**2)  # type: ignore[union-attr]
-            return linear(x, upsample.weight.permute(2, 3, 1, 0).flatten(0, 2), bias)
+            return _linear(x, upsample.weight.permute(2, 3, 1, 0).flatten(0, 2), bias)
 
     def _restore(
         self, x: Tensor, grid: tuple[int, int], tokens: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
         bias = cast(Tensor, self.conv2.bias)
-        return relu_conv_add(x, grid, self.conv2.weight, bias, tokens, pool=self.pool, dtype=dtype)
+        return adapter_out(x, grid, self.conv2.weight, bias, tokens, pool=self.pool, dtype=dtype)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from tritonkern.functional import temporal_window_attention, window_extent
+from tritonkern.functional import temporal_window_attention
+from tritonkern.functional._arguments import window_extent
 
 
 class TemporalWindowAttention(nn.Module):

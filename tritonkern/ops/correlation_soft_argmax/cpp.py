@@ -9,7 +9,6 @@ from torch import Tensor
 
 from tritonkern import _cpp
 from tritonkern.ops._contract import CPP_DTYPES, accumulator, adjacent_channels
-from tritonkern.ops._results import new_result
 
 
 def forward(
@@ -19,7 +18,7 @@ def forward(
     query, features = adjacent_channels(query), adjacent_channels(features)
     shape = _shape(query, features)
     pairs, dtype = shape[:3], accumulator(query.dtype)
-    points = new_result(query, (*pairs, 2), dtype)
+    points = query.new_empty((*pairs, 2), dtype=dtype)
     mean, maximum, minimum, weight = (query.new_empty(pairs, dtype=dtype) for _ in range(4))
     best, worst = (query.new_empty(pairs, dtype=torch.int32) for _ in range(2))
     query_scale = query.new_empty(query.shape[:2] if cosine else (0,), dtype=dtype)
@@ -61,7 +60,7 @@ def backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of query and features, contiguous."""
     query, features = adjacent_channels(query), adjacent_channels(features)
-    grad_query, grad_features = new_result(query, query.shape), new_result(features, features.shape)
+    grad_query, grad_features = query.new_empty(query.shape), features.new_empty(features.shape)
     # Gradients may be expanded from one number; they and the saved tensors are small.
     grads = [x if x is None else x.contiguous() for x in (grad_points, grad_mean, grad_max, grad_min)]
     saved = [x.contiguous() for x in (points, maximum, best, worst, weight, query_scale, features_scale)]
@@ -115,7 +114,7 @@ def soft_argmax_backward(
     radius: float,
 ) -> Tensor:
     """Gradient of the cost volume, contiguous."""
-    grad_cost = new_result(cost, cost.shape)
+    grad_cost = cost.new_empty(cost.shape)
     cost = _with_three_axes_of_frames(cost)
     grad_points = grad_points.contiguous()
     saved = [x.contiguous() for x in (points, maximum, best, weight)]

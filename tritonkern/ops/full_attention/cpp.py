@@ -7,13 +7,12 @@ from torch import Tensor
 
 from tritonkern import _cpp
 from tritonkern.ops._contract import CPP_DTYPES, accumulator, adjacent_channels
-from tritonkern.ops._results import new_result
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """As reference.forward."""
     (batch, length, heads, dim), keys = query.shape, key.shape[1]
-    out = new_result(query, query.shape)
+    out = query.new_empty(query.shape)
     lse = query.new_empty((batch, length, heads), dtype=accumulator(query.dtype))
     if not out.numel():
         return out, lse

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from tritonkern import _cpp
 from tritonkern.ops._contract import CPP_DTYPES
-from tritonkern.ops._results import new_result as new_result
 
 _View = tuple[int, tuple[int, ...]]
 

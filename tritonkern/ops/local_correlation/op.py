@@ -110,7 +110,7 @@ def _forward(
 ) -> Tensor:
     _check(features, support, position, radius)
     kernels = _backends.load(NAME, features.device, backend)
-    out = kernels.new_result(features, _shape(support, position, radius))
+    out = features.new_empty(_shape(support, position, radius))
     kernels.correlate_into(out, kernels.readable(features), support, position, radius, zeros, y_first)
     return out
 

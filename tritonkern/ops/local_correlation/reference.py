@@ -102,13 +102,3 @@ class _Patches:
             part = torch.where(met[..., None], (along_x * along_y)[..., None] * grad, 0)
             total.index_add_(0, (frame + index).flatten(), part.flatten(0, 3))
         grad_features += total.view(grad_features.shape)
-
-
-def new_result(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Uninitialised, contiguous."""
-    return like.new_empty(shape)
-
-
-def readable(features: Tensor) -> Tensor:
-    """Any strides are."""
-    return features

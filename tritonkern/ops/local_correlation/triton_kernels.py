@@ -208,11 +208,6 @@ def readable(features: Tensor) -> Tensor:
     return features.contiguous()
 
 
-def new_result(like: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Uninitialised, contiguous."""
-    return like.new_empty(shape)
-
-
 def correlate_into(
     out: Tensor, features: Tensor, support: Tensor, position: Tensor, radius: int, zeros: bool, y_first: bool
 ) -> None:

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from tritonkern import _cpp
 from tritonkern.ops._contract import CPP_DTYPES, adjacent_channels
-from tritonkern.ops._results import new_result
 from tritonkern.ops.temporal_adapter.op import HALF, hidden_dtype
 
 # How a pixel is loaded, see csrc/temporal_adapter/call.h.
@@ -29,7 +28,7 @@ def in_forward(
     """As reference.in_forward. The normalised tokens are never stored."""
     (batch, frames), channels, out_channels = tokens.shape[:2], tokens.shape[3], len(weight)
     compute = hidden_dtype(tokens.device, dtype)
-    hidden = new_result(tokens, (batch, frames, rows * columns // pool**2, pool**2 * out_channels), compute)
+    hidden = tokens.new_empty((batch, frames, rows * columns // pool**2, pool**2 * out_channels), dtype=compute)
     mean, rstd = (tokens.new_zeros(batch, dtype=torch.float64) for _ in range(2))
     if not hidden.numel():
         return hidden, mean, rstd
@@ -97,11 +96,11 @@ def in_backward(
 
     if need_tokens or need_norm:
         if need_tokens:
-            grad_tokens = new_result(tokens, (batch, frames, length, channels))
+            grad_tokens = tokens.new_empty((batch, frames, length, channels))
             grad_tokens[:, :, : length - rows * columns] = 0
         # The gradient of the normalised tokens, where the result will be if it fits there.
         in_place = need_tokens and tokens.dtype == hidden.dtype
-        grad = grad_tokens if in_place else new_result(hidden, (batch, frames, rows * columns, channels))
+        grad = grad_tokens if in_place else hidden.new_empty((batch, frames, rows * columns, channels))
         grad_image = _token_image(grad, rows, columns)
         sums, moments = (mean.new_zeros((batch, channels)) for _ in range(2))
         if not empty:
@@ -151,11 +150,11 @@ def out_forward(
     """As reference.out_forward. Nothing of the size of the tokens is stored but the result."""
     (batch, frames), channels = hidden.shape[:2], len(weight)
     if tokens is None:
-        out = new_result(hidden, (batch, frames, rows * columns, channels), dtype)
+        out = hidden.new_empty((batch, frames, rows * columns, channels), dtype=dtype)
     else:
         tokens = adjacent_channels(tokens)
         prefix = tokens.shape[2] - rows * columns
-        out = new_result(tokens, tokens.shape)
+        out = tokens.new_empty(tokens.shape)
         out[:, :, :prefix] = tokens[:, :, :prefix]
     if not hidden.numel():
         return out
@@ -197,7 +196,7 @@ def out_backward(
     image = _hidden_image(hidden, columns, pool)
     grad = (_token_image(grad_out, rows, columns), _PLAIN, None, 0, 0)
     if need_hidden:
-        grad_hidden = new_result(hidden, hidden.shape)
+        grad_hidden = hidden.new_empty(hidden.shape)
         if hidden.numel():
             flipped = weight.to(hidden.dtype).transpose(0, 1).flip(2, 3)
             _cpp.conv3x3(

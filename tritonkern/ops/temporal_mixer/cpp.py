@@ -7,7 +7,6 @@ from torch import Tensor
 
 from tritonkern import _cpp
 from tritonkern.ops._contract import CPP_DTYPES, accumulator
-from tritonkern.ops._results import new_result
 from tritonkern.ops.temporal_mixer.op import parameter_gradients
 
 # Stretches of a sequence whose share of the parameters' gradients is summed first; by the data alone, so that threads
@@ -34,7 +33,7 @@ def forward(
         p.to(accurate).contiguous() for p in (norm_weight, conv1_weight, conv1_bias, conv2_weight, conv2_bias)
     ]
     states = [None if state is None else state.contiguous() for state in (normed_state, hidden_state)]
-    out = new_result(x, x.shape)
+    out = x.new_empty(x.shape)
     # Without frames the states stay what they are.
     after = [
         x.new_empty(0, dtype=accurate) if state is None else torch.empty_like(state) if x.shape[2] else state.clone()
@@ -72,7 +71,7 @@ def backward(
     grad_out, grad_strides = _rows(grad_out)
     parameters = [p.to(accurate).contiguous() for p in (norm_weight, conv1_weight, conv1_bias, conv2_weight)]
     shape = tuple(x.shape)
-    grad_x = new_result(x, shape) if needed[0] else x.new_empty(0, dtype=accurate)
+    grad_x = x.new_empty(shape) if needed[0] else x.new_empty(0, dtype=accurate)
     partial = None
     if any(needed[1:]):
         chunks = -(-_cpp.temporal_mixer_tasks(shape) // _CHUNK)

@@ -5,14 +5,13 @@ from torch import Tensor
 
 from tritonkern import _cpp
 from tritonkern.ops._contract import CPP_DTYPES, accumulator
-from tritonkern.ops._results import new_result
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, left: int, right: int, scale: float) -> tuple[Tensor, Tensor]:
     """Output [B, T, N, H, D] and log-sum-exp [B, T, N, H] (float32, for float64 float64), both contiguous."""
     shape = query.shape
-    out = new_result(query, shape)
-    lse = new_result(query, shape[:-1], accumulator(query.dtype))
+    out = query.new_empty(shape)
+    lse = query.new_empty(shape[:-1], dtype=accumulator(query.dtype))
     if out.numel():
         _cpp.temporal_window_attention_forward(
             CPP_DTYPES[query.dtype],
@@ -43,7 +42,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, contiguous. `out` and `lse` are not read: a window is at hand at once."""
     shape = query.shape
-    grad_query, grad_key, grad_value = (new_result(query, shape) for _ in range(3))
+    grad_query, grad_key, grad_value = (query.new_empty(shape) for _ in range(3))
     if grad_query.numel():
         _cpp.temporal_window_attention_backward(
             CPP_DTYPES[query.dtype],

@@ -5,7 +5,6 @@ from torch import Tensor
 
 from tritonkern import _cpp
 from tritonkern.ops._contract import CPP_DTYPES
-from tritonkern.ops._results import new_result
 
 _Video = tuple[int, tuple[int, ...]]
 
@@ -23,8 +22,8 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """Output like query and log-sum-exp `[B, T, rows, H]` (float32, for float64 float64), both contiguous."""
     rows = query.shape[2:-2].numel()
-    out = new_result(query, query.shape)
-    lse = new_result(query, (*query.shape[:2], rows, query.shape[-2]), tracks.dtype)
+    out = query.new_empty(query.shape)
+    lse = query.new_empty((*query.shape[:2], rows, query.shape[-2]), dtype=tracks.dtype)
     tracks, visible = tracks.contiguous(), visible.contiguous()
     inputs = _inputs(query, key, value, tracks, visible, precision, scale, splat, culling)
     _cpp.track_attention_forward(*inputs, out.data_ptr(), lse.data_ptr())
@@ -48,7 +47,7 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, tracks and precision; the last two are of shape [0] unless `positions`. `out` and
     `lse` are not read: a row's weights are at hand at once."""
-    grad_query, grad_key, grad_value = (new_result(x, x.shape) for x in (query, key, value))
+    grad_query, grad_key, grad_value = (x.new_empty(x.shape) for x in (query, key, value))
     grad_tracks = tracks.new_empty(tracks.shape if positions else 0)
     grad_precision = precision.new_empty(() if positions else 0)
     tracks, visible = tracks.contiguous(), visible.contiguous()

@@ -1,0 +1,116 @@
+"""The two ends of a temporal adapter. Private: `tritonkern.nn.TemporalAdapter` is the public layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tritonkern.functional._arguments import autocast_dtype, real, refuse_forward_mode
+from tritonkern.ops import _backends
+from tritonkern.ops._contract import DTYPES
+from tritonkern.ops.temporal_adapter import op as _adapter_op
+
+
+def adapter_in(
+    tokens: Tensor,
+    grid: tuple[int, int],
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    *,
+    pool: int = 1,
+    eps: float = 1e-5,
+    backend: str | None = None,
+) -> Tensor:
+    """What a temporal adapter begins with: GroupNorm over the whole clip, 3x3 convolution, ReLU.
+
+    The norm has one group: its statistics are taken over all frames, patches and channels of a batch entry. Padding is
+    zero after the norm. On the CPU the normalised tokens are never stored. The first derivative is supported; a second
+    one raises RuntimeError.
+
+    Args:
+        tokens: ``[B, T, prefix + h * w, C]``, class and register tokens before the patches of each frame, row by row;
+            any strides. float64, float32, bfloat16 or float16.
+        grid: ``(h, w)``, multiples of `pool`.
+        norm_weight, norm_bias: ``[C]``.
+        weight, bias: ``[O, C, 3, 3]`` and ``[O]``.
+        pool: side p of the patches that the result is stored in.
+        eps: added to the variance.
+        backend: ``"cpp"``, ``"triton"`` (around cuDNN's convolutions) or ``"reference"``; None chooses by device.
+
+    Returns:
+        ``[B, T, h/p * w/p, p * p * O]``: pixel (y, x) of channel o of the image is in row (y / p, x / p) at
+        ``((y % p) * p + x % p) * O + o``, so that a convolution of kernel and stride p is a linear layer. Convolutions
+        of float64 and float32 are as exact as PyTorch's. For 16-bit tokens, and under autocast, they have the precision
+        of 16-bit numbers; the result then is float32 on the CPU, which computes in it, and 16-bit on a GPU.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        NotImplementedError: an input carries a forward-mode tangent.
+        ValueError: shapes or devices that do not fit together, or a backend that cannot run this call.
+
+    Paper: Kim et al., "Exploring Temporally-Aware Features for Point Tracking", CVPR 2025; the convolution is computed
+    by Winograd's algorithm (Lavin and Gray, CVPR 2016).
+    """
+    _backends.check_name(backend)
+    eps = real("eps", eps)
+    dtype = _adapter_dtype(tokens)
+    _check_patches(grid, pool)
+    if not eps > 0:
+        raise ValueError(f"eps must be positive, got {eps}")
+    _adapter_op.check_in(tokens, norm_weight, norm_bias, weight, bias, *grid, pool, dtype)
+    refuse_forward_mode("adapter_in", tokens, norm_weight, norm_bias, weight, bias)
+    call = (tokens, norm_weight, norm_bias, eps, weight, bias, *grid, pool, dtype, backend)
+    return _adapter_op.adapter_in_fwd(*call)[0]
+
+
+def adapter_out(
+    hidden: Tensor,
+    grid: tuple[int, int],
+    weight: Tensor,
+    bias: Tensor,
+    tokens: Tensor | None = None,
+    *,
+    pool: int = 1,
+    dtype: torch.dtype | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """What a temporal adapter ends with: ReLU, 3x3 convolution, sum with the tokens.
+
+    Args:
+        hidden: ``[B, T, h/p * w/p, p * p * O]``, an image as `adapter_in` returns it, and of the dtype it returns.
+        grid, pool, backend: as in `adapter_in`.
+        weight, bias: ``[C, O, 3, 3]`` and ``[C]``.
+        tokens: ``[B, T, prefix + h * w, C]``; the first `prefix` of each frame are copied as they are.
+        dtype: what the convolution is to be as precise as; None takes that of tokens, or the autocast dtype.
+
+    Returns:
+        New tokens in their shape and dtype, contiguous; without tokens ``[B, T, h * w, C]`` in `dtype`.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `adapter_in`.
+    """
+    _backends.check_name(backend)
+    _check_patches(grid, pool)
+    if dtype is None:
+        dtype = _adapter_dtype(hidden if tokens is None else tokens)
+    elif dtype not in DTYPES:
+        raise TypeError(f"dtype must be float64, float32, bfloat16, float16 or None, got {dtype}")
+    _adapter_op.check_out(hidden, weight, bias, tokens, *grid, pool, dtype)
+    refuse_forward_mode("adapter_out", hidden, weight, bias, *(() if tokens is None else (tokens,)))
+    return _adapter_op.adapter_out_fwd(hidden, weight, bias, tokens, *grid, pool, dtype, backend)
+
+
+def _check_patches(grid: tuple[int, int], pool: int) -> None:
+    if not isinstance(grid, tuple | list | torch.Size) or len(grid) != 2:
+        raise TypeError(f"grid must be a pair (h, w), got {grid!r}")
+    if any(isinstance(x, bool | float) for x in (*grid, pool)):
+        raise TypeError(f"grid and pool must be whole numbers, got {grid} and {pool!r}")
+
+
+def _adapter_dtype(tokens: Tensor) -> torch.dtype:
+    """Of the convolutions; the autocast dtype, unless the tokens have 16 bits already."""
+    if not isinstance(tokens, Tensor):
+        raise TypeError(f"tokens must be a torch.Tensor, got {type(tokens).__name__}")
+    return autocast_dtype(tokens)

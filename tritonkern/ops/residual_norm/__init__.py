@@ -1,1 +1,0 @@
-"""Residual sum and LayerNorm in one pass; see README.md in this folder."""

@@ -1,1 +1,0 @@
-"""A transformer block over time as one kernel; see README.md in this folder."""
