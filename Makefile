@@ -4,7 +4,7 @@ JOBS ?= 2
 OPS ?=
 BIN := .venv/bin
 
-.PHONY: demo test check format bench gpu aot clean
+.PHONY: demo test test-slow test-all check format bench gpu aot clean
 
 # The package with an extra of pyproject.toml. Also when a C++ file is newer than the last build; ninja compiles only what changed.
 .venv/with-%: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*.h)
@@ -16,9 +16,19 @@ BIN := .venv/bin
 demo: .venv/with-eval
 	$(BIN)/python examples/demo.py
 
-## Run the tests.
+PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --quiet
+# Longest files first (tests/conftest.py orders them), so that no core waits for the last one.
+SLOW_PYTEST = $(PYTEST) --no-loadscope-reorder -m slow
+
+## Run the quick tests, in at most five minutes on two cores; OPS=name runs the files of one operation.
 test: .venv/with-test
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --quiet tests
+	$(PYTEST) -m "not slow" $(if $(OPS),$(wildcard tests/test_$(OPS)*.py),tests)
+
+## Run the slow tests: Triton's interpreter, ahead-of-time compilation, inductor, sanitizers, long clips.
+test-slow: .venv/with-test
+	$(SLOW_PYTEST) $(if $(OPS),$(wildcard tests/test_$(OPS)*.py),tests)
+
+test-all: test test-slow
 
 ## Lint, formatting and types.
 check: .venv/with-dev

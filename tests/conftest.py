@@ -2,6 +2,8 @@
 
 import importlib
 import os
+import resource
+import time
 
 # cuBLAS asks for it before its first call, or deterministic mode warns at every matmul.
 os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
@@ -30,14 +32,45 @@ if collect_ignore_glob and os.environ.get("CI"):
     raise RuntimeError(f"CI must run every test, and {', '.join(_missing())} cannot be imported")
 
 
+# Seconds that a test may take on an idle machine with two cores unless it is marked slow. The smaller of wall-clock and
+# CPU time is compared, because other work on a shared machine makes the first grow.
+_QUICK = 5.0
+
+# Files whose slow tests take minutes, in the order in which they start: the longest ones first (`make test-slow`).
+_LONGEST = ("test_triton_aot", "test_cpp_build", "_triton", "test_triton_interpreter", "test_operators")
+
+
+def pytest_collection_modifyitems(items):
+    def place(item):
+        name = item.path.name
+        return next((i for i, part in enumerate(_LONGEST) if part in name), len(_LONGEST))
+
+    items.sort(key=place)
+
+
+def _cpu_seconds():
+    own, children = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return own.ru_utime + own.ru_stime + children.ru_utime + children.ru_stime
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_call(item):
+    wall, cpu = time.perf_counter(), _cpu_seconds()
+    outcome = yield
+    taken = min(time.perf_counter() - wall, _cpu_seconds() - cpu)
+    if taken > _QUICK and outcome.excinfo is None and item.get_closest_marker("slow") is None:
+        outcome.force_exception(AssertionError(f"took {taken:.1f} s: mark it slow, or make it faster ({_QUICK:g} s)"))
+
+
 @pytest.fixture(autouse=True)
 def _poisoned_memory():
     """In deterministic mode PyTorch fills `torch.empty` with NaN (integers: the largest value)."""
     torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # `torch.use_deterministic_algorithms` does this after it has imported inductor, which takes three seconds.
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     yield
-    torch.use_deterministic_algorithms(False)
+    torch._C._set_deterministic_algorithms(False)
 
 
 def pytest_report_header():
