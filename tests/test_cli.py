@@ -22,19 +22,19 @@ import resource, sys, time
 sys.path.insert(0, {tests!r})
 from clips import ColourTracker
 import tritonkern.tracking.predictor as predictor
-import tritonkern.tracking.pictures as pictures
+import tritonkern.tracking.overlay as overlay
 import tritonkern.models
 class Model(ColourTracker):
     def features(self, video):
         print("tracking now", flush=True)
         time.sleep({slow_model})
         return super().features(video)
-draw = pictures.draw_points
+draw = overlay.draw_points
 def draw_slowly(*arguments):
     print("writing now", flush=True)
     time.sleep({slow_drawing})
     return draw(*arguments)
-pictures.draw_points = draw_slowly
+overlay.draw_points = draw_slowly
 build_model = tritonkern.models.build_model
 predictor.build_model = lambda name, weights=None: (
     Model() if name == "chrono-nano" and weights is None else build_model(name, weights)
@@ -236,7 +236,7 @@ class TestErrors:
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=15)
         assert process.returncode == 130
-        assert stderr.rstrip().splitlines()[-1] == "tritonkern: interrupted: nothing unfinished was kept"
+        assert stderr.rstrip().splitlines()[-1] == "tritonkern: interrupted: the results of this run were not kept"
         assert "Traceback" not in stderr
         complete = [] if stage == "tracking" else ["tracks.csv", "tracks.npz"]
         assert sorted(path.name for path in tmp_path.glob("out/*")) == complete

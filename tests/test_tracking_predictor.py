@@ -7,7 +7,7 @@ from clips import ColourTracker, square_clip, write_clip
 
 from tritonkern.tracking import PointTracker, PointTracks, VideoReader, draw_points, grid_queries, write_overlay
 from tritonkern.tracking import predictor as predictor_module
-from tritonkern.tracking.pictures import point_colours
+from tritonkern.tracking.overlay import point_colours
 
 
 @pytest.fixture
@@ -185,7 +185,7 @@ def moving_points(visibility, size=(160, 120)):
     return PointTracks(tracks, np.stack([visibility, [True] * frames]), queries, 10.0, size)
 
 
-class TestPictures:
+class TestOverlay:
     grey = np.full((120, 160, 3), 128, dtype=np.uint8)
 
     def test_visible_points_are_filled_with_their_colour(self):

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritonkern.extras import how_to_install
+from tritonkern._optional import how_to_install
 
 # Where training frameworks put the weights among the other things of a checkpoint.
 _WRAPPERS = ("state_dict", "model", "teacher")

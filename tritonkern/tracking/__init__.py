@@ -9,7 +9,7 @@ write_overlay("overlay.mp4", "video.mp4", tracks)
 ```
 """
 
-from tritonkern.extras import how_to_install
+from tritonkern._optional import how_to_install
 
 try:
     import av as _av  # noqa: F401
@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
 
 from tritonkern.tracking.evaluation import evaluate
 from tritonkern.tracking.metrics import tapvid_metrics
-from tritonkern.tracking.pictures import draw_points, write_overlay
+from tritonkern.tracking.overlay import draw_points, write_overlay
 from tritonkern.tracking.predictor import PointTracker
 from tritonkern.tracking.queries import grid_queries, read_queries
 from tritonkern.tracking.results import PointTracks

@@ -1,0 +1,155 @@
+"""What the commands share: errors in one line, progress bars, signals, and the folder for results."""
+
+import errno
+import os
+import signal
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+
+from tritonkern._optional import how_to_install
+
+_REMEDIES = {
+    errno.ENOSPC: "free some space, or give another folder to --out",
+    errno.EDQUOT: "free some of your quota, or give another folder to --out",
+    errno.EFBIG: "raise the limit on file sizes (ulimit -f), or give another folder to --out",
+    errno.EACCES: "change its permissions, or give another path",
+    errno.EEXIST: "give a folder to --out, not a file",
+    errno.ENOTDIR: "give a folder to --out, not a file",
+    errno.ENAMETOOLONG: "give a shorter path",
+}
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived. It unwinds like Ctrl-C, so that unfinished files are removed."""
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Report errors that a user can cause as one line on stderr with exit code 2.
+
+    Ctrl-C ends with exit code 130 and SIGTERM with 143, both after the cleaning up. A warning is one line, too.
+    """
+    try:
+        with warnings.catch_warnings(), _sigterm_raises():
+            warnings.showwarning = _show_warning
+            yield
+    except Terminated:
+        fail("terminated: the results of this run were not kept", 143)
+    except KeyboardInterrupt:
+        fail("interrupted: the results of this run were not kept", 130)
+    except ModuleNotFoundError as error:
+        if (error.name or "").startswith("tritonkern"):
+            raise
+        fail(f"the package {error.name} is missing: {how_to_install('track')}")
+    except OSError as error:
+        if error.errno in _REMEDIES:
+            name = f"{error.filename}: " if error.filename else ""
+            fail(f"{name}{os.strerror(error.errno)}: {_REMEDIES[error.errno]}")
+        fail(str(error))
+    except ValueError as error:
+        fail(str(error))
+    except (MemoryError, RuntimeError) as error:
+        # PyTorch's error is recognised by its name, so that PyTorch need not be imported.
+        if type(error).__name__ not in ("MemoryError", "OutOfMemoryError"):
+            raise
+        fail("the memory is full: use --max-frames, fewer points, or another --device")
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    sys.stderr.write(f"tritonkern: warning: {' '.join(str(message).split())}\n")
+
+
+def fail(message: str, code: int = 2) -> None:
+    """End the command with `message` in one line on stderr."""
+    sys.stderr.write(f"tritonkern: {' '.join(message.split())}\n")
+    raise typer.Exit(code)
+
+
+class Stages:
+    """A progress bar on stderr for each stage of a job. Call it with `(stage, done, total or None)`.
+
+    `seconds` holds the time spent in each stage, measured between the calls.
+    """
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description:>9}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            console=Console(stderr=True),
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self.seconds: dict[str, float] = {}
+        self._last = time.perf_counter()
+
+    def __call__(self, stage: str, done: int, total: int | None) -> None:
+        if stage not in self._tasks:
+            self._tasks[stage] = self._bars.add_task(stage, total=total)
+        self._bars.update(self._tasks[stage], completed=done, total=total)
+        now = time.perf_counter()
+        self.seconds[stage] = self.seconds.get(stage, 0.0) + now - self._last
+        self._last = now
+
+    def note(self, text: str) -> None:
+        self._bars.console.print(text)
+
+    def __enter__(self) -> "Stages":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._bars.stop()
+
+
+def output_path(option: str, value: str) -> Path:
+    """The path that a user gave to `option`; an empty one, which would mean the current folder, is refused."""
+    if not value.strip():
+        raise ValueError(f"{option} is empty: give a path, or . for the current folder")
+    return Path(value)
+
+
+@contextmanager
+def writable_folder(folder: Path) -> Iterator[None]:
+    """Make `folder`, or fail before the work rather than after it. Folders made here that stay empty are removed."""
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
+        yield
+    finally:
+        for path in made:
+            with suppress(OSError):  # not empty
+                path.rmdir()
+
+
+def print_path(path: Path) -> None:
+    """Print a path as the bytes that it has in the file system: a name need not be valid UTF-8."""
+    typer.echo(os.fsencode(path))
