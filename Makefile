@@ -42,9 +42,15 @@ format: .venv/with-dev
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i csrc/*.cpp csrc/*/*.h tests/*.cpp
 
-## Benchmarks on this machine, with peers; OPS=name chooses an operation.
+## Benchmarks on this machine, with peers, under the default allocator and under one that keeps large blocks; OPS=name
+## chooses an operation. RECORD=--record appends the rows to benchmarks/results/.
+ROWS := build/benchmark-rows.jsonl
+TUNED := GLIBC_TUNABLES=glibc.malloc.mmap_threshold=2147483647:glibc.malloc.trim_threshold=8589934592
 bench: .venv/with-test
-	$(BIN)/python -m pytest benchmarks --benchmark-only $(if $(OPS),-k "$(OPS)")
+	mkdir -p build && rm -f $(ROWS)
+	$(BIN)/python -m pytest benchmarks --benchmark-only --rows $(ROWS) $(RECORD) $(if $(OPS),-k "$(OPS)")
+	$(TUNED) $(BIN)/python -m pytest benchmarks --benchmark-only --rows $(ROWS) $(RECORD) $(if $(OPS),-k "$(OPS)")
+	$(BIN)/python benchmarks/table.py $(ROWS)
 
 ## On a machine with a GPU, with the Python that has its PyTorch: tests on the device, benchmarks, roofline table.
 gpu:

@@ -6,6 +6,7 @@ Works with and without the pytest-benchmark plugin. `--record` appends rows to r
 from __future__ import annotations
 
 import datetime
+import functools
 import importlib.metadata
 import json
 import subprocess
@@ -13,14 +14,18 @@ from pathlib import Path
 
 import measure
 import pytest
+import table
 import torch
 
 RESULTS = Path(__file__).parent / "results"
 _rows = pytest.StashKey[list]()
+# Of one benchmark, on two cores: the mean over the whole suite.
+_SECONDS = 25
 
 
 def pytest_addoption(parser):
     parser.addoption("--record", action="store_true", help="append the measured rows to benchmarks/results/")
+    parser.addoption("--rows", metavar="FILE", help="append the measured rows to FILE")
 
 
 def pytest_configure(config):
@@ -46,12 +51,11 @@ def device():
 def compare(request, device, benchmark):
     """`compare(op, shape, dtype, direction, calls, ...)` checks that all calls agree, times them, and keeps the rows.
 
-    The first of `calls` is this package. `moved` and `flops` are the least bytes and FLOPs that the job needs;
-    `targets` says for some peers how many times the package's time they are meant to take; `ulps` how many units in the
-    last place of the largest value a peer may be off by.
+    The first of `calls` is this package. `moved` and `flops` are the least bytes and FLOPs that the job needs; `ulps` is
+    how many units in the last place of the largest value a peer may be off by.
     """
 
-    def run(op, shape, dtype, direction, calls, moved, flops, targets=None, ulps=16):
+    def run(op, shape, dtype, direction, calls, moved, flops, ulps=16):
         # A call that cannot run here, such as a backward pass that a peer lacks, is named in the table and left out.
         ours = next(iter(calls))
         results, first_calls, failures = {}, {}, {}
@@ -68,13 +72,13 @@ def compare(request, device, benchmark):
         ratios = {name: timing.median / timings[ours].median for name, timing in timings.items()}
         floor = max(moved / measure.copy_bandwidth(device), flops / measure.matmul_rate(device, dtype))
 
-        job = {"op": op, "shape": shape, "dtype": str(dtype).removeprefix("torch."), "direction": direction}
+        job = {"op": op, "shape": list(shape), "dtype": str(dtype).removeprefix("torch."), "direction": direction}
+        job["allocator"] = measure.allocator()
         rows = request.config.stash[_rows]
         for name, timing in timings.items():
             rows.append(job | {"backend": name} | timing._asdict())
             rows[-1] |= {"first_call": first_calls[name], "peak_memory": measure.peak_memory(calls[name], device)}
             rows[-1] |= {"bytes": moved, "flops": flops, "floor": floor, "over_ours": ratios[name]}
-            rows[-1] |= {"target": (targets or {}).get(name)}
         rows.extend(job | {"backend": name, "failed": reason} for name, reason in failures.items())
         if benchmark is not None:
             benchmark.extra_info.update(ratios)
@@ -83,39 +87,36 @@ def compare(request, device, benchmark):
     return run
 
 
+def pytest_collection_finish(session):
+    if session.items:
+        minutes = len(session.items) * _SECONDS / 60
+        print(f"{len(session.items)} benchmarks, about {minutes:.0f} minutes; {measure.allocator()} allocator")
+
+
+@pytest.hookimpl(trylast=True)
 def pytest_terminal_summary(terminalreporter, config):
     rows = config.stash[_rows]
     if not rows:
         return
-    write = terminalreporter.write_line
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    terminalreporter.section("medians of interleaved runs")
-    write(f"{measure.device_name(device)}: copies {measure.copy_bandwidth(device) / 1e9:.1f} GB/s, read plus written")
-    write("ratio: time over this package's (above 1: the package is faster); target: what it is meant to be")
-    write("floor: the larger of bytes / copy bandwidth and FLOPs / matmul rate, over the time")
-    job = None
-    for row in rows:
-        if job != (job := tuple(row[key] for key in ("op", "direction", "shape", "dtype"))):
-            write("\n" + " ".join(str(part) for part in job))
-            write(f"  {'':25}      ms   ratio  target   floor    GB/s TFLOP/s  peak MiB  first ms")
-        if "failed" in row:
-            write(f"  {row['backend']:25} cannot run: {row['failed']}")
-            continue
-        target = f"{row['target']:g}" if row["target"] else ""
-        memory = "" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:.1f}"
-        write(
-            f"  {row['backend']:25}{row['median'] * 1e3:8.3f}{row['over_ours']:8.2f}{target:>8}"
-            f"{row['floor'] / row['median']:8.1%}{row['bytes'] / row['median'] / 1e9:8.1f}"
-            f"{row['flops'] / row['median'] / 1e12:8.3f}{memory:>10}{row['first_call'] * 1e3:10.1f}"
-        )
+    rows = [row | _provenance() for row in rows]
+    files = [Path(file) for file in [config.getoption("--rows")] if file]
     if config.getoption("--record"):
-        path = RESULTS / f"{measure.device_name(device)}.jsonl"
-        path.parent.mkdir(exist_ok=True)
+        files.append(RESULTS / f"{measure.device_name(device)}.jsonl")
+    for path in files:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(path, "a") as file:
-            file.writelines(json.dumps(row | _provenance()) + "\n" for row in rows if "failed" not in row)
-        write(f"\nappended to {path}")
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+    terminalreporter.section("medians of interleaved runs")
+    bandwidth = measure.copy_bandwidth(device) / 1e9
+    terminalreporter.write_line(f"{measure.device_name(device)}: copies {bandwidth:.1f} GB/s, read plus written")
+    for line in table.lines(rows):
+        terminalreporter.write_line(line)
+    for path in files:
+        terminalreporter.write_line(f"appended to {path}")
 
 
+@functools.cache
 def _provenance():
     try:
         triton = importlib.metadata.version("triton")

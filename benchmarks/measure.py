@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib
+import os
 import platform
 import re
 import statistics
@@ -68,6 +69,11 @@ def matmul_rate(device: str, dtype: torch.dtype) -> float:
     n = 8192 if device == "cuda" else 1536
     x = torch.randn(n, n, device=device, dtype=dtype)
     return 2 * n**3 / interleaved({"matmul": lambda: x @ x}, device, 1.0)["matmul"].median
+
+
+def allocator() -> str:
+    """ "tuned" where glibc is set to keep large blocks (docs/backends.md), otherwise "default"."""
+    return "tuned" if "mmap_threshold" in os.environ.get("GLIBC_TUNABLES", "") else "default"
 
 
 def device_name(device: str) -> str:

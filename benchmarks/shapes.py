@@ -4,33 +4,31 @@ from typing import NamedTuple
 
 
 class WindowShape(NamedTuple):
-    """A call of temporal window attention, and how many times faster than a peer it is meant to be on a CPU."""
+    """A call of temporal window attention."""
 
     name: str
     query: tuple[int, int, int, int]
     source: str
-    over_sdpa: float
-    over_flex: float
 
 
 WINDOW = 13  # Chrono's, models/locotrack_model.py: six frames on each side
 
 TEMPORAL_WINDOW_ATTENTION = [
-    WindowShape("chrono", (256, 24, 4, 32), "Chrono adapter: 16 x 16 positions, Kubric clips of 24 frames", 5, 5),
-    WindowShape("rgb-stacking", (256, 250, 4, 32), "Chrono on a TAP-Vid RGB-Stacking clip of 250 frames", 10, 20),
-    WindowShape("wide", (1024, 48, 8, 64), "32 x 32 positions of a ViT-B wide adapter (512 = 8 x 64), 48 frames", 6, 4),
-    WindowShape("long", (64, 2000, 4, 64), "a clip of 2000 frames (80 s at 25 frames/s), 8 x 8 positions", 40, 12),
+    WindowShape("chrono", (256, 24, 4, 32), "Chrono adapter: 16 x 16 positions, Kubric clips of 24 frames"),
+    WindowShape("rgb-stacking", (256, 250, 4, 32), "Chrono on a TAP-Vid RGB-Stacking clip of 250 frames"),
+    WindowShape("wide", (1024, 48, 8, 64), "32 x 32 positions of a ViT-B wide adapter (512 = 8 x 64), 48 frames"),
+    WindowShape("long", (64, 2000, 4, 64), "a clip of 2000 frames (80 s at 25 frames/s), 8 x 8 positions"),
 ]
 
-# The shape whose bandwidth is promised on a data-centre GPU.
-TEMPORAL_WINDOW_ATTENTION_GPU = WindowShape("gpu", (4096, 64, 8, 64), "64 x 64 positions, 64 frames", 2, 2)
+# Large enough to show the bandwidth of a data-centre GPU.
+TEMPORAL_WINDOW_ATTENTION_GPU = WindowShape("gpu", (4096, 64, 8, 64), "64 x 64 positions, 64 frames")
 
 # [B, T, N, H, D]: a video in memory order, which peers must first permute and copy.
 TEMPORAL_WINDOW_VIDEO = (1, 24, 256, 4, 32)
 
 
 class MatchingShape(NamedTuple):
-    """A call of the correlation with soft-argmax, and how many times faster than eager it is meant to be on a CPU."""
+    """A call of the correlation with soft-argmax."""
 
     name: str
     queries: int
@@ -38,8 +36,6 @@ class MatchingShape(NamedTuple):
     grid: tuple[int, int]
     channels: int
     source: str
-    forward: float
-    both: float
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -47,19 +43,19 @@ class MatchingShape(NamedTuple):
 
 
 CORRELATION_SOFT_ARGMAX = [
-    MatchingShape("chrono-s", 64, 24, (64, 64), 384, "Chrono ViT-S, its default chunk of queries, Kubric clips", 8, 15),
-    MatchingShape("chrono-b", 256, 24, (64, 64), 768, "Chrono ViT-B, a training batch of 256 queries", 6, 12),
+    MatchingShape("chrono-s", 64, 24, (64, 64), 384, "Chrono ViT-S, its default chunk of queries, Kubric clips"),
+    MatchingShape("chrono-b", 256, 24, (64, 64), 768, "Chrono ViT-B, a training batch of 256 queries"),
 ]
 
-# The shape whose rate is promised on a data-centre GPU.
-CORRELATION_SOFT_ARGMAX_GPU = MatchingShape("gpu", 1024, 24, (64, 64), 768, "Chrono ViT-B, 1024 queries", 10, 10)
+# Large enough to show the matrix rate of a data-centre GPU.
+CORRELATION_SOFT_ARGMAX_GPU = MatchingShape("gpu", 1024, 24, (64, 64), 768, "Chrono ViT-B, 1024 queries")
 
 # Of LocoTrack (64 x 64, models/locotrack_model.py) behind its convolution; `channels` means nothing here.
-SOFT_ARGMAX_2D = MatchingShape("locotrack", 256, 24, (64, 64), 0, "LocoTrack's cost volume, 256 queries", 8, 8)
+SOFT_ARGMAX_2D = MatchingShape("locotrack", 256, 24, (64, 64), 0, "LocoTrack's cost volume, 256 queries")
 
 
 class TrackShape(NamedTuple):
-    """A call of track attention, and how many times faster than eager each direction is meant to be on a CPU."""
+    """A call of track attention."""
 
     name: str
     frames: int
@@ -68,7 +64,6 @@ class TrackShape(NamedTuple):
     heads: int
     head_dim: int
     source: str
-    over_eager: float
 
     @property
     def size(self) -> tuple[int, ...]:
@@ -76,9 +71,9 @@ class TrackShape(NamedTuple):
 
 
 TRACK_ATTENTION = [
-    TrackShape("vit-b", 24, 576, (37, 37), 12, 64, "Tracktention: 576 tracks, ViT-B/14 at 518 x 518, 24 frames", 8),
-    TrackShape("conv", 24, 576, (64, 64), 8, 32, "Tracktention on a ConvNet's stage of 64 x 64 cells, C 256", 10),
+    TrackShape("vit-b", 24, 576, (37, 37), 12, 64, "Tracktention: 576 tracks, ViT-B/14 at 518 x 518, 24 frames"),
+    TrackShape("conv", 24, 576, (64, 64), 8, 32, "Tracktention on a ConvNet's stage of 64 x 64 cells, C 256"),
 ]
 
 # Weights and bias of the eager form would take more than 9 GB a direction.
-TRACK_ATTENTION_DENSE = TrackShape("dense", 1, 4096, (64, 64), 8, 32, "a track a cell, 64 x 64 cells", 0)
+TRACK_ATTENTION_DENSE = TrackShape("dense", 1, 4096, (64, 64), 8, 32, "a track a cell, 64 x 64 cells")

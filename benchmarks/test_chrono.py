@@ -26,7 +26,6 @@ from tritonkern.models.chrono import Chrono
 
 DIM, DEPTH, CELLS, QUERIES = 384, 12, 64, 64
 FRAMES = int(os.environ.get("TRITONKERN_CHRONO_FRAMES", 8))
-TARGET, OVER_BACKBONE = {torch.float32: 1.7, torch.bfloat16: 3}, 1.3
 
 
 @pytest.fixture
@@ -73,7 +72,6 @@ def test_chrono_end_to_end(compare, models, device, dtype):
         return output["tracks"] if isinstance(output, dict) else output.tracks
 
     calls = {"tritonkern": lambda: timed(ours), "official form": lambda: timed(theirs)}
-    targets = {"official form": TARGET[dtype]}
     shape = (1, FRAMES, QUERIES)
     difference = (timed(ours) - timed(theirs)).abs().max().item()
     print(f"\npoints differ by at most {difference:.2e} pixels")
@@ -88,8 +86,7 @@ def test_chrono_end_to_end(compare, models, device, dtype):
             ours.dino.get_intermediate_layers(images[None])
 
         silent["our DINOv2 alone"] = backbone
-        targets["our DINOv2 alone"] = 1 / OVER_BACKBONE
-    compare("chrono", shape, dtype, "forward", silent, 0, matrix_flops(), targets)
+    compare("chrono", shape, dtype, "forward", silent, 0, matrix_flops())
 
 
 def test_training_step(compare, models, device):
@@ -109,8 +106,8 @@ def test_training_step(compare, models, device):
     ours, theirs = models
     calls = {"tritonkern": functools.partial(step, ours), "official form": functools.partial(step, theirs)}
     # A gradient cannot agree to the last digits: rounding decides about a ReLU, and about the cell of an arg max.
-    dtype, targets = (torch.bfloat16, {"official form": 2}) if half else (torch.float32, None)
-    compare("chrono", (1, FRAMES, QUERIES), dtype, "training step", calls, 0, 2 * matrix_flops(), targets)
+    dtype = torch.bfloat16 if half else torch.float32
+    compare("chrono", (1, FRAMES, QUERIES), dtype, "training step", calls, 0, 2 * matrix_flops())
 
 
 @contextlib.contextmanager

@@ -105,9 +105,8 @@ def test_forward(compare, device, shape):
             ours(*halves)
 
         calls["tritonkern in bfloat16"] = in_bfloat16
-    targets = {"eager": shape.forward, "the product alone": 0.6 if device == "cpu" else 0.5}
     with torch.no_grad():
-        compare(OP, shape.size, dtype, "forward", calls, *cost(shape, dtype, False), targets)
+        compare(OP, shape.size, dtype, "forward", calls, *cost(shape, dtype, False))
 
 
 @pytest.mark.parametrize("shape", shapes(), ids=lambda s: s.name)
@@ -126,7 +125,7 @@ def test_forward_and_backward(compare, device, shape):
     last = {}
     calls = {OURS: functools.partial(both, ours)}
     calls |= {name: functools.partial(both, peer) for name, peer in peers(shape).items()}
-    compare(OP, shape.size, dtype, "forward + backward", calls, *cost(shape, dtype, True), {"eager": shape.both})
+    compare(OP, shape.size, dtype, "forward + backward", calls, *cost(shape, dtype, True))
     if eager in last and dtype == torch.float32:
         for grad, expected in zip(last[ours], last[eager], strict=True):
             assert (grad - expected).norm() < 1e-4 * expected.norm()

@@ -83,8 +83,7 @@ def locotrack(ours, levels):
 def compared(compare, op, dtype, direction, call, moved, flops, device):
     """`call(ours)` is one of the two; sums of 128 channels or 2401 samples in other orders differ by some units."""
     calls = {OURS: functools.partial(call, True), EAGER: functools.partial(call, False)}
-    targets = {EAGER: 4} if device == "cpu" and "backward" not in direction else None
-    compare(op, (FRAMES, POINTS, SUPPORTS), dtype, direction, calls, moved, flops, targets, ulps=256)
+    compare(op, (FRAMES, POINTS, SUPPORTS), dtype, direction, calls, moved, flops, ulps=256)
 
 
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])

@@ -126,9 +126,7 @@ def test_forward(compare, device, shape):
     if device == "cpu":
         halves = [x.bfloat16() for x in inputs]
         calls["tritonkern in bfloat16"] = functools.partial(ours, *halves)
-    targets = {"SDPA + mask": shape.over_sdpa, "flex_attention compiled": shape.over_flex}
-    targets |= {"copy of the same bytes": 0.4} if shape.name == "wide" else {}
-    compare(OP, shape.query, dtype, "forward", calls, *cost(shape.query, dtype, False), targets)
+    compare(OP, shape.query, dtype, "forward", calls, *cost(shape.query, dtype, False))
 
 
 @EVERY_SHAPE
@@ -145,9 +143,7 @@ def test_forward_and_backward(compare, device, shape):
 
     calls = {OURS: lambda: both(ours)}
     calls |= {name: functools.partial(both, peer) for name, peer in peers(device, shape.query[1]).items()}
-    target = 2 if device == "cuda" else 5
-    targets = {"SDPA + mask": target, "flex_attention compiled": target}
-    compare(OP, shape.query, dtype, "forward + backward", calls, *cost(shape.query, dtype, True), targets)
+    compare(OP, shape.query, dtype, "forward + backward", calls, *cost(shape.query, dtype, True))
 
 
 def test_video_layout(compare, device):

@@ -1,13 +1,21 @@
 """The temporal adapter that lets the tokens of a per-frame backbone look along time."""
 
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from tritonkern.functional._adapter import adapter_in, adapter_out
+from tritonkern.functional._arguments import autocast_dtype
+from tritonkern.nn._plain import input_dtype, is_plain
 from tritonkern.nn.temporal import TemporalWindowAttention
+
+# What the fused computation assumes of the 3x3 convolutions.
+_SAME = dict(
+    kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, padding_mode="zeros"
+)
 
 
 class TemporalAdapter(nn.Module):
@@ -28,6 +36,7 @@ class TemporalAdapter(nn.Module):
 
     def __init__(self, dim: int, hidden: int = 128, num_heads: int = 4, window_size: int = 13, pool: int = 4) -> None:
         super().__init__()
+        self.dim = dim
         self.pool = pool
         self.norm = nn.GroupNorm(1, dim)
         self.conv1 = nn.Conv2d(dim, hidden, kernel_size=3, padding=1)
@@ -45,32 +54,69 @@ class TemporalAdapter(nn.Module):
         Raises:
             ValueError: `tokens` is not 5-D, has other than `dim` channels, or h or w is no multiple of `pool`.
         """
-        channels = self.norm.num_channels
-        if tokens.ndim != 5 or tokens.shape[4] != channels:
-            raise ValueError(f"tokens must be [B, T, h, w, {channels}], got {list(tokens.shape)}")
+        if tokens.ndim != 5 or tokens.shape[4] != self.dim:
+            raise ValueError(f"tokens must be [B, T, h, w, {self.dim}], got {list(tokens.shape)}")
+        # 16-bit results come from 16-bit tokens or from autocast, whatever the dtype of the steps between.
+        dtype = autocast_dtype(tokens)
+        if not self._reads_weights():
+            return self._call_submodules(tokens).to(dtype)
         grid = (tokens.shape[2], tokens.shape[3])
-        tokens = tokens.flatten(2, 3)
-        # Half precision comes from the tokens, or from autocast: `hidden` may be float32 for either.
-        dtype = None if tokens.dtype == torch.float32 else tokens.dtype
-        return self._restore(self._bottleneck(tokens, grid), grid, dtype=dtype).unflatten(2, grid)
+        return self._last_convolution(self._bottleneck(tokens.flatten(2, 3), grid), grid, dtype=dtype).unflatten(2, grid)
 
     def add_to(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
-        """All tokens of a backbone `[B, T, prefix + h * w, C]` -> new ones, the update added to the patches.
+        """All tokens of a backbone `[B, T, prefix + h * w, C]` -> new tokens, the update added to the patches.
 
-        The fastest way to use an adapter: patches are not cut out, and the update is not stored.
+        The fastest way to use an adapter: patches are not copied out, and the update is not stored.
 
         Args:
-            tokens: `prefix` class and register tokens, which stay as they are, before the patches of each frame.
+            tokens: `prefix` class and register tokens, which are copied as they are, before the patches of each frame.
             grid: (h, w).
 
         Raises:
             ValueError: `tokens` is not 4-D, has other than `dim` channels or fewer than h * w rows, or h or w is no
                 multiple of `pool`.
         """
-        channels = self.norm.num_channels
-        if tokens.ndim != 4 or tokens.shape[3] != channels:
-            raise ValueError(f"tokens must be [B, T, prefix + h * w, {channels}], got {list(tokens.shape)}")
-        return self._restore(self._bottleneck(tokens, grid), grid, tokens=tokens)
+        if tokens.ndim != 4 or tokens.shape[3] != self.dim:
+            raise ValueError(f"tokens must be [B, T, prefix + h * w, {self.dim}], got {list(tokens.shape)}")
+        if is_plain(self, TemporalAdapter) and self._reads_weights():
+            return self._last_convolution(self._bottleneck(tokens, grid), grid, tokens=tokens)
+        prefix = tokens.shape[2] - grid[0] * grid[1]
+        if prefix < 0:
+            raise ValueError(f"tokens must have at least {grid[0]} * {grid[1]} rows, got {list(tokens.shape)}")
+        patches = tokens[:, :, prefix:]
+        update = self(patches.unflatten(2, grid)).flatten(2, 3)
+        return torch.cat([tokens[:, :, :prefix], patches + update.to(tokens.dtype)], dim=2)
+
+    def _reads_weights(self) -> bool:
+        """Whether the fused computation may take the place of calls; otherwise each submodule is called."""
+        patch: dict[str, Any] = dict(
+            kernel_size=(self.pool, self.pool), stride=(self.pool, self.pool), padding=(0, 0), dilation=(1, 1), groups=1
+        )
+        layers = (self.norm, self.conv1, self.conv_pool, self.conv_upsample, self.conv2)
+        return (
+            is_plain(self.norm, nn.GroupNorm, num_groups=1)
+            and is_plain(self.conv1, nn.Conv2d, **_SAME)
+            and is_plain(self.conv_pool, nn.Conv2d, **patch)
+            and is_plain(self.conv_upsample, nn.ConvTranspose2d, **patch, output_padding=(0, 0))
+            and is_plain(self.conv2, nn.Conv2d, **_SAME)
+            and all(layer.weight is not None and layer.bias is not None for layer in layers)
+        )
+
+    def _call_submodules(self, tokens: Tensor) -> Tensor:
+        """What `_bottleneck` and `_last_convolution` compute, `[B, T, h, w, C]` -> the same shape."""
+        batch, frames, rows, columns, _ = tokens.shape
+        if rows % self.pool or columns % self.pool:
+            raise ValueError(f"tokens must have h and w that are multiples of {self.pool}, got {list(tokens.shape)}")
+        # Contiguous: in PyTorch 2.13 the backward pass of a channels-last group norm crashes on CPUs.
+        x = _call(self.norm, rearrange(tokens, "b t h w c -> b c t h w").contiguous())
+        x = F.relu(_call(self.conv1, rearrange(x, "b c t h w -> (b t) c h w")))
+        x = F.relu(_call(self.conv_pool, x))
+        rows, columns = x.shape[2:]
+        series = rearrange(x, "(b t) c h w -> b t (h w) c", b=batch, t=frames)
+        series = series + _call(self.attn_temp, _call(self.norm2, series)).to(series.dtype)
+        x = rearrange(series, "b t (h w) c -> (b t) c h w", h=rows, w=columns)
+        x = _call(self.conv2, F.relu(_call(self.conv_upsample, x)))
+        return rearrange(x, "(b t) c h w -> b t h w c", b=batch, t=frames)
 
     def _bottleneck(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """`[B, T, prefix + h * w, C]` -> the image that the last ReLU and convolution take, patch after patch."""
@@ -83,16 +129,21 @@ class TemporalAdapter(nn.Module):
             # Patches are rows: a convolution whose kernel is its stride is a product with the kernel as a matrix.
             x = F.relu(_linear(hidden, pool.weight.permute(0, 2, 3, 1).flatten(1), pool.bias))
         # [B, T, h/pool * w/pool, hidden]
-        x = x + self.attn_temp(self.norm2(x.to(self.norm2.weight.dtype))).to(x.dtype)
+        x = x + self.attn_temp(_call(self.norm2, x)).to(x.dtype)
         with torch.autocast(tokens.device.type, enabled=False):
             bias = upsample.bias.repeat(self.pool**2)  # type: ignore[union-attr]
             return _linear(x, upsample.weight.permute(2, 3, 1, 0).flatten(0, 2), bias)
 
-    def _restore(
+    def _last_convolution(
         self, x: Tensor, grid: tuple[int, int], tokens: Tensor | None = None, dtype: torch.dtype | None = None
     ) -> Tensor:
         bias = cast(Tensor, self.conv2.bias)
         return adapter_out(x, grid, self.conv2.weight, bias, tokens, pool=self.pool, dtype=dtype)
+
+
+def _call(module: nn.Module, x: Tensor) -> Any:
+    """`module(x)` in the dtype of the module's parameters, which need not be that of the step before."""
+    return module(x.to(input_dtype(module, x.dtype)))
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
