@@ -28,7 +28,7 @@ def lines(rows: Iterable[Row]) -> Iterator[str]:
     for job, backends in jobs.items():
         yield ""
         yield " ".join(job)
-        yield f"  {'':27}{'default ms':>11}{'ratio':>7}{'tuned ms':>11}{'ratio':>7}{'floor':>8}{'peak MiB':>10}{'first ms':>10}"
+        yield f"  {'':27}{'default ms':>11}{'ratio':>7}{'tuned ms':>11}{'ratio':>7}{'floor':>8} peak MiB  first ms"
         for backend, by_allocator in backends.items():
             yield f"  {backend:27}" + _cells(by_allocator)
 
@@ -43,7 +43,7 @@ def _cells(by_allocator: dict[str, Row]) -> str:
         text += f"{row['median'] * 1e3:11.3f}{row['over_ours']:7.2f}" if row else f"{'-':>11}{'-':>7}"
     row = by_allocator.get("default") or by_allocator["tuned"]
     memory = "" if row["peak_memory"] is None else f"{row['peak_memory'] / 2**20:.1f}"
-    return f"{text}{row['floor'] / row['median']:8.1%}{memory:>10}{row['first_call'] * 1e3:10.1f}"
+    return f"{text}{row['floor'] / row['median']:8.1%}{memory:>9}{row['first_call'] * 1e3:10.1f}"
 
 
 if __name__ == "__main__":

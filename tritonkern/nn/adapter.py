@@ -13,9 +13,7 @@ from tritonkern.nn._plain import input_dtype, is_plain
 from tritonkern.nn.temporal import TemporalWindowAttention
 
 # What the fused computation assumes of the 3x3 convolutions.
-_SAME = dict(
-    kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, padding_mode="zeros"
-)
+_SAME = dict(kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, padding_mode="zeros")
 
 
 class TemporalAdapter(nn.Module):
@@ -61,7 +59,9 @@ class TemporalAdapter(nn.Module):
         if not self._reads_weights():
             return self._call_submodules(tokens).to(dtype)
         grid = (tokens.shape[2], tokens.shape[3])
-        return self._last_convolution(self._bottleneck(tokens.flatten(2, 3), grid), grid, dtype=dtype).unflatten(2, grid)
+        return self._last_convolution(self._bottleneck(tokens.flatten(2, 3), grid), grid, dtype=dtype).unflatten(
+            2, grid
+        )
 
     def add_to(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """All tokens of a backbone `[B, T, prefix + h * w, C]` -> new tokens, the update added to the patches.
