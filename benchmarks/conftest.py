@@ -51,8 +51,8 @@ def device():
 def compare(request, device, benchmark):
     """`compare(op, shape, dtype, direction, calls, ...)` checks that all calls agree, times them, and keeps the rows.
 
-    The first of `calls` is this package. `moved` and `flops` are the least bytes and FLOPs that the job needs; `ulps` is
-    how many units in the last place of the largest value a peer may be off by.
+    The first of `calls` is this package. `moved` and `flops` are the least bytes and FLOPs that the job needs;
+    `ulps` is how many units in the last place of the largest value a peer may be off by.
     """
 
     def run(op, shape, dtype, direction, calls, moved, flops, ulps=16):
