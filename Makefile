@@ -7,7 +7,7 @@ BIN := .venv/bin
 .PHONY: demo test test-slow test-all check format bench gpu aot clean
 
 # The package with an extra of pyproject.toml. Also when a C++ file is newer than the last build; ninja compiles only what changed.
-.venv/with-%: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*.h)
+.venv/with-%: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$*]"
 	touch $@
@@ -35,12 +35,12 @@ check: .venv/with-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*/*.h tests/*.cpp
+	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*/*.cpp csrc/*/*.h tests/*.cpp
 
 format: .venv/with-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i csrc/*.cpp csrc/*/*.h tests/*.cpp
+	$(BIN)/clang-format -i csrc/*.cpp csrc/*/*.cpp csrc/*/*.h tests/*.cpp
 
 ## Benchmarks on this machine, with peers, under the default allocator and under one that keeps large blocks; OPS=name
 ## chooses an operation. RECORD=--record appends the rows to benchmarks/results/.

@@ -1,4 +1,6 @@
-"""Builds `tritonkern._cpp`, the CPU kernels: every kernel file is compiled once for each instruction set, by ninja.
+"""Builds `tritonkern._cpp`, the CPU kernels, with ninja.
+
+Files of csrc/ are compiled for each instruction set, those of its folders once. There is no list of them.
 
 Needs a C++17 compiler (GCC >= 9 or clang >= 11), never PyTorch. Where the build is impossible the package installs
 without the extension and leaves the reason in `tritonkern/_cpp_build_error.txt`, which `tritonkern doctor` shows.
@@ -21,8 +23,6 @@ from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
 ERROR_FILE = "_cpp_build_error.txt"
-KERNELS = ["correlation_soft_argmax", "full_attention", "local_correlation", "temporal_adapter"]
-KERNELS += ["temporal_mixer", "temporal_window_attention", "track_attention"]
 X86_64 = {
     "baseline": ["-march=x86-64", "-O2", "-DTRITONKERN_VECTOR_BYTES=16"],
     "avx2": ["-mavx2", "-mfma", "-mf16c", "-DTRITONKERN_VECTOR_BYTES=32"],
@@ -34,6 +34,16 @@ OTHER = {"baseline": ["-DTRITONKERN_VECTOR_BYTES=16"]}
 
 def instruction_sets() -> dict[str, list[str]]:
     return X86_64 if platform.machine() in ("x86_64", "AMD64") else OTHER
+
+
+def kernel_sources() -> list[Path]:
+    """Compiled for every instruction set; the name of each file is that of its operation."""
+    return sorted((ROOT / "csrc").glob("*.cpp"))
+
+
+def binding_sources() -> list[Path]:
+    """Compiled once, with pybind11."""
+    return sorted((ROOT / "csrc").glob("*/*.cpp"))
 
 
 def find_compiler() -> list[str]:
@@ -87,10 +97,11 @@ def ninja_file(output: Path, build_dir: Path) -> str:
         objects.append(escape(target))
         rules.extend([f"build {escape(target)}: compile {escape(source)}", f"  flags = {shlex.join(flags)}"])
 
-    for name in KERNELS:
+    for source in kernel_sources():
         for isa, flags in instruction_sets().items():
-            compile_rule(ROOT / "csrc" / f"{name}.cpp", f"{name}.{isa}", [*kernel, *flags, f"-DTRITONKERN_ISA={isa}"])
-    compile_rule(ROOT / "csrc" / "bindings.cpp", "bindings", bindings)
+            compile_rule(source, f"{source.stem}.{isa}", [*kernel, *flags, f"-DTRITONKERN_ISA={isa}"])
+    for source in binding_sources():
+        compile_rule(source, f"{source.parent.name}.{source.stem}", bindings)
     rules += [f"build {escape(output)}: link {' '.join(objects)}", f"default {escape(output)}"]
     return "\n".join(rules) + "\n"
 

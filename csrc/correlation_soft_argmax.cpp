@@ -16,24 +16,6 @@
 #include "correlation_soft_argmax/forward.h"
 
 namespace tritonkern::TRITONKERN_ISA {
-namespace {
-
-template <class Run>
-void for_dtype(DType dtype, const Run& run) {
-    switch (dtype) {
-        case DType::kFloat64:
-            return run(double{});
-        case DType::kFloat32:
-            return run(float{});
-        case DType::kBFloat16:
-            return run(BFloat16{});
-        case DType::kFloat16:
-            return run(Float16{});
-    }
-}
-
-}  // namespace
-
 void correlation_soft_argmax_forward(const CorrelationSoftArgmax& call) {
     for_dtype(call.dtype, [&](auto element) { CorrelationForward<decltype(element)>(call).run(); });
 }

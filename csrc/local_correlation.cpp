@@ -14,23 +14,13 @@ namespace {
 
 template <template <class, class> class Kernel>
 void run(const LocalCorrelation& call) {
-    const auto with_rows = [&](auto element) {
+    for_dtype(call.dtype, [&](auto element) {
         using S = decltype(element);
         if (call.rows_dtype == call.dtype)
             Kernel<S, S>(call).run();
         else
             Kernel<S, Accumulator<S>>(call).run();
-    };
-    switch (call.dtype) {
-        case DType::kFloat64:
-            return with_rows(double{});
-        case DType::kFloat32:
-            return with_rows(float{});
-        case DType::kBFloat16:
-            return with_rows(BFloat16{});
-        case DType::kFloat16:
-            return with_rows(Float16{});
-    }
+    });
 }
 
 }  // namespace

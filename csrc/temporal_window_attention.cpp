@@ -14,31 +14,13 @@
 #include "temporal_window_attention/backward.h"
 #include "temporal_window_attention/forward.h"
 
-namespace tritonkern::TRITONKERN_ISA {
-namespace {
-
-template <class Run>
-void for_dtype(DType dtype, const Run& run) {
-    switch (dtype) {
-        case DType::kFloat64:
-            return run(double{});
-        case DType::kFloat32:
-            return run(float{});
-        case DType::kBFloat16:
-            return run(BFloat16{});
-        case DType::kFloat16:
-            return run(Float16{});
-    }
-}
-
-}  // namespace
-
-void temporal_window_attention_forward(const TemporalWindowAttention& call) {
+namespace tritonkern::TRITONKERN_ISA::temporal_window_attention {
+void forward(const TemporalWindowAttention& call) {
     for_dtype(call.dtype, [&](auto element) { Forward<decltype(element)>(call).run(); });
 }
 
-void temporal_window_attention_backward(const TemporalWindowAttention& call) {
+void backward(const TemporalWindowAttention& call) {
     for_dtype(call.dtype, [&](auto element) { Backward<decltype(element)>(call).run(); });
 }
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::temporal_window_attention

@@ -16,24 +16,6 @@
 #include "track_attention/forward.h"
 
 namespace tritonkern::TRITONKERN_ISA {
-namespace {
-
-template <class Run>
-void for_dtype(DType dtype, const Run& run) {
-    switch (dtype) {
-        case DType::kFloat64:
-            return run(double{});
-        case DType::kFloat32:
-            return run(float{});
-        case DType::kBFloat16:
-            return run(BFloat16{});
-        case DType::kFloat16:
-            return run(Float16{});
-    }
-}
-
-}  // namespace
-
 void track_attention_forward(const TrackAttention& call) {
     for_dtype(call.dtype, [&](auto element) { TrackForward<decltype(element)>(call).run(); });
 }

@@ -61,8 +61,8 @@ int main() {
                     call.grad_query = out.view, call.grad_query.data = grad_query.bytes.data();
                     call.grad_key = out.view, call.grad_key.data = grad_key.bytes.data();
                     call.grad_value = out.view, call.grad_value.data = grad_value.bytes.data();
-                    TRITONKERN_ISA::temporal_window_attention_forward(call);
-                    TRITONKERN_ISA::temporal_window_attention_backward(call);
+                    TRITONKERN_ISA::temporal_window_attention::forward(call);
+                    TRITONKERN_ISA::temporal_window_attention::backward(call);
                     calls += 2;
                 }
             }

@@ -1,5 +1,6 @@
 """The C++ extension as it is built and loaded: threads, instruction sets, sanitizers, and life without a compiler."""
 
+import ast
 import os
 import re
 import shutil
@@ -150,7 +151,27 @@ def names_in_setup():
 
 
 def test_every_kernel_file_has_a_memory_driver():
-    assert sorted(DRIVERS) == sorted(names_in_setup()["KERNELS"])
+    assert sorted(DRIVERS) == [path.stem for path in names_in_setup()["kernel_sources"]()]
+
+
+def test_the_stub_declares_what_is_bound():
+    """Each function of `_cpp.pyi` exists, with these argument names and tensors; pybind11 writes the signatures."""
+    declared = {}
+    for node in ast.parse((ROOT / "tritonkern" / "_cpp.pyi").read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            arguments = [*node.args.posonlyargs, *node.args.args]
+            declared[node.name] = [(a.arg, ast.unparse(a.annotation) == "Tensor") for a in arguments]
+    bound = {}
+    for name, function in vars(_cpp).items():
+        if callable(function) and not isinstance(function, type):
+            signature = function.__doc__.splitlines()[0].partition("(")[2].rpartition(") ->")[0]
+            names = re.findall(r"(?:^|, )(\w+): ", signature)
+            bound[name] = [(x, f"{x}: torch.Tensor" in signature) for x in names]
+    assert declared.keys() == bound.keys()
+    unnamed = [name for name, arguments in bound.items() if arguments and arguments[0][0] == "arg0"]
+    assert {name: declared[name] for name in bound if name not in unnamed} == {
+        name: bound[name] for name in bound if name not in unnamed
+    }
 
 
 @pytest.mark.slow

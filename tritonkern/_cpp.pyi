@@ -1,40 +1,36 @@
-"""The compiled CPU kernels (csrc/bindings.cpp). Pointers are integers, strides count elements."""
+"""The compiled CPU kernels, bound in csrc/*/bindings.cpp. tests/test_cpp_build.py compares this file with them."""
 
 from collections.abc import Sequence
+
+from torch import Tensor
 
 _Tensor = tuple[int, Sequence[int]]
 
 def isa() -> str: ...
 def isas() -> list[str]: ...
 def temporal_window_attention_forward(
-    dtype: int,
-    shape: Sequence[int],
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     left: int,
     right: int,
     scale: float,
     num_threads: int,
-    query: _Tensor,
-    key: _Tensor,
-    value: _Tensor,
-    out: int,
-    lse: int,
-    /,
+    out: Tensor,
+    lse: Tensor,
 ) -> None: ...
 def temporal_window_attention_backward(
-    dtype: int,
-    shape: Sequence[int],
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
     left: int,
     right: int,
     scale: float,
     num_threads: int,
-    query: _Tensor,
-    key: _Tensor,
-    value: _Tensor,
-    grad_out: _Tensor,
-    grad_query: int,
-    grad_key: int,
-    grad_value: int,
-    /,
+    grad_query: Tensor,
+    grad_key: Tensor,
+    grad_value: Tensor,
 ) -> None: ...
 def correlation_soft_argmax_forward(
     dtype: int,

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <type_traits>
 
+#include "common/tensor.h"
+
 #ifdef __F16C__
 #include <immintrin.h>
 #endif
@@ -105,6 +107,15 @@ inline void widen8(const S* in, Accumulator<S>* out) {
 template <class S>
 inline void narrow8(const Accumulator<S>* in, S* out) {
     for (int i = 0; i < 8; ++i) narrow(in[i], &out[i]);
+}
+
+// run(S{}) with the storage type S of a floating-point tensor.
+template <class Run>
+void for_dtype(DType dtype, const Run& run) {
+    if (dtype == DType::kFloat64) return run(double{});
+    if (dtype == DType::kFloat32) return run(float{});
+    if (dtype == DType::kBFloat16) return run(BFloat16{});
+    if (dtype == DType::kFloat16) return run(Float16{});
 }
 
 }  // namespace tritonkern::TRITONKERN_ISA

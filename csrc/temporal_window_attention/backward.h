@@ -9,7 +9,7 @@
 
 #include "temporal_window_attention/tasks.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::temporal_window_attention {
 
 template <class S>
 class Backward {
@@ -131,4 +131,4 @@ class Backward {
     }
 };
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::temporal_window_attention

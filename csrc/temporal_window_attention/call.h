@@ -1,6 +1,7 @@
-// The call of temporal window attention, as the bindings hand it to the kernels of one instruction set.
+// The call of temporal window attention, as its bindings pass it to the kernels.
 #pragma once
 
+#include "common/kernel.h"
 #include "common/tensor.h"
 
 namespace tritonkern {
@@ -18,14 +19,7 @@ struct TemporalWindowAttention {
     TensorView grad_query, grad_key, grad_value;  // backward
 };
 
-#define TRITONKERN_DECLARE(isa)                                                   \
-    namespace isa {                                                               \
-    void temporal_window_attention_forward(const TemporalWindowAttention& call);  \
-    void temporal_window_attention_backward(const TemporalWindowAttention& call); \
-    }
-TRITONKERN_DECLARE(baseline)
-TRITONKERN_DECLARE(avx2)
-TRITONKERN_DECLARE(avx512)
-#undef TRITONKERN_DECLARE
+TRITONKERN_DECLARE_KERNEL(temporal_window_attention, forward, TemporalWindowAttention)
+TRITONKERN_DECLARE_KERNEL(temporal_window_attention, backward, TemporalWindowAttention)
 
 }  // namespace tritonkern

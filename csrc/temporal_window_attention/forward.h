@@ -5,7 +5,7 @@
 
 #include "temporal_window_attention/tasks.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::temporal_window_attention {
 
 template <class S>
 class Forward {
@@ -86,4 +86,4 @@ class Forward {
     }
 };
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::temporal_window_attention

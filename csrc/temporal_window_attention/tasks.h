@@ -6,7 +6,7 @@
 #include "common/banded.h"
 #include "temporal_window_attention/call.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::temporal_window_attention {
 
 // How the work is cut. A task is a stretch of time of a few sequences that are neighbours in memory: `group` of the N * H
 // sequences of one batch entry. Reading such a group frame by frame is what memory does best.
@@ -170,4 +170,4 @@ void gather_frames(const Plan<S>& plan, const Task& task, Diagonals<A> weights, 
     }
 }
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::temporal_window_attention

@@ -4,28 +4,16 @@ import torch
 from torch import Tensor
 
 from tritonkern import _cpp
-from tritonkern.ops._contract import CPP_DTYPES, accumulator
+from tritonkern.ops._dtypes import accumulator
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, left: int, right: int, scale: float) -> tuple[Tensor, Tensor]:
     """Output [B, T, N, H, D] and log-sum-exp [B, T, N, H] (float32, for float64 float64), both contiguous."""
-    shape = query.shape
-    out = query.new_empty(shape)
-    lse = query.new_empty(shape[:-1], dtype=accumulator(query.dtype))
+    out = query.new_empty(query.shape)
+    lse = query.new_empty(query.shape[:-1], dtype=accumulator(query.dtype))
     if out.numel():
-        _cpp.temporal_window_attention_forward(
-            CPP_DTYPES[query.dtype],
-            shape,
-            left,
-            right,
-            scale,
-            torch.get_num_threads(),
-            (query.data_ptr(), query.stride()),
-            (key.data_ptr(), key.stride()),
-            (value.data_ptr(), value.stride()),
-            out.data_ptr(),
-            lse.data_ptr(),
-        )
+        threads = torch.get_num_threads()
+        _cpp.temporal_window_attention_forward(query, key, value, left, right, scale, threads, out, lse)
     return out, lse
 
 
@@ -40,23 +28,9 @@ def backward(
     right: int,
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, contiguous. `out` and `lse` are not read: a window is at hand at once."""
-    shape = query.shape
-    grad_query, grad_key, grad_value = (query.new_empty(shape) for _ in range(3))
-    if grad_query.numel():
-        _cpp.temporal_window_attention_backward(
-            CPP_DTYPES[query.dtype],
-            shape,
-            left,
-            right,
-            scale,
-            torch.get_num_threads(),
-            (query.data_ptr(), query.stride()),
-            (key.data_ptr(), key.stride()),
-            (value.data_ptr(), value.stride()),
-            (grad_out.data_ptr(), grad_out.stride()),
-            grad_query.data_ptr(),
-            grad_key.data_ptr(),
-            grad_value.data_ptr(),
-        )
-    return grad_query, grad_key, grad_value
+    """Gradients of query, key and value, contiguous. `out` and `lse` are not read: they are computed again."""
+    grads = query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
+    if query.numel():
+        threads = torch.get_num_threads()
+        _cpp.temporal_window_attention_backward(grad_out, query, key, value, left, right, scale, threads, *grads)
+    return grads

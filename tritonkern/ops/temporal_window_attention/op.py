@@ -1,11 +1,12 @@
-"""Contract, operators and gradient of temporal window attention. Tensors in here are always `[B, T, N, H, D]`."""
+"""Checks, operators and gradient of temporal window attention. Tensors in here are always `[B, T, N, H, D]`."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from tritonkern.ops import _backends, _registry
-from tritonkern.ops._contract import accumulator, check_dense, check_saved
+from tritonkern.ops._checks import check_dense, check_saved
+from tritonkern.ops._dtypes import accumulator
+from tritonkern.ops._registry import Results, differentiable, operator
 
 NAME = "temporal_window_attention"
 MAX_HEAD_DIM = 256
@@ -45,93 +46,51 @@ def check_window(left: int, right: int) -> None:
 
 
 def _check(query: Tensor, key: Tensor, value: Tensor, left: int, right: int) -> None:
-    """What a kernel relies on, for those who call `torch.ops` directly."""
     check_tensors(query, key, value)
     check_window(left, right)
     if query.dim() != 5:
         raise ValueError(f"query must have shape [B, T, N, H, D] here, got {tuple(query.shape)}; use unsqueeze(2)")
 
 
-def _check_saved(grad_out: Tensor, query: Tensor, out: Tensor, lse: Tensor) -> None:
+@operator(NAME, "forward")
+def temporal_window_attention_fwd(
+    query: Tensor, key: Tensor, value: Tensor, left: int, right: int, scale: float
+) -> Results[tuple[Tensor, Tensor]]:
+    """Output `[B, T, N, H, D]` and log-sum-exp of the scores `[B, T, N, H]`, both contiguous."""
+    _check(query, key, value, left, right)
+    return lambda: (
+        query.new_empty(query.shape),
+        query.new_empty(query.shape[:-1], dtype=accumulator(query.dtype)),
+    )
+
+
+@operator(NAME, "backward")
+def temporal_window_attention_bwd(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    left: int,
+    right: int,
+    scale: float,
+) -> Results[tuple[Tensor, Tensor, Tensor]]:
+    """Gradients of query, key and value, contiguous."""
+    _check(query, key, value, left, right)
     of_query, of_lse = (query.shape, query.dtype), (query.shape[:-1], accumulator(query.dtype))
     check_saved({"grad_out": (grad_out, *of_query), "out": (out, *of_query), "lse": (lse, *of_lse)}, query.device)
+    return lambda: (query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape))
 
 
-def _forward(
-    query: Tensor, key: Tensor, value: Tensor, left: int, right: int, scale: float, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
-    _check(query, key, value, left, right)
-    return _backends.load(NAME, query.device, backend).forward(query, key, value, left, right, scale)
-
-
-def _forward_fake(
-    query: Tensor, key: Tensor, value: Tensor, left: int, right: int, scale: float, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
-    _check(query, key, value, left, right)
-    return query.new_empty(query.shape), query.new_empty(query.shape[:-1], dtype=accumulator(query.dtype))
-
-
-def _backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    left: int,
-    right: int,
-    scale: float,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check(query, key, value, left, right)
-    _check_saved(grad_out, query, out, lse)
-    kernels = _backends.load(NAME, query.device, backend)
-    return kernels.backward(grad_out, query, key, value, out, lse, left, right, scale)
-
-
-def _backward_fake(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    left: int,
-    right: int,
-    scale: float,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check(query, key, value, left, right)
-    _check_saved(grad_out, query, out, lse)
-    return query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
-
-
-temporal_window_attention_fwd = _registry.define(
-    "temporal_window_attention_fwd(Tensor query, Tensor key, Tensor value, int left, int right, float scale,"
-    " str? backend=None) -> (Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-)
-temporal_window_attention_bwd = _registry.define(
-    "temporal_window_attention_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor out, Tensor lse,"
-    " int left, int right, float scale, str? backend=None) -> (Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-
-
-def _setup_context(ctx, inputs, output):
+def _save(ctx, inputs, output):
     query, key, value, *ctx.options = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(query, key, value, out, lse)
+    ctx.mark_non_differentiable(output[1])
+    ctx.save_for_backward(query, key, value, *output)
 
 
 def _gradient(ctx, grad_out, _):
-    grads = temporal_window_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.options)
-    needed = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False))
-    return (*needed, *(None for _ in ctx.options))
+    return temporal_window_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.options)
 
 
-_registry.attach_gradient(temporal_window_attention_fwd, _setup_context, _gradient)
-_registry.forbid_gradient(temporal_window_attention_bwd, NAME)
+differentiable(temporal_window_attention_fwd, _save, _gradient)

@@ -1,7 +1,6 @@
 // The Python face of softmax attention.
-#pragma once
+#include "common/bindings.h"
 
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
@@ -10,10 +9,7 @@
 
 namespace tritonkern {
 
-// `kernels()` returns pointers to the functions of call.h for this machine.
-template <class GetKernels>
-void bind_full_attention(pybind11::module_& m, const GetKernels& kernels) {
-    namespace py = pybind11;
+TRITONKERN_BINDINGS(m) {
     using Rows = std::pair<uintptr_t, std::array<int64_t, 3>>;  // address, strides of batch, row and head
     // (B, L, S, H, D)
     m.def(
@@ -33,7 +29,7 @@ void bind_full_attention(pybind11::module_& m, const GetKernels& kernels) {
                 call.value_stride[i] = value.second[i];
             }
             call.out = reinterpret_cast<void*>(out), call.lse = reinterpret_cast<void*>(lse);
-            kernels().full_attention_forward(call);
+            TRITONKERN_OLD_KERNEL(full_attention_forward)(call);
         },
         py::call_guard<py::gil_scoped_release>());
 }

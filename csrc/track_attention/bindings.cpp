@@ -1,7 +1,6 @@
 // The Python face of attention between tracks and a grid.
-#pragma once
+#include "common/bindings.h"
 
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
@@ -51,10 +50,7 @@ inline TrackAttention track_attention(int dtype, const PyTrackShape& shape, cons
     return call;
 }
 
-// `kernels()` returns pointers to the functions of call.h for this machine.
-template <class GetKernels>
-void bind_track_attention(pybind11::module_& m, const GetKernels& kernels) {
-    namespace py = pybind11;
+TRITONKERN_BINDINGS(m) {
     const py::call_guard<py::gil_scoped_release> unlocked;
     m.def(
         "track_attention_forward",
@@ -64,7 +60,7 @@ void bind_track_attention(pybind11::module_& m, const GetKernels& kernels) {
             auto call = track_attention(dtype, shape, options, query, key, value, tracks, visible);
             call.out = video_result(out, call, call.splat);
             call.lse = reinterpret_cast<void*>(lse);
-            kernels().track_attention_forward(call);
+            TRITONKERN_OLD_KERNEL(track_attention_forward)(call);
         },
         unlocked);
     m.def(
@@ -79,7 +75,7 @@ void bind_track_attention(pybind11::module_& m, const GetKernels& kernels) {
             call.grad_value = video_result(grads[2], call, !call.splat);
             call.grad_tracks = reinterpret_cast<void*>(grad_tracks);
             call.grad_precision = reinterpret_cast<void*>(grad_precision);
-            kernels().track_attention_backward(call);
+            TRITONKERN_OLD_KERNEL(track_attention_backward)(call);
         },
         unlocked);
 }

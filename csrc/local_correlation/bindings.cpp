@@ -1,7 +1,6 @@
 // The Python face of local correlation.
-#pragma once
+#include "common/bindings.h"
 
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
@@ -35,15 +34,12 @@ inline LocalCorrelation local_correlation(const std::array<int64_t, 8>& shape, c
     return call;
 }
 
-// `kernels()` returns pointers to the functions of call.h for this machine.
-template <class GetKernels>
-void bind_local_correlation(pybind11::module_& m, const GetKernels& kernels) {
-    namespace py = pybind11;
+TRITONKERN_BINDINGS(m) {
     const py::call_guard<py::gil_scoped_release> unlocked;
     m.def(
         "local_correlation_forward",
         [=](const std::array<int64_t, 8>& shape, const PyLocalOptions& options, const std::array<PyView, 4>& tensors) {
-            kernels().local_correlation_forward(local_correlation(shape, options, tensors));
+            TRITONKERN_OLD_KERNEL(local_correlation_forward)(local_correlation(shape, options, tensors));
         },
         unlocked);
     m.def(
@@ -54,7 +50,7 @@ void bind_local_correlation(pybind11::module_& m, const GetKernels& kernels) {
             const auto gradients = local_correlation(shape, options, {grads[0], grads[1], grads[2], PyView{}});
             call.grad_features = gradients.features, call.grad_support = gradients.support;
             call.grad_position = gradients.position;
-            kernels().local_correlation_backward(call);
+            TRITONKERN_OLD_KERNEL(local_correlation_backward)(call);
         },
         unlocked);
 }

@@ -1,7 +1,6 @@
 // The Python face of the temporal mixer.
-#pragma once
+#include "common/bindings.h"
 
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
@@ -38,10 +37,7 @@ TemporalMixer temporal_mixer(int dtype, const PyMixerShape& shape, bool causal, 
     return call;
 }
 
-// `kernels()` returns pointers to the functions of call.h for this machine.
-template <class GetKernels>
-void bind_temporal_mixer(pybind11::module_& m, const GetKernels& kernels) {
-    namespace py = pybind11;
+TRITONKERN_BINDINGS(m) {
     const py::call_guard<py::gil_scoped_release> unlocked;
     m.def("temporal_mixer_tasks", [](const PyMixerShape& shape) { return temporal_mixer(shape).tasks(); });
     m.def(
@@ -55,7 +51,7 @@ void bind_temporal_mixer(pybind11::module_& m, const GetKernels& kernels) {
             call.out = reinterpret_cast<void*>(results[0]);
             call.new_normed_state = reinterpret_cast<void*>(results[1]);
             call.new_hidden_state = reinterpret_cast<void*>(results[2]);
-            kernels().temporal_mixer_forward(call);
+            TRITONKERN_OLD_KERNEL(temporal_mixer_forward)(call);
         },
         unlocked);
     m.def(
@@ -67,7 +63,7 @@ void bind_temporal_mixer(pybind11::module_& m, const GetKernels& kernels) {
             call.grad_out = frame_view(grad_out);
             call.grad_x = reinterpret_cast<void*>(results[0]);
             call.partial = reinterpret_cast<void*>(results[1]), call.chunk = chunk;
-            kernels().temporal_mixer_backward(call);
+            TRITONKERN_OLD_KERNEL(temporal_mixer_backward)(call);
         },
         unlocked);
 }

@@ -1,8 +1,7 @@
 // The Python face of the temporal adapter's kernels. An image is (pointer, strides, patch, dtype) with the strides of
 // `ImageView` in its order; a source is (image, load, mask or None, scale, shift).
-#pragma once
+#include "common/bindings.h"
 
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <array>
@@ -34,17 +33,15 @@ inline AdapterShape adapter_shape(const PyAdapterShape& shape, int num_threads) 
     return {shape[0], shape[1], shape[2], shape[3], num_threads};
 }
 
-// `kernels()` points to the functions of call.h for this machine.
-template <class GetKernels>
-void bind_temporal_adapter(pybind11::module_& m, const GetKernels& kernels) {
-    namespace py = pybind11;
+TRITONKERN_BINDINGS(m) {
     const py::call_guard<py::gil_scoped_release> unlocked;
     m.def(
         "group_norm_statistics",
         [=](const PyAdapterShape& shape, int num_threads, int64_t channels, double eps, const PyImage& image,
             uintptr_t mean, uintptr_t rstd) {
-            kernels()->group_norm_statistics({adapter_shape(shape, num_threads), channels, eps, image_view(image),
-                                              reinterpret_cast<double*>(mean), reinterpret_cast<double*>(rstd)});
+            TRITONKERN_OLD_KERNEL(group_norm_statistics)({adapter_shape(shape, num_threads), channels, eps,
+                                                          image_view(image), reinterpret_cast<double*>(mean),
+                                                          reinterpret_cast<double*>(rstd)});
         },
         unlocked);
     m.def(
@@ -56,7 +53,7 @@ void bind_temporal_adapter(pybind11::module_& m, const GetKernels& kernels) {
             call.image = image_view(image), call.grad = image_view(grad);
             call.mean = reinterpret_cast<const double*>(mean);
             call.sums = reinterpret_cast<double*>(sums), call.moments = reinterpret_cast<double*>(moments);
-            kernels()->group_norm_sums(call);
+            TRITONKERN_OLD_KERNEL(group_norm_sums)(call);
         },
         unlocked);
     m.def(
@@ -68,7 +65,7 @@ void bind_temporal_adapter(pybind11::module_& m, const GetKernels& kernels) {
             call.image = image_view(image), call.grad = image_view(grad), call.grad_image = image_view(grad_image);
             call.slope = reinterpret_cast<const void*>(slope), call.scale = reinterpret_cast<const void*>(scale);
             call.shift = reinterpret_cast<const void*>(shift);
-            kernels()->group_norm_gradient(call);
+            TRITONKERN_OLD_KERNEL(group_norm_gradient)(call);
         },
         unlocked);
     m.def(
@@ -83,14 +80,14 @@ void bind_temporal_adapter(pybind11::module_& m, const GetKernels& kernels) {
             for (int i = 0; i < 4; ++i) call.weight_stride[i] = weight_stride[i];
             call.bias = reinterpret_cast<const void*>(bias), call.relu = relu;
             call.residual = image_view(residual), call.mask = image_view(mask), call.out = image_view(out);
-            kernels()->conv3x3(call);
+            TRITONKERN_OLD_KERNEL(conv3x3)(call);
         },
         unlocked);
     m.def(
         "conv3x3_weight_gradient",
         [=](const PyAdapterShape& shape, int num_threads, int64_t in_channels, int64_t out_channels, int tile,
             const PySource& source, const PySource& grad_out, uintptr_t grad_weight, uintptr_t grad_bias) {
-            kernels()->conv3x3_weight_gradient(
+            TRITONKERN_OLD_KERNEL(conv3x3_weight_gradient)(
                 {adapter_shape(shape, num_threads), in_channels, out_channels, tile, source_view(source),
                  source_view(grad_out), reinterpret_cast<void*>(grad_weight), reinterpret_cast<void*>(grad_bias)});
         },
