@@ -11,7 +11,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, Union, get_args, get_type_hints
+from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ Results = Callable[[], Made]
 
 _SCHEMA = {
     Tensor: "Tensor",
-    Union[Tensor, None]: "Tensor?",
+    Tensor | None: "Tensor?",
     int: "SymInt",
     float: "float",
     bool: "bool",
@@ -159,7 +159,7 @@ def _differentiation(operator: torch._ops.OpOverload, count: int) -> Callable:
         return tuple(found[i] if i < len(found) and needed[i] else None for i in range(len(needed)))
 
     methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    function = type(f"{name}_gradient", (torch.autograd.Function,), methods)
+    apply = type(f"{name}_gradient", (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
 
     def differentiate(*given):
         if forward_ad._current_level >= 0 and any(isinstance(x, Tensor) and _has_tangent(x) for x in given):
@@ -167,7 +167,7 @@ def _differentiation(operator: torch._ops.OpOverload, count: int) -> Callable:
                 f"{name} has no forward-mode derivative (jvp); use reverse mode (torch.autograd.grad)"
             )
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given):
-            return function.apply(*given)
+            return apply(*given)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*given)
 
