@@ -133,8 +133,10 @@ def test_wrapped_and_listed(tracker):
 
     with tritonkern.patch(Lightning()) as handle:
         assert handle.replaced == [
-            "model.torch_pips_mixer.transformer.attn.forward",
             *(f"model.resnet_torch.{level}.{layer}.forward" for level in range(3) for layer in (0, 2)),
+            *(f"model.cmdtop.{level}.conv.{layer}.0.forward" for level in range(3) for layer in range(3)),
+            "model.torch_pips_mixer.transformer.attn.forward",
+            "model.cost_conv.forward",
             "model.tracks_from_cost_volume",
             "model.refine_pips",
         ]
@@ -176,8 +178,9 @@ def test_official(official, size):  # noqa: F811
         expected = model(video, queries)
         with tritonkern.patch(model) as handle:
             actual = model(video, queries)
-    # Attention in three layers; a ResNet of 1 + 4 * (2 + 3) convolutions; two methods
-    assert len(handle.replaced) == 3 + 21 + 2
+    # Attention in three layers; a ResNet of 1 + 4 * (2 + 3) convolutions, those of the encoders and of the costs;
+    # two methods
+    assert len(handle.replaced) == 3 + 21 + 3 * len(model.cmdtop[0].conv) + 1 + 2
     difference = (actual["tracks"] - expected["tracks"]).abs().max().item()
     print(f"tracks differ by at most {difference:.1e} pixels")
     assert_same(actual, expected)

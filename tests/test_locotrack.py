@@ -8,7 +8,7 @@ from torch import nn
 
 from tritonkern.models import Chrono, LocoTrackFeatures, LocoTrackRefiner, TrackerOutput
 from tritonkern.models.dinov2 import DINOv2Config
-from tritonkern.nn import refinement
+from tritonkern.nn import _locotrack
 
 
 def clip(frames=3, queries=5):
@@ -242,11 +242,11 @@ def test_match_does_not_depend_on_how_many_queries_are_taken_at_a_time(monkeypat
     coarse, fine = torch.randn(2, 3, 4, 5, 8).double(), torch.randn(2, 3, 8, 10, 6).double()
     query, fine_query = torch.randn(2, 7, 8).double().requires_grad_(), torch.randn(2, 7, 6).double()
     queries = torch.rand(2, 7, 3) * torch.tensor([2.0, 32, 40])
-    layers = nn.Conv2d(2, 1, 3).double(), nn.Linear(6, 2).double()
+    layers = _locotrack.SameConv2d(2, 1, 3).double(), nn.Linear(6, 2).double()
     results = []
     for limit in (1 << 30, 3 * 2 * 2 * 3 * 8 * 10 * 8):  # all of them, three at a time
-        monkeypatch.setitem(refinement._MATCH_BYTES, "cpu", limit)
-        output, cost = refinement.match_two_maps(query, coarse, *layers, 20.0, (32, 40), fine_query, fine, queries)
+        monkeypatch.setitem(_locotrack._MATCH_BYTES, "cpu", limit)
+        output, cost = _locotrack.match_two_maps(query, coarse, *layers, 20.0, (32, 40), fine_query, fine, queries)
         (gradient,) = torch.autograd.grad(output.tracks.sum() + output.occlusion.sum(), query)
         results.append((*output, cost, gradient))
     for x, y in zip(*results, strict=True):

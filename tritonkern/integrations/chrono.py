@@ -128,7 +128,7 @@ def _twin(adapter: Any) -> TemporalAdapter:
     nn.Module.__init__(twin)
     for name in ("norm", "conv1", "conv_pool", "norm2", "conv_upsample", "conv2"):
         setattr(twin, name, getattr(adapter, name))
-    twin.pool = adapter.conv_pool.stride[0]
+    twin.dim, twin.pool = adapter.norm.num_channels, adapter.conv_pool.stride[0]
     twin.attn_temp = own.__new__(own)
     nn.Module.__init__(twin.attn_temp)
     twin.attn_temp.num_heads = attention.num_heads

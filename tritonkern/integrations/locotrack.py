@@ -17,8 +17,16 @@ from torch import Tensor, nn
 
 from tritonkern.functional import local_correlation
 from tritonkern.integrations._precision import Precision
+from tritonkern.nn._locotrack import (
+    attend_over_time,
+    convolve_same,
+    encode_correlation,
+    match_two_maps,
+    mix_over_time,
+    refine,
+    temporal_bias,
+)
 from tritonkern.nn.correlation import TrackerOutput
-from tritonkern.nn.refinement import attend_over_time, convolve_same, match_two_maps, refine, temporal_bias
 
 
 def replacements(model: nn.Module, precision: Precision) -> Iterator[tuple[str, nn.Module, str, Any]]:
@@ -30,9 +38,7 @@ def replacements(model: nn.Module, precision: Precision) -> Iterator[tuple[str, 
         for name, module in tracker.named_modules(prefix=path):
             if _is_attention(module):
                 yield name, module, "forward", _attention(biases)
-        resnet = f"{path}.resnet_torch" if path else "resnet_torch"
-        for name, module in tracker.resnet_torch.named_modules(prefix=resnet):
-            if _pads_like_tensorflow(module):
+            elif _pads_like_tensorflow(module):
                 yield name, module, "forward", convolve_same
         yield path, tracker, "tracks_from_cost_volume", _tracks_from_cost_volume
         yield path, tracker, "refine_pips", partial(_refine_pips, precision=precision)
@@ -105,7 +111,9 @@ def _refine_pips(
     """
     correlate = partial(precision, local_correlation)
     guess = TrackerOutput(pos_guess, occ_guess, expd_guess)
-    better = refine(self.cmdtop, self.torch_pips_mixer, pyramid, support_feature, guess, orig_hw, resize_hw, correlate)
+    encoders = [partial(encode_correlation, encoder.conv) for encoder in self.cmdtop]
+    mixer = partial(mix_over_time, self.torch_pips_mixer)
+    better = refine(encoders, mixer, pyramid, support_feature, guess, orig_hw, resize_hw, correlate)
     return (*better, None, None)
 
 

@@ -11,8 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonkern.models.checkpoints import load_strict, read_state_dict
+from tritonkern.nn._locotrack import (
+    SameConv2d,
+    attend_over_time,
+    encode_correlation,
+    match_two_maps,
+    mix_over_time,
+    refine,
+    temporal_bias,
+)
 from tritonkern.nn.correlation import TrackerOutput, sample_features
-from tritonkern.nn.refinement import attend_over_time, convolve_same, match_two_maps, refine, temporal_bias
 
 SIZES = {"base": (384, 6, (64, 128, 128), (3, 3, 2), (2, 2, 2)), "small": (256, 4, (64, 128), (5, 2), (4, 2))}
 """Width and heads of the attention over time; channels, kernels and strides of the encoder of correlations."""
@@ -78,7 +86,7 @@ class LocoTrackRefiner(nn.Module):
         self.resnet_torch = _ResNet()
         self.cmdtop = nn.ModuleList(_CorrelationEncoder(channels, kernels, strides) for _ in range(3))
         self.torch_pips_mixer = _TemporalMixer(2 + 3 * 2 * channels[-1] + 84, width, heads)
-        self.cost_conv = nn.Conv2d(2, 1, 3)
+        self.cost_conv = SameConv2d(2, 1, 3)
         self.occ_linear = nn.Linear(6, 2)
 
     @classmethod
@@ -233,20 +241,16 @@ def _check_queries(queries: Tensor, start: TrackerOutput | None, clip: Sequence[
         raise ValueError(f"start.tracks must be {expected}, got {list(start.tracks.shape)}")
 
 
-class _Conv(nn.Conv2d):
-    """Padded as TensorFlow's SAME."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return convolve_same(self, x)
-
-
 class _Block(nn.Module):
     def __init__(self, before: int, after: int, stride: int, projects: bool) -> None:
         super().__init__()
         if projects:
-            self.proj_conv = _Conv(before, after, 1, stride, bias=False)
-        self.bn_0, self.conv_0 = nn.InstanceNorm2d(before, affine=True), _Conv(before, after, 3, stride, bias=False)
-        self.conv_1, self.bn_1 = _Conv(after, after, 3, bias=False), nn.InstanceNorm2d(after, affine=True)
+            self.proj_conv = SameConv2d(before, after, 1, stride, bias=False)
+        self.bn_0, self.conv_0 = (
+            nn.InstanceNorm2d(before, affine=True),
+            SameConv2d(before, after, 3, stride, bias=False),
+        )
+        self.conv_1, self.bn_1 = SameConv2d(after, after, 3, bias=False), nn.InstanceNorm2d(after, affine=True)
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.relu(self.bn_0(x))
@@ -270,7 +274,7 @@ class _ResNet(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.initial_conv = _Conv(3, _CHANNELS[0], 7, 2, bias=False)
+        self.initial_conv = SameConv2d(3, _CHANNELS[0], 7, 2, bias=False)
         before = (_CHANNELS[0], *_CHANNELS)
         self.block_groups = nn.ModuleList(map(_BlockGroup, before, _CHANNELS, _STRIDES))
 
@@ -286,9 +290,12 @@ class _CorrelationEncoder(nn.Module):
         super().__init__()
         layers = zip((49, *channels), channels, kernels, strides, strict=False)
         self.conv = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(before, after, kernel, stride), nn.GroupNorm(after // 16, after), nn.ReLU())
+            nn.Sequential(SameConv2d(before, after, kernel, stride), nn.GroupNorm(after // 16, after), nn.ReLU())
             for before, after, kernel, stride in layers
         )
+
+    def forward(self, correlation: Tensor) -> Tensor:
+        return encode_correlation(self.conv, correlation)
 
 
 class _TemporalAttention(nn.Module):
@@ -327,9 +334,12 @@ class _TemporalTransformer(nn.Module):
 
 
 class _TemporalMixer(nn.Module):
-    """Its last 384 outputs are not computed: nothing reads them in the official code."""
+    """`[M, T, C]` -> `[M, T, 4]`; the last 384 outputs are not computed, as nothing reads them in the official code."""
 
     def __init__(self, channels: int, width: int, heads: int) -> None:
         super().__init__()
         self.transformer = _TemporalTransformer(width, heads)
         self.input_proj, self.output_proj = nn.Linear(channels, width), nn.Linear(width, 4 + 128 + 256)
+
+    def forward(self, series: Tensor) -> Tensor:
+        return mix_over_time(self, series)

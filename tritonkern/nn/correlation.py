@@ -10,6 +10,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import _register_namedtuple
 
 from tritonkern.functional import correlation_soft_argmax
+from tritonkern.nn._plain import input_dtype
 
 
 class TrackerOutput(NamedTuple):
@@ -109,7 +110,7 @@ def find(
     query: Tensor,
     features: Tensor,
     queries: Tensor | None,
-    occ_linear: nn.Linear,
+    occ_linear: nn.Module,
     resolution: tuple[int, int],
     temperature: float = 20.0,
     radius: float = 5.0,
@@ -119,7 +120,7 @@ def find(
     with torch.autocast(features.device.type, enabled=False):
         match = correlation_soft_argmax(query.to(features.dtype), features, temperature=temperature, radius=radius)
         statistics = torch.stack([match.mean, match.max, match.min], dim=-1).detach()
-        logits = occ_linear(statistics.to(occ_linear.weight.dtype)).to(match.points.dtype)
+        logits = occ_linear(statistics.to(input_dtype(occ_linear, torch.float32))).to(match.points.dtype)
 
         tracks = scaled(match.points, width / columns, height / rows)  # [B, N, T, 2]
         if queries is not None:

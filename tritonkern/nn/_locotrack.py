@@ -1,6 +1,6 @@
-"""What LocoTrack is made of: matching on two maps, and refinement by local 4-D correlation and attention over time.
+"""The computations of LocoTrack: matching on two maps, and refinement by local 4-D correlation and attention over time.
 
-Functions on its layers, so that they serve our own modules and those of the official code (same names of parameters).
+They are functions that call their layers, so that `tritonkern.models` and the patch of the official code share them.
 Paper: Cho et al., "Local All-Pair Correspondence for Point Tracking", ECCV 2024.
 """
 
@@ -15,17 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonkern.functional import local_correlation, soft_argmax_2d
+from tritonkern.nn._plain import is_plain
 from tritonkern.nn.correlation import TrackerOutput, put_queries, scaled
 
 _MATCH_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
-"""Of both maps of the queries that are matched at a time."""
+"""Maximum bytes of both cost maps of the queries that are matched together."""
 
 
 def match_two_maps(
     query: Tensor,
     features: Tensor,
-    cost_conv: nn.Conv2d,
-    occ_linear: nn.Linear,
+    cost_conv: Callable[[Tensor], Tensor],
+    occ_linear: Callable[[Tensor], Tensor],
     temperature: float,
     resolution: tuple[int, int],
     fine_query: Tensor,
@@ -34,8 +35,9 @@ def match_two_maps(
 ) -> tuple[TrackerOutput, Tensor]:
     """Where queries `[B, N, C]` are found in coarse and fine maps `[B, T, h, w, C]`, and the coarse cost volume.
 
-    The costs of both maps are mixed by a 3 x 3 convolution before the soft-argmax; in frame round(t) the position is
-    that of `queries` `[B, N, 3]` (t, y, x). `resolution` is (height, width) of the raster of positions.
+    `cost_conv` is a 3 x 3 convolution that keeps the size; it mixes the costs of both maps before the soft-argmax. In
+    frame round(t) the position is that of `queries` `[B, N, 3]` (t, y, x). `resolution` is (height, width) of the
+    raster of positions, in pixels.
     """
     cost = torch.einsum("bnc,bthwc->bnthw", query, features)
     rows, columns = size = fine_features.shape[2:4]
@@ -53,8 +55,8 @@ def match_two_maps(
             ],
             1,
         )
-        mixed = F.conv2d(both, cost_conv.weight, cost_conv.bias, padding=1)
-        found.append(soft_argmax_2d(mixed.view(*leading, rows, columns), temperature=temperature))
+        costs = cost_conv(both).view(*leading, rows, columns)
+        found.append(soft_argmax_2d(costs, temperature=temperature))
         smallest, largest = both.flatten(2).aminmax(dim=-1)
         statistics.append(torch.cat([both.mean((2, 3)), largest, smallest], -1).unflatten(0, leading))
     tracks = scaled(torch.cat(found, 1), resolution[1] / columns, resolution[0] / rows)
@@ -65,8 +67,8 @@ def match_two_maps(
 
 
 def refine(
-    encoders: Iterable[Any],
-    mixer: Any,
+    encoders: Iterable[Callable[[Tensor], Tensor]],
+    mixer: Callable[[Tensor], Tensor],
     pyramid: Sequence[Tensor],
     supports: Sequence[Tensor],
     guess: TrackerOutput,
@@ -77,14 +79,16 @@ def refine(
     """One step of refinement.
 
     Args:
-        encoders: a `CorrelationEncoder` for each level.
-        mixer: a `TemporalMixer`.
+        encoders: for each level a module from correlations `[M, 49, 49]` (patch, support) to tokens `[M, 2C]`, such as
+            `encode_correlation` computes.
+        mixer: a module from series of tokens `[M, T, C]` to corrections `[M, T, 4 or more]` (x and y in pixels of the
+            resized frames, and two logits), such as `mix_over_time` computes.
         pyramid: maps `[B, T, h, w, C]`.
         supports: features `[B, N, 7, 7, C]` (y, x) around the queries, of each map.
         guess: positions in pixels of the raster, and logits.
-        raster: (height, width) of it.
-        resized: (height, width) of the frames that the features are of.
-        correlate: `tritonkern.local_correlation`, or a function that stands for it.
+        raster: (height, width) of the raster in pixels.
+        resized: (height, width) in pixels of the frames that the features were computed from.
+        correlate: `tritonkern.local_correlation`, or a function with its arguments.
     """
     tracks, occlusion, expected_distance = guess
     (height, width), (resized_height, resized_width) = raster, resized
@@ -101,7 +105,7 @@ def refine(
             align_corners=False,
             axis_order="yx",
         )
-        encoded = encode_correlation(encoder.conv, correlation.flatten(0, 2))
+        encoded = encoder(correlation.flatten(0, 2))
         tokens.append(encoded.unflatten(0, correlation.shape[:3]).transpose(1, 2))
     step = tracks[..., 1:, :] - tracks[..., :-1, :]
     scale = (resized_width / width**2, resized_height / height**2)
@@ -109,32 +113,53 @@ def refine(
     tokens.append(_encode_motion(torch.cat([scaled(x, *scale) for x in motion], -1)))
 
     series = torch.cat(tokens, -1)
-    hidden = mixer.transformer(mixer.input_proj(series.flatten(0, 1)))
-    # The official layer has outputs for features that nothing reads; they are not computed.
-    update = F.linear(hidden, mixer.output_proj.weight[:4], mixer.output_proj.bias[:4]).unflatten(0, series.shape[:2])
+    update = mixer(series.flatten(0, 1))[..., :4].unflatten(0, series.shape[:2])
     moved = tracks + scaled(update[..., :2], width / resized_width, height / resized_height)
     return TrackerOutput(moved, occlusion + update[..., 2], expected_distance + update[..., 3])
 
 
-def encode_correlation(layers: Iterable[Any], correlation: Tensor) -> Tensor:
-    """Convolution, group norm and ReLU of each of `layers` over `[M, P, S]`, as images of patches and of supports.
+def mix_over_time(mixer: Any, series: Tensor) -> Tensor:
+    """`[M, T, C]` -> `[M, T, 4 or more]` by the layers `input_proj`, `transformer` and `output_proj` of `mixer`.
+
+    The official layer `output_proj` has outputs for features that nothing reads; where it is plain they are skipped.
+    """
+    hidden = mixer.transformer(mixer.input_proj(series))
+    last = mixer.output_proj
+    if not is_plain(last, nn.Linear) or last.bias is None:
+        return last(hidden)
+    return F.linear(hidden, last.weight[:4], last.bias[:4])
+
+
+def encode_correlation(layers: Iterable[nn.Module], correlation: Tensor) -> Tensor:
+    """`layers`, each a convolution, a group norm and a ReLU, on `[M, P, S]` as images of patches and of supports.
 
     Returns `[M, 2C]`, the means of the two.
     """
     side = math.isqrt(correlation.shape[-1])
-    # [M, 49, 7, 7]: the patch as the image and the support as its channels, which lie last in memory; the other way
-    # round. Channels last from the first convolution on, where the small convolutions that follow are fastest.
+    # [M, 49, 7, 7]: the patch as the image and the support as its channels, which are adjacent in memory; and the other
+    # way round.
     images = [x.unflatten(2, (side, side)) for x in (correlation.mT, correlation)]
-    (conv, norm, relu), *rest = layers
-    x = torch.cat([convolve_same(conv, image).contiguous(memory_format=torch.channels_last) for image in images])
-    x = relu(norm(x))
-    for conv, norm, relu in rest:
-        x = relu(norm(convolve_same(conv, x)))
+    first, *rest = layers
+    if isinstance(first, nn.Sequential) and is_plain(first, nn.Sequential):
+        # Neither image is copied. The small convolutions that follow are fastest with channels last.
+        x = torch.cat([first[0](image).contiguous(memory_format=torch.channels_last) for image in images])
+        rest = [*list(first)[1:], *rest]
+    else:
+        x = first(torch.cat(images))
+    for layer in rest:
+        x = layer(x)
     return torch.cat(x.mean((2, 3)).chunk(2), -1)
 
 
+class SameConv2d(nn.Conv2d):
+    """Padded as TensorFlow's SAME: see `convolve_same`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return convolve_same(self, x)
+
+
 def convolve_same(conv: nn.Conv2d, x: Tensor) -> Tensor:
-    """`conv` padded as TensorFlow's SAME: of an odd number of cells the larger half lies behind."""
+    """What `conv.forward` computes if it pads as TensorFlow's SAME: of an odd number of cells, one more at the end."""
     height, width = (
         max((math.ceil(size / stride) - 1) * stride + kernel - size, 0)
         for size, kernel, stride in zip(x.shape[-2:], conv.kernel_size, conv.stride, strict=True)
