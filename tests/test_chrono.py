@@ -381,6 +381,7 @@ def test_compiled_as_one_graph(tiny, autocast):
             torch.testing.assert_close(actual, expected, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_gradients_of_the_compiled_model(tiny):
     """The backbone is frozen, as in training."""
     video, queries = random_clip()

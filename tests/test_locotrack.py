@@ -27,6 +27,7 @@ def refiner():
     return LocoTrackRefiner("small").eval()
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_refines_what_it_is_given(refiner):
     video, queries = clip()
