@@ -123,7 +123,7 @@ def compile_only(room, target, tf32=False):
     configs.on_amd = lambda: target.startswith("gfx")
     compiled = []
     modules = [module for name, module in sys.modules.items() if name.startswith(f"{room}.triton_")]
-    kernels = {x for module in modules for name, x in vars(module).items() if name.endswith("_kernel")}
+    kernels = {x for module in modules for name, x in vars(module).items() if re.search("_kernel(_|$)", name)}
     for kernel in kernels:
         run = type(kernel).run
         kernel.device_caches.clear()

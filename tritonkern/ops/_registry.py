@@ -139,27 +139,27 @@ def _differentiation(operator: torch._ops.OpOverload, count: int) -> Callable:
     """What an operator does at the level of autograd: it records a gradient, or refuses one that it does not have."""
     name = operator.name().partition("::")[2]
 
-    def forward(ctx, *given):
-        with torch._C._AutoDispatchBelowAutograd():
-            output = operator(*given)
-        if operator in _gradients:
-            _gradients[operator][0](ctx, given if len(given) > count else (*given, None), output)
-        return output
+    class Gradient(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, *given):
+            with torch._C._AutoDispatchBelowAutograd():
+                output = operator(*given)
+            if operator in _gradients:
+                _gradients[operator][0](ctx, given if len(given) > count else (*given, None), output)
+            return output
 
-    def backward(ctx, *grads):
-        if operator not in _gradients:
-            order = "second derivative" if name.endswith("_bwd") else "derivative"
-            raise RuntimeError(
-                f"{name.removesuffix('_bwd')} has no {order}: {name} cannot be differentiated. "
-                f"For {order}s write it with PyTorch operations, or drop create_graph=True."
-            )
-        found = _gradients[operator][1](ctx, *grads)
-        found = found if isinstance(found, (tuple, list)) else (found,)
-        needed = ctx.needs_input_grad
-        return tuple(found[i] if i < len(found) and needed[i] else None for i in range(len(needed)))
-
-    methods = {"forward": staticmethod(forward), "backward": staticmethod(backward)}
-    apply = type(f"{name}_gradient", (torch.autograd.Function,), methods).apply  # type: ignore[attr-defined]
+        @staticmethod
+        def backward(ctx, *grads):
+            if operator not in _gradients:
+                order = "second derivative" if name.endswith("_bwd") else "derivative"
+                raise RuntimeError(
+                    f"{name.removesuffix('_bwd')} has no {order}: {name} cannot be differentiated. "
+                    f"For {order}s write it with PyTorch operations, or drop create_graph=True."
+                )
+            found = _gradients[operator][1](ctx, *grads)
+            found = found if isinstance(found, (tuple, list)) else (found,)
+            needed = ctx.needs_input_grad
+            return tuple(found[i] if i < len(found) and needed[i] else None for i in range(len(needed)))
 
     def differentiate(*given):
         if forward_ad._current_level >= 0 and any(isinstance(x, Tensor) and _has_tangent(x) for x in given):
@@ -167,7 +167,12 @@ def _differentiation(operator: torch._ops.OpOverload, count: int) -> Callable:
                 f"{name} has no forward-mode derivative (jvp); use reverse mode (torch.autograd.grad)"
             )
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given):
-            return apply(*given)
+            if torch._C._are_functorch_transforms_active():
+                raise NotImplementedError(
+                    f"{name} cannot be differentiated inside another transform of torch.func: it has no second "
+                    "derivative, no forward-mode derivative, and no rule for vmap of its gradient"
+                )
+            return Gradient.apply(*given)
         with torch._C._AutoDispatchBelowAutograd():
             return operator(*given)
 

@@ -18,7 +18,8 @@ from typing import NamedTuple
 
 import torch
 
-from tritonkern.ops._contract import on_amd, tf32_allowed
+from tritonkern.ops._dtypes import on_amd, tf32_allowed
+from tritonkern.ops._triton import block_size
 
 # 32-bit offsets in units of 8 numbers reach this far: 32 GiB of bfloat16.
 MAX_ELEMENTS = 2**34
@@ -47,11 +48,6 @@ _BACKWARD_AMD = {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 16, 8, 1)}
 _BACKWARD_TF32 = {32: (32, 32, 4, 1), 64: (32, 16, 4, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)}
 
 
-def block_d(head_dim: int) -> int:
-    """Head dim rounded up to a power of two that a matrix unit takes."""
-    return max(16, 1 << (head_dim - 1).bit_length())
-
-
 def forward_tiles(head_dim: int, window: int, dtype: torch.dtype) -> Tiles:
     """Tiles of the forward kernel; `window` in frames."""
     return _choose(_FORWARD if window <= NARROW else _FORWARD_WIDE_WINDOW, _FORWARD_TF32, head_dim, dtype)
@@ -63,7 +59,7 @@ def backward_tiles(head_dim: int, window: int, dtype: torch.dtype) -> Tiles:
 
 
 def _choose(half: dict, single: dict, head_dim: int, dtype: torch.dtype) -> Tiles:
-    width = block_d(head_dim)
+    width = block_size(head_dim)
     # Eight numbers of every tile a thread with four warps; float64 takes two registers each.
     rows = (512 if dtype == torch.float64 else 1024) // width
     if dtype == torch.float64 or (dtype == torch.float32 and not tf32_allowed()):

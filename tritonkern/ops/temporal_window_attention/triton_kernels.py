@@ -16,15 +16,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonkern.ops._contract import accumulator
+from tritonkern.ops._dtypes import accumulator
+from tritonkern.ops._triton import aligned, block_size, kernel, launch, readable
 from tritonkern.ops.temporal_window_attention import configs
 from tritonkern.ops.temporal_window_attention import triton_rows as flat
-
-# Left to itself Triton compiles again whenever an argument becomes 1 or a multiple of 16, and on AMD when a tensor
-# passes 2 GiB; there its addressing of smaller ones also takes more scalar registers than the backward kernel has.
-# These are all arguments but the constants at the end.
-_FORWARD_ARGUMENTS = range(30)
-_BACKWARD_ARGUMENTS = range(38)
 
 
 @triton.jit
@@ -95,8 +90,8 @@ def _forward_by_distance(
     tl.store(lse + flat.number(row, place), highest + tl.log(weights), mask=present)
 
 
-@triton.jit(do_not_specialize=_FORWARD_ARGUMENTS)
-def forward_kernel(
+@kernel
+def temporal_window_attention_fwd_kernel(
     query, key, value, out, lse,
     T: tl.int32, T_multiplier: tl.uint32, T_shift: tl.uint32, N: tl.int32, N_multiplier: tl.uint32, N_shift: tl.uint32,
     H: tl.int32, H_multiplier: tl.uint32, H_shift: tl.uint32, rows: tl.int32, left: tl.int32,
@@ -243,8 +238,8 @@ def _key_value_gradient_by_distance(
     flat.store(grad_value, row, total_v, present, place, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=_BACKWARD_ARGUMENTS)
-def backward_kernel(
+@kernel
+def temporal_window_attention_bwd_kernel(
     grad_out, query, key, value, out, lse, grad_query, grad_key, grad_value,
     T: tl.int32, T_multiplier: tl.uint32, T_shift: tl.uint32, N: tl.int32, N_multiplier: tl.uint32, N_shift: tl.uint32,
     H: tl.int32, H_multiplier: tl.uint32, H_shift: tl.uint32, rows: tl.int32, left: tl.int32,
@@ -312,28 +307,32 @@ def _launch(kernel, inputs, saved, outputs, choose, left: int, right: int, scale
             "split the batch or the positions over several calls"
         )
     left, right = min(left, T - 1), min(right, T - 1)
-    inputs, strides = zip(*(flat.readable(x) for x in inputs), strict=True)
+    inputs, strides = zip(*(readable(x, configs.MAX_ELEMENTS) for x in inputs), strict=True)
     tiles = choose(D, left + right + 1, inputs[0].dtype)
-    kernel[(triton.cdiv(rows, tiles.block_rows),)](
-        *inputs, *saved, *outputs, *flat.divisor(T), *flat.divisor(N), *flat.divisor(H), rows, left, right, scale,
-        *(stride for unit in strides for stride in unit),
-        D=D, BLOCK_D=configs.block_d(D), TENSOR_CORES=tiles.tensor_cores, BLOCK_ROWS=tiles.block_rows,
+    sizes = (*flat.divisor(T), *flat.divisor(N), *flat.divisor(H), rows, left, right, scale)
+    launch(
+        kernel, triton.cdiv(rows, tiles.block_rows),
+        *inputs, *(aligned(x) for x in saved), *outputs, *sizes, *(stride for unit in strides for stride in unit),
+        D=D, BLOCK_D=block_size(D), TENSOR_CORES=tiles.tensor_cores, BLOCK_ROWS=tiles.block_rows,
         BLOCK_OTHERS=tiles.block_others, ROWS=tiles.rows, STAGES=tiles.num_stages,
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
-
-
-def _aligned(x: Tensor) -> Tensor:
-    """The tensor, contiguous and on the 16 bytes that the kernels count on; whoever saves it may have moved it."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, left: int, right: int, scale: float) -> tuple[Tensor, Tensor]:
     """`[B, T, N, H, D]` three times -> out `[B, T, N, H, D]` and the log-sum-exp of the scores `[B, T, N, H]`."""
     out = query.new_empty(query.shape)
     lse = query.new_empty(query.shape[:-1], dtype=accumulator(query.dtype))
-    _launch(forward_kernel, (query, key, value), (), (out, lse), configs.forward_tiles, left, right, scale)
+    _launch(
+        temporal_window_attention_fwd_kernel,
+        (query, key, value),
+        (),
+        (out, lse),
+        configs.forward_tiles,
+        left,
+        right,
+        scale,
+    )
     return out, lse
 
 
@@ -350,6 +349,6 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, each `[B, T, N, H, D]`; out and lse are what `forward` returned."""
     grads = query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
-    inputs, saved = (grad_out, query, key, value), (_aligned(out), _aligned(lse))
-    _launch(backward_kernel, inputs, saved, grads, configs.backward_tiles, left, right, scale)
+    inputs = (grad_out, query, key, value)
+    _launch(temporal_window_attention_bwd_kernel, inputs, (out, lse), grads, configs.backward_tiles, left, right, scale)
     return grads

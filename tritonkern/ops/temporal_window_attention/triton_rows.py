@@ -7,15 +7,10 @@ vector of D numbers. Row numbers inside a program count from the first frame of 
 
 import functools
 
-import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
-from tritonkern.ops.temporal_window_attention import configs
-
-# Strides arrive divided by this: `readable` makes all rows of a tensor start on 16 bytes.
-UNIT = tl.constexpr(8)
+from tritonkern.ops._triton import UNIT
 
 
 @triton.jit
@@ -113,14 +108,3 @@ def divisor(d: int) -> tuple[int, int, int]:
     """d and what `divide` needs: x // d == x * ceil(2**(31 + s) / d) >> (31 + s) for x < 2**31 and d <= 2**s."""
     shift = (d - 1).bit_length()
     return d, -(-(1 << (31 + shift)) // d), shift
-
-
-def readable(x: Tensor) -> tuple[Tensor, list[int]]:
-    """The tensor and its strides in UNITs; a copy of it if rows are strided inside, not aligned or out of reach."""
-    strides = [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
-    span = sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True))
-    aligned = strides[-1] == 1 and x.data_ptr() % 16 == 0 and not any(s % UNIT.value for s in strides[:-1])
-    if not aligned or span >= configs.MAX_ELEMENTS:
-        x = x.clone(memory_format=torch.contiguous_format)
-        strides = list(x.stride())
-    return x, [stride // UNIT.value for stride in strides[:-1]]

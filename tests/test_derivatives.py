@@ -1,0 +1,123 @@
+"""Derivatives that do not exist are refused, in every mode and for every operation: never a wrong number.
+
+PyTorch takes the tangent of an operator without a forward-mode rule for zero, silently; `ops/_registry.py` refuses it.
+"""
+
+import pytest
+import torch
+from oracle import native_backends
+from torch.autograd import forward_ad
+
+from tritonkern import temporal_window_attention
+from tritonkern.ops.temporal_window_attention import op as window_op
+
+torch.manual_seed(0)
+
+
+def window_attention(x, backend):
+    return temporal_window_attention(x, x.cos(), x.sin(), 3, backend=backend)
+
+
+def window_operator(x, backend):
+    return window_op.temporal_window_attention_fwd(x, x.cos(), x.sin(), 1, 1, 0.3, backend)[0]
+
+
+# Per operation: a function of one tensor that needs a gradient, that tensor, the folder of the operation.
+CASES = {
+    "temporal_window_attention": (window_attention, torch.randn(1, 5, 2, 8), window_op.NAME),
+    "temporal_window_attention_fwd": (window_operator, torch.randn(1, 5, 1, 2, 8), window_op.NAME),
+}
+
+
+@pytest.fixture(
+    params=[
+        pytest.param((name, *where.values[0]), id=f"{name}-{where.values[0][0]}", marks=where.marks)
+        for name, case in CASES.items()
+        for where in native_backends(case[2])
+    ]
+)
+def case(request):
+    name, backend, device = request.param
+    function, x, _ = CASES[name]
+    return lambda x: function(x, backend), x.to(device)
+
+
+def jvp(function, x):
+    return torch.func.jvp(function, (x,), (torch.ones_like(x),))[1]
+
+
+def dual(function, x):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(function(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+
+
+def total(function):
+    return lambda x: function(x).square().sum()
+
+
+def exported(function, x):
+    class Module(torch.nn.Module):
+        def forward(self, x):
+            return function(x)
+
+    return torch.export.export(Module(), (x,)).module()
+
+
+FORWARD = {
+    "jvp": jvp,
+    "dual": dual,
+    "dual of a leaf": lambda function, x: dual(function, x.clone().requires_grad_()),
+    "jacfwd": lambda function, x: torch.func.jacfwd(function)(x),
+    "hessian": lambda function, x: torch.func.hessian(total(function))(x),
+    "forward over reverse": lambda function, x: jvp(torch.func.grad(total(function)), x),
+    "reverse over forward": lambda function, x: torch.func.grad(lambda x: jvp(function, x).sum())(x),
+    "exported": lambda function, x: jvp(exported(function, x), x),
+    "dual of an exported program": lambda function, x: dual(exported(function, x), x),
+}
+
+
+@pytest.mark.parametrize("mode", FORWARD)
+def test_forward_mode_is_refused(case, mode):
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        FORWARD[mode](*case)
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("warm", [False, True])
+def test_compiled_forward_mode_is_refused(case, backend, warm):
+    function, x = case
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend=backend)
+    if warm:
+        compiled(x)
+    with pytest.raises(
+        Exception, match="forward-mode|functorch"
+    ):  # PyTorch itself refuses a jvp of a compiled function
+        jvp(compiled, x)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+        dual(compiled, x)
+    for fullgraph in (False, True):
+        derivative = torch.compile(lambda x: jvp(function, x), backend=backend, fullgraph=fullgraph)
+        with pytest.raises(Exception, match="no forward-mode derivative"):
+            derivative(x)
+
+
+def test_second_derivative_is_refused(case):
+    function, x = case
+    x = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(total(function)(x), x, create_graph=True)
+    assert grad.requires_grad
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(grad.sum(), x)
+    with pytest.raises(NotImplementedError, match="no second derivative"):
+        torch.func.grad(lambda x: torch.func.grad(total(function))(x).sum())(x)
+
+
+def test_compiled_second_derivative_is_refused(case):
+    function, x = case
+    torch._dynamo.reset()
+    compiled = torch.compile(function, backend="aot_eager")
+    x = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(total(compiled)(x), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="double backward|no second derivative"):
+        torch.autograd.grad(grad.sum(), x)
