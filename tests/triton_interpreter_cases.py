@@ -122,8 +122,8 @@ def test_division_by_multiplication(divisor):
 
 
 def test_saved_tensors_may_come_back_misaligned():
-    from tritonkern.ops.temporal_window_attention.triton_kernels import _aligned
+    from tritonkern.ops._triton import aligned
 
     moved = torch.arange(33, dtype=torch.float32)[1:].view(1, 4, 1, 1, 8)
-    assert moved.data_ptr() % 16 != 0 and _aligned(moved).data_ptr() % 16 == 0
-    assert torch.equal(_aligned(moved), moved)
+    assert moved.data_ptr() % 16 != 0 and aligned(moved).data_ptr() % 16 == 0
+    assert torch.equal(aligned(moved), moved)
