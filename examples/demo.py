@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from tritonkern.files import atomic_path
-from tritonkern.tracking.video import VideoWriter
+from tritonkern.tracking.video_writer import VideoWriter
 from tritonkern.training import photo_clips
 
 OUT = Path("demo")

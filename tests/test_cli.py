@@ -236,7 +236,7 @@ class TestErrors:
         process.send_signal(signal.SIGINT)
         _, stderr = process.communicate(timeout=15)
         assert process.returncode == 130
-        assert stderr.rstrip().splitlines()[-1] == "tritonkern: interrupted: the results of this run were not kept"
+        assert stderr.rstrip().splitlines()[-1] == "tritonkern: interrupted: nothing unfinished was kept"
         assert "Traceback" not in stderr
         complete = [] if stage == "tracking" else ["tracks.csv", "tracks.npz"]
         assert sorted(path.name for path in tmp_path.glob("out/*")) == complete

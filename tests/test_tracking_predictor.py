@@ -1,5 +1,9 @@
 """Tracks in pixels of the original video, whatever the model's raster, and what the overlay shows of them."""
 
+import subprocess
+import sys
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -7,6 +11,7 @@ from clips import ColourTracker, square_clip, write_clip
 
 from tritonkern.tracking import PointTracker, PointTracks, VideoReader, draw_points, grid_queries, write_overlay
 from tritonkern.tracking import predictor as predictor_module
+from tritonkern.tracking import spans as spans_module
 from tritonkern.tracking.overlay import point_colours
 
 
@@ -36,7 +41,144 @@ class ShiftTracker(ColourTracker):
         return super().features(sum(padded[:, i : i + video.shape[1]] for i in range(5)) / 5)
 
 
+class OwnTrack(ColourTracker):
+    """A model that decides about visibility itself: its `track` is not the plain match."""
+
+    def track(self, features, queries):
+        return super().track(features, queries)
+
+
+def look_alike_clip():
+    """A red square and an orange one; in frames 4 and later only the orange one is there, as similar as 0.98."""
+    clip = np.zeros((8, 64, 64, 3), dtype=np.uint8)
+    clip[..., 2] = 255
+    clip[:4, 8:24, 8:24] = (255, 0, 0)
+    clip[:, 40:56, 40:56] = (250, 50, 0)
+    return clip
+
+
 class TestPointTracker:
+    def test_queries_are_txy_here_and_tyx_in_models(self):
+        asked = []
+
+        class Noting(OwnTrack):
+            def track(self, features, queries):
+                asked.append(queries.clone())
+                return super().track(features, queries)
+
+        # 192x64 pixels on a raster of 64x64.
+        PointTracker(Noting(), device="cpu")(square_clip(size=(192, 64)), queries=np.array([[3, 30, 20]]))
+        np.testing.assert_array_equal(asked[0], [[[3, 20, 10]]])
+
+    def test_confidence_is_the_models_where_the_match_leads_back(self, tracker):
+        clip = square_clip(size=(64, 64))
+        queries = np.array([[0, 16.0, 32.0], [5, 36.0, 32.0]])
+        video = torch.from_numpy(clip).float()[None] / 127.5 - 1
+        output = tracker.model(video, torch.from_numpy(queries[:, [0, 2, 1]]).float()[None])
+        expected = ((1 - output.occlusion.sigmoid()) * (1 - output.expected_distance.sigmoid()))[0].detach().numpy()
+        expected[[0, 1], [0, 5]] = 1
+        tracks = tracker(clip, queries=queries)
+        assert tracks.confidence.dtype == np.float32 and tracks.confidence.shape == (2, 8)
+        np.testing.assert_allclose(tracks.confidence, expected, atol=1e-5)
+        np.testing.assert_array_equal(tracks.visibility, tracks.confidence >= 0.5)
+
+    def test_a_match_that_does_not_lead_back_is_hidden(self):
+        queries = np.array([[0, 16, 16], [0, 48, 48], [6, 48, 48]])
+        tracks = PointTracker(ColourTracker(), device="cpu")(look_alike_clip(), queries=queries)
+        # The red point is matched with the orange square, whose own match in frame 0 is itself.
+        assert np.abs(tracks.tracks[0, 4:] - 48).max() < 9
+        np.testing.assert_array_equal(tracks.confidence[0, 4:], 0)
+        np.testing.assert_array_equal(tracks.visibility[0], [True] * 4 + [False] * 4)
+        assert tracks.visibility[1:].all()
+
+    def test_a_model_with_a_track_of_its_own_is_not_followed_back(self):
+        tracks = PointTracker(OwnTrack(), device="cpu")(look_alike_clip(), queries=np.array([[0, 16, 16]]))
+        assert (tracks.confidence[0] > 0.5).all() and tracks.visibility.all()
+
+    @pytest.mark.parametrize("model", [ColourTracker, OwnTrack])
+    def test_min_confidence(self, model):
+        clip = look_alike_clip()
+        options = {"queries": np.array([[0, 16, 16], [5, 48, 48]])}
+        tracks = PointTracker(model(), device="cpu")(clip, **options)
+        level = float(np.median(tracks.confidence))
+        strict = PointTracker(model(), device="cpu")(clip, min_confidence=level, **options)
+        np.testing.assert_array_equal(strict.confidence, tracks.confidence)
+        np.testing.assert_array_equal(strict.visibility, tracks.confidence >= level)
+        assert PointTracker(model(), device="cpu")(clip, min_confidence=0, **options).visibility.all()
+        with pytest.raises(ValueError, match="min_confidence must be 0 to 1, got 1.5"):
+            PointTracker(model())(clip, min_confidence=1.5)
+
+    def test_many_queries_are_tracked_in_chunks(self, monkeypatch):
+        clip = square_clip()
+        queries = np.concatenate([grid_queries(4, (96, 64), 2), grid_queries(3, (96, 64), 0)])
+        whole = {
+            model: PointTracker(model(), device="cpu")(clip, queries=queries) for model in (ColourTracker, OwnTrack)
+        }
+        monkeypatch.setattr(spans_module, "_CHUNK", 3)
+        monkeypatch.setattr(spans_module, "_CHUNK_OWN_TRACK", 3)
+        monkeypatch.setattr(spans_module, "_CYCLE_BYTES", 1)
+        sizes = []
+        match = ColourTracker.match
+        monkeypatch.setattr(
+            ColourTracker,
+            "match",
+            lambda self, query, features: (sizes.append(query.shape), match(self, query, features))[1],
+        )
+        for model, expected in whole.items():
+            tracks = PointTracker(model(), device="cpu")(clip, queries=queries)
+            np.testing.assert_allclose(tracks.tracks, expected.tracks, atol=1e-4)
+            np.testing.assert_allclose(tracks.confidence, expected.confidence, atol=1e-5)
+        assert max(shape[1] for shape in sizes) == 8  # the way back of one point in eight frames
+
+    def test_too_many_points_for_the_memory(self, tracker, monkeypatch):
+        clip = np.broadcast_to(np.uint8(0), (40, 200, 200, 3))
+        monkeypatch.setattr(predictor_module.os, "sysconf", {"SC_PAGE_SIZE": 4096, "SC_PHYS_PAGES": 4096}.get)
+        read = []
+        with pytest.raises(ValueError, match=r"40000 points in 40 frames .* at most 5242 points \(a grid of 72\)"):
+            tracker(clip, grid=200, progress=lambda *call: read.append(call))
+        assert not read
+        with pytest.raises(ValueError, match="grid must be at most 200 for a frame of 200x200"):
+            tracker(clip, grid=1_000_000_000)
+
+    def test_queries_of_a_file(self, tracker, tmp_path):
+        (tmp_path / "q.csv").write_text("t,x,y\n2,24,32\n\n0,97,5\n")
+        with pytest.raises(ValueError, match=r"q.csv, line 4 \(t=0, x=97, y=5\) is outside the frame"):
+            tracker(square_clip(), queries=tmp_path / "q.csv")
+        (tmp_path / "q.csv").write_text("2,24,32\n")
+        np.testing.assert_array_equal(tracker(square_clip(), queries=str(tmp_path / "q.csv")).queries, [[2, 24, 32]])
+
+    def test_reading_needs_little_more_than_the_clip(self):
+        """Measured in a process of its own: 400 frames of 256x256 are 79 MB."""
+        program = """
+import resource, numpy as np
+from tritonkern.tracking import VideoReader
+from tritonkern.tracking.predictor import _read
+reader = VideoReader(np.broadcast_to(np.uint8(7), (400, 256, 256, 3)))
+quiet = lambda *call: None
+_read(reader, (256, 256), 8, quiet)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+size = _read(reader, (256, 256), None, quiet).nbytes
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / size)
+"""
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert 0.8 < float(result.stdout) < 1.1
+
+    @pytest.mark.parametrize("kind", ["read-only", "memory-mapped", "mirrored"])
+    def test_arrays_of_every_kind_without_a_warning(self, tracker, tmp_path, kind):
+        clip = square_clip()
+        expected = tracker(clip, grid=2).tracks
+        if kind == "memory-mapped":
+            np.save(tmp_path / "clip.npy", clip)
+            given = np.load(tmp_path / "clip.npy", mmap_mode="r")
+        elif kind == "mirrored":
+            given = np.ascontiguousarray(clip[:, :, ::-1])[:, :, ::-1]
+        else:
+            given = clip.copy()
+            given.flags.writeable = False
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            np.testing.assert_array_equal(tracker(given, grid=2).tracks, expected)
+
     def test_follows_the_square_in_original_pixels(self, tracker):
         # 96x64 pixels on a raster of 64x64: x shrinks, y does not.
         tracks = tracker(square_clip(), queries=np.array([[2, 24, 32], [0, 90, 5]]))
@@ -96,9 +238,9 @@ class TestPointTracker:
         clip = square_clip(21, size=(128, 64))
         queries = np.array([[0, 16, 32], [11, 60, 32], [20, 96, 32], [11, 5, 5]])
         whole = PointTracker(ShiftTracker())(clip, queries=queries)
-        monkeypatch.setattr(predictor_module, "_SPAN", 9)
-        monkeypatch.setattr(predictor_module, "_CONTEXT", 2)
-        monkeypatch.setattr(predictor_module, "_QUERY_FRAMES", 2)
+        monkeypatch.setattr(spans_module, "_SPAN", 9)
+        monkeypatch.setattr(spans_module, "_CONTEXT", 2)
+        monkeypatch.setattr(spans_module, "_QUERY_FRAMES", 2)
         model = ShiftTracker()
         spans = PointTracker(model)(clip, queries=queries)
         assert max(model.lengths) == 9
@@ -182,7 +324,8 @@ def moving_points(visibility, size=(160, 120)):
     moving = np.stack([40.5 + 5 * np.arange(frames), np.full(frames, 60.5)], axis=1)
     tracks = np.stack([moving, np.tile([30.5, 20.5], (frames, 1))]).astype(np.float32)
     queries = np.concatenate([np.zeros((2, 1)), tracks[:, 0]], axis=1).astype(np.float32)
-    return PointTracks(tracks, np.stack([visibility, [True] * frames]), queries, 10.0, size)
+    visible = np.stack([visibility, [True] * frames])
+    return PointTracks(tracks, visible, visible.astype(np.float32), queries, 10.0, size)
 
 
 class TestOverlay:
@@ -223,6 +366,22 @@ class TestOverlay:
         np.testing.assert_array_equal(frame[60, 48:60], 128)
         assert (frame[60, 42] != 128).any()
 
+    def test_no_tail_across_a_jump_of_which_the_tracker_is_unsure(self):
+        tracks = moving_points([True] * 6)
+        tracks.tracks[0, 3:, 0] += 40
+        sure = draw_points(self.grey, tracks, 5)
+        assert (sure[60, 60:85] != 128).any(axis=-1).all()
+        tracks.confidence[0, 3] = 0.7
+        unsure = draw_points(self.grey, tracks, 5)
+        np.testing.assert_array_equal(unsure[60, 60:85], 128)
+        # The smooth steps of the same tail stay.
+        assert (unsure[60, 42:49] != 128).any() and (unsure[60, 97:103] != 128).any()
+
+    def test_dots_have_no_tail(self):
+        frame = draw_points(self.grey, moving_points([True] * 6), 5, tails=False)
+        np.testing.assert_array_equal(frame[60, 36:58], 128)
+        assert (frame[60, 65] != 128).any()
+
     def test_points_at_and_beyond_the_border(self):
         tracks = moving_points([True])
         for position in ([0, 0], [160, 120], [-50, 60], [1e6, -1e6]):
@@ -234,6 +393,7 @@ class TestOverlay:
         tracks = PointTracks(
             np.array([[[size[0] / 2, size[1] / 2]]], dtype=np.float32),
             np.array([[True]]),
+            np.array([[1.0]], dtype=np.float32),
             np.array([[0, size[0] / 2, size[1] / 2]], dtype=np.float32),
             10.0,
             size,
@@ -266,6 +426,18 @@ class TestOverlay:
             assert np.abs(frame[20, 30] - colour).max() < 110
             assert np.abs(frame[20, 30] - colour).sum() < np.abs(frame[20, 30].astype(int) - 128).sum()
             assert np.abs(frame[100, 140].astype(int) - 128).max() <= 3
+
+    def test_smaller_overlay(self, tmp_path):
+        clip = np.full((2, 120, 160, 3), 128, dtype=np.uint8)
+        tracks = moving_points([True] * 2)
+        write_overlay(tmp_path / "overlay.mp4", clip, tracks, longer_side=80)
+        frame = next(VideoReader(tmp_path / "overlay.mp4").frames())
+        assert frame.shape == (60, 80, 3)
+        assert np.abs(frame[10, 15].astype(int) - 128).sum() > 60
+        write_overlay(tmp_path / "overlay.mp4", clip, tracks, longer_side=1000)
+        assert VideoReader(tmp_path / "overlay.mp4").size == (160, 120)
+        with pytest.raises(ValueError, match="style must be one of tails, dots, got 'stars'"):
+            write_overlay(tmp_path / "overlay.mp4", clip, tracks, style="stars")
 
     def test_overlay_of_another_video(self, tmp_path):
         tracks = moving_points([True] * 8)

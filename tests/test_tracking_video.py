@@ -133,7 +133,7 @@ class TestReading:
         reader = VideoReader(clip)
         assert (reader.size, reader.frame_count, reader.fps) == ((96, 64), 8, 24.0)
         np.testing.assert_array_equal(list(reader.frames()), clip)
-        with pytest.raises(ValueError, match=r"uint8 RGB frames \[T, H, W, 3\], got float32"):
+        with pytest.raises(ValueError, match=r"uint8 RGB frames \[T, H, W, 3\] or \[T, 3, H, W\], got float32"):
             VideoReader(clip.astype(np.float32))
 
 
@@ -217,7 +217,7 @@ class TestUnreadable:
     def test_frames_are_counted_without_decoding(self, tmp_path, monkeypatch, name, codec, pix_fmt):
         clip = square_clip()
         reader = VideoReader(write_clip(tmp_path / name, clip, codec=codec, pix_fmt=pix_fmt) if name else clip)
-        monkeypatch.setattr(VideoReader, "_decode", None)
+        monkeypatch.setattr(reader._source, "frames", None)
         assert [reader.count_frames(n) for n in (1, 5, 8, 9, 10**400)] == [1, 5, 8, 8, 8]
         with pytest.raises(ValueError, match="max_frames must be at least 1, got 0"):
             reader.count_frames(0)
@@ -234,10 +234,10 @@ class TestUnreadable:
 
         class Damaged:
             def demux(self, stream):
-                yield SimpleNamespace(size=1)
+                yield SimpleNamespace(size=1, is_discard=False)
                 raise av.InvalidDataError(1, "damaged")
 
-        monkeypatch.setattr(reader, "_open_stream", lambda: nullcontext((Damaged(), None)))
+        monkeypatch.setattr(reader._source, "_open", lambda: nullcontext((Damaged(), None)))
         assert reader.count_frames(7) == 7
 
 
@@ -355,11 +355,11 @@ class TestQueries:
     @pytest.mark.parametrize(
         ("row", "message"),
         [
-            ([8, 1, 1], r"query 2 of 2 \(t=8, x=1, y=1\) lies outside the clip: t must be 0 to 7"),
+            ([8, 1, 1], r"query 2 of 2 \(t=8, x=1, y=1\) is outside the clip: t must be 0 to 7"),
             ([-1, 1, 1], "outside the clip"),
             ([float("nan"), 1, 1], "outside the clip"),
             ([0.5, 1, 1], "between frames"),
-            ([0, 96.5, 1], r"query 2 of 2 .* lies outside the frame: x must be 0 to 96 and y 0 to 64"),
+            ([0, 96.5, 1], r"query 2 of 2 .* is outside the frame: x must be 0 to 96 and y 0 to 64"),
             ([0, 1, -0.1], "outside the frame"),
             ([0, float("nan"), 1], "outside the frame"),
         ],
@@ -370,7 +370,7 @@ class TestQueries:
 
     @pytest.mark.parametrize("queries", [[[0, 1]], [0, 1, 2], [["a", "b", "c"]]])
     def test_wrong_shape(self, queries):
-        with pytest.raises(ValueError, match=r"queries must be numbers \[N, 3\]"):
+        with pytest.raises(ValueError, match=r"queries must be real numbers \[N, 3\]"):
             check_queries(np.array(queries), (96, 64), 8)
 
     def test_none(self):
@@ -384,6 +384,7 @@ def tracks():
     return PointTracks(
         tracks=generator.uniform(0, 64, (3, 5, 2)).astype(np.float32),
         visibility=generator.random((3, 5)) < 0.5,
+        confidence=generator.random((3, 5)).astype(np.float32),
         queries=np.array([[0, 1, 2], [1, 3, 4], [2, 5.5, 6]], dtype=np.float32),
         fps=29.97,
         size=(96, 64),
@@ -397,27 +398,31 @@ class TestResults:
             assert {name: (archive[name].dtype.name, archive[name].shape) for name in archive} == {
                 "tracks": ("float32", (3, 5, 2)),
                 "visibility": ("bool", (3, 5)),
+                "confidence": ("float32", (3, 5)),
                 "queries": ("float32", (3, 3)),
                 "fps": ("float64", ()),
                 "size": ("int64", (2,)),
             }
         again = PointTracks.load(tmp_path / "tracks.npz")
-        for name in ("tracks", "visibility", "queries"):
+        for name in ("tracks", "visibility", "confidence", "queries"):
             np.testing.assert_array_equal(getattr(again, name), getattr(tracks, name))
         assert (again.fps, again.size) == (tracks.fps, tracks.size)
 
     def test_csv(self, tmp_path, tracks):
         tracks.save_csv(tmp_path / "tracks.csv")
         lines = (tmp_path / "tracks.csv").read_text().splitlines()
-        assert lines[0] == "point,t,x,y,visible"
-        table = np.loadtxt(lines[1:], delimiter=",").reshape(3, 5, 5)
+        assert lines[0] == "point,t,x,y,visible,confidence"
+        table = np.loadtxt(lines[1:], delimiter=",").reshape(3, 5, 6)
         np.testing.assert_array_equal(table[..., 0], np.arange(3)[:, None].repeat(5, 1))
         np.testing.assert_array_equal(table[..., 1], np.arange(5)[None].repeat(3, 0))
         np.testing.assert_allclose(table[..., 2:4], tracks.tracks, atol=5.1e-4)
         np.testing.assert_array_equal(table[..., 4], tracks.visibility)
+        np.testing.assert_allclose(table[..., 5], tracks.confidence, atol=5.1e-4)
 
     def test_damaged(self, tmp_path, tracks):
-        fields = {name: getattr(tracks, name) for name in ("tracks", "visibility", "queries", "fps", "size")}
+        fields = {
+            name: getattr(tracks, name) for name in ("tracks", "visibility", "confidence", "queries", "fps", "size")
+        }
         for path in damaged_archives(tmp_path, **fields):
             with pytest.raises(ValueError, match="damaged.npz is not a tracks file"):
                 PointTracks.load(path)

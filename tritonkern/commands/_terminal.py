@@ -44,9 +44,9 @@ def one_line_errors() -> Iterator[None]:
             warnings.showwarning = _show_warning
             yield
     except Terminated:
-        fail("terminated: the results of this run were not kept", 143)
+        fail("terminated: nothing unfinished was kept", 143)
     except KeyboardInterrupt:
-        fail("interrupted: the results of this run were not kept", 130)
+        fail("interrupted: nothing unfinished was kept", 130)
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("tritonkern"):
             raise

@@ -4,7 +4,7 @@ import copy
 from collections.abc import Iterable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich import box
@@ -53,7 +53,7 @@ def _evaluate(
 
     query_modes(mode)
     tracker = PointTracker(model, weights, device)
-    contestants = {model: tracker.model}
+    contestants: dict[str, Any] = {model: tracker.model}
     clips: Iterable[TapVidClip]
     if tapvid is not None:
         clips = read_tapvid(tapvid)

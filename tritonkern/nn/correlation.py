@@ -24,9 +24,14 @@ class TrackerOutput(NamedTuple):
     """[B, N, T] logits of the predicted position being far from the true one."""
 
     @property
+    def confidence(self) -> Tensor:
+        """[B, N, T] in 0..1: `(1 - sigmoid(occlusion)) * (1 - sigmoid(expected_distance))`, as in TAPIR."""
+        return (1 - self.occlusion.sigmoid()) * (1 - self.expected_distance.sigmoid())
+
+    @property
     def visible(self) -> Tensor:
-        """[B, N, T] bool: `(1 - sigmoid(occlusion)) * (1 - sigmoid(expected_distance)) >= 0.5`."""
-        return (1 - self.occlusion.sigmoid()) * (1 - self.expected_distance.sigmoid()) >= 0.5
+        """[B, N, T] bool: `confidence >= 0.5`."""
+        return self.confidence >= 0.5
 
 
 # Without a name of its own, an exported program that returns it cannot be saved.
@@ -92,6 +97,10 @@ class CorrelationSoftArgmax(nn.Module):
         with torch.autocast(features.device.type, enabled=False):
             query = self.query_features(features, queries)
         return find(query, features, queries, self.occ_linear, self.resolution, self.temperature, self.radius)
+
+    def match(self, query: Tensor, features: Tensor) -> TrackerOutput:
+        """Find query features `[B, N, C]` (`query_features`, perhaps of other frames) in `features` of T frames."""
+        return find(query, features, None, self.occ_linear, self.resolution, self.temperature, self.radius)
 
     def query_features(self, features: Tensor, queries: Tensor) -> Tensor:
         """The features `[B, N, C]` of `[B, T, h, w, C]` at `queries` `[B, N, 3]` (t, y, x), trilinearly interpolated.

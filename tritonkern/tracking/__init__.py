@@ -1,4 +1,4 @@
-"""From a video file to point tracks, and to pictures of them.
+"""Point tracks of a video, and the pictures, files and scores that are made of them.
 
 ```python
 from tritonkern.tracking import PointTracker, write_overlay
@@ -26,7 +26,8 @@ from tritonkern.tracking.predictor import PointTracker
 from tritonkern.tracking.queries import grid_queries, read_queries
 from tritonkern.tracking.results import PointTracks
 from tritonkern.tracking.tapvid import TapVidClip, read_tapvid
-from tritonkern.tracking.video import VideoReader, VideoWriter
+from tritonkern.tracking.video import VideoReader
+from tritonkern.tracking.video_writer import VideoWriter
 
 __all__ = [
     "PointTracker",

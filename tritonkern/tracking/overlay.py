@@ -1,7 +1,8 @@
 """Tracks drawn into their video."""
 
 import colorsys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from os import PathLike
 
 import numpy as np
@@ -10,10 +11,14 @@ from PIL import Image, ImageDraw
 
 from tritonkern.files import atomic_path
 from tritonkern.tracking.results import PointTracks
-from tritonkern.tracking.video import VideoReader, VideoWriter
+from tritonkern.tracking.video import VideoReader, VideoSource
+from tritonkern.tracking.video_writer import VideoWriter
 
+STYLES = ("tails", "dots")
 _TAIL_FRAMES = 12
 _OUTLINE = (0, 0, 0)
+# A step longer than this fraction of the frame's sides is a jump, and one with less confidence at either end is unsure.
+_JUMP, _SURE = 12 / 256, 0.8
 # Shapes are drawn this many times larger, then averaged down: Pillow's own have hard edges and whole-pixel positions.
 _OVERSAMPLING = 4
 # Pixels; larger frames have larger shapes, whose edges need half as much.
@@ -22,30 +27,65 @@ _LARGE = 1280 * 720
 
 def write_overlay(
     path: str | PathLike[str],
-    video: str | PathLike[str] | np.ndarray | VideoReader,
+    video: VideoSource | VideoReader,
     tracks: PointTracks,
     progress: Callable[[str, int, int | None], None] | None = None,
+    style: str = "tails",
+    longer_side: int | None = None,
 ) -> None:
-    """Write `video` as an mp4 with the points of `tracks` drawn in: fading tails, hollow where not visible.
+    """Write `video` as an mp4 with the points of `tracks` drawn in. One frame is held at a time.
 
-    One frame is held at a time. `progress` is called as `progress("writing", done, total)`.
+    The pixel aspect of the video is kept, so that a player shows the overlay with the same shape.
+
+    Args:
+        path: the file to write.
+        video: the video that the tracks come from, read with the same stride.
+        tracks: the result of a `PointTracker`.
+        progress: called as `progress("writing", done, total)`.
+        style: "tails" (`draw_points`), or "dots" for the points without tails.
+        longer_side: pixels of the overlay's longer side; larger videos are made smaller.
 
     Raises:
-        ValueError: `video` is not the one that `tracks` come from (another size, or fewer frames).
+        ValueError: unknown style, or `video` is not the one that `tracks` come from (another size, or fewer frames).
     """
+    if style not in STYLES:
+        raise ValueError(f"style must be one of {', '.join(STYLES)}, got {style!r}")
     reader = video if isinstance(video, VideoReader) else VideoReader(video)
+    colours = point_colours(tracks.queries)
+    size = fitting_size(reader.size, longer_side)
+    drawn = resized(tracks, size)
+    with atomic_path(path) as part, VideoWriter(part, tracks.fps, reader.pixel_aspect) as writer:
+        for index, frame in enumerate(frames_of_tracks(reader, tracks, size)):
+            writer.write(draw_points(frame, drawn, index, colours, tails=style == "tails"))
+            if progress is not None:
+                progress("writing", index + 1, tracks.tracks.shape[1])
+
+
+def frames_of_tracks(reader: VideoReader, tracks: PointTracks, size: tuple[int, int]) -> Iterator[np.ndarray]:
+    """The frames of the video that `tracks` come from, resized to `size` (width, height); checks that it is the one."""
     frame_count = tracks.tracks.shape[1]
     if reader.size != tracks.size:
         raise ValueError(f"{reader.name} is {reader.size}, the tracks come from a video of {tracks.size}")
-    colours = point_colours(tracks.queries)
     done = 0
-    with atomic_path(path) as part, VideoWriter(part, tracks.fps) as writer:
-        for done, frame in enumerate(reader.frames(frame_count), start=1):
-            writer.write(draw_points(frame, tracks, done - 1, colours))
-            if progress is not None:
-                progress("writing", done, frame_count)
-        if done < frame_count:
-            raise ValueError(f"{reader.name} ends after {done} frames, the tracks have {frame_count}: give their video")
+    for frame in reader.frames(frame_count):
+        done += 1
+        if size != reader.size:
+            frame = np.asarray(Image.fromarray(frame).resize(size, Image.Resampling.BOX))
+        yield frame
+    if done < frame_count:
+        raise ValueError(f"{reader.name} ends after {done} frames, the tracks have {frame_count}: give their video")
+
+
+def fitting_size(size: tuple[int, int], longer_side: int | None) -> tuple[int, int]:
+    """`size` (width, height), made smaller so that no side is longer than `longer_side`."""
+    factor = 1 if longer_side is None else min(1, longer_side / max(size))
+    return max(1, round(size[0] * factor)), max(1, round(size[1] * factor))
+
+
+def resized(tracks: PointTracks, size: tuple[int, int]) -> PointTracks:
+    """The tracks in pixels of the video resized to `size` (width, height)."""
+    factor = np.divide(size, tracks.size).astype(np.float32)
+    return replace(tracks, tracks=tracks.tracks * factor, size=size)
 
 
 def point_colours(queries: np.ndarray) -> np.ndarray:
@@ -61,27 +101,45 @@ def point_colours(queries: np.ndarray) -> np.ndarray:
     return (np.array(colours) * 255).round().astype(np.uint8)
 
 
-def draw_points(frame: np.ndarray, tracks: PointTracks, index: int, colours: np.ndarray | None = None) -> np.ndarray:
-    """Frame `index` of the video, uint8 RGB `[H, W, 3]`, with the points drawn in; returns a new array.
+def draw_points(
+    frame: np.ndarray, tracks: PointTracks, index: int, colours: np.ndarray | None = None, tails: bool = True
+) -> np.ndarray:
+    """Draw the points of frame `index` into it: uint8 RGB `[H, W, 3]`, returned as a new array.
+
+    A visible point is a disc, a hidden one a ring. The tail connects the positions of the last 12 frames and fades. It
+    has gaps where the point was hidden, and at jumps (more than 12/256 of the frame in one step) of which the tracker
+    is unsure (a confidence of less than 0.8 before or after).
 
     `colours` are uint8 RGB `[N, 3]`, by default `point_colours(tracks.queries)`.
     """
     if colours is None:
         colours = point_colours(tracks.queries)
     radius = _radius(frame.shape[1], frame.shape[0], len(colours))
-    first = max(0, index - _TAIL_FRAMES)
-    positions, seen = tracks.tracks[:, first : index + 1], tracks.visibility[:, first : index + 1]
     layer = _Layer(frame.shape[1], frame.shape[0])
-    # Newer over older, so that a tail that crosses itself stays bright where it is new.
-    for step in range(positions.shape[1] - 1):
-        opacity = 0.9 * (step + 1) / positions.shape[1]
-        for point in np.flatnonzero(seen[:, step] & seen[:, step + 1]):
-            layer.segment(positions[point, step], positions[point, step + 1], 0.4 * radius, colours[point], opacity)
-    for position, visible, colour in zip(positions[:, -1], seen[:, -1], colours, strict=True):
+    if tails:
+        first = max(0, index - _TAIL_FRAMES)
+        positions = tracks.tracks[:, first : index + 1]
+        connected = _connected(tracks, first, index)
+        # Newer over older, so that a tail that crosses itself stays bright where it is new.
+        for step in range(index - first):
+            opacity = 0.9 * (step + 1) / (index - first + 1)
+            for point in np.flatnonzero(connected[:, step]):
+                layer.segment(positions[point, step], positions[point, step + 1], 0.4 * radius, colours[point], opacity)
+    for position, visible, colour in zip(tracks.tracks[:, index], tracks.visibility[:, index], colours, strict=True):
         hole = 0.0 if visible else 0.65 * radius
         layer.ring(position, radius + max(1.0, 0.2 * radius), hole, _OUTLINE)
         layer.ring(position, radius, hole, colour)
     return layer.over(frame)
+
+
+def _connected(tracks: PointTracks, first: int, last: int) -> np.ndarray:
+    """Whether a line leads from each frame of `first` to `last` to the next: bool `[N, last - first]`."""
+    frames = slice(first, last + 1)
+    step = np.abs(np.diff(tracks.tracks[:, frames], axis=1)) / np.array(tracks.size)
+    sure = tracks.confidence[:, frames] >= _SURE
+    smooth = np.hypot(step[..., 0], step[..., 1]) <= _JUMP
+    visible = tracks.visibility[:, frames]
+    return visible[:, :-1] & visible[:, 1:] & (smooth | (sure[:, :-1] & sure[:, 1:]))
 
 
 def _radius(width: int, height: int, count: int) -> float:
@@ -90,7 +148,7 @@ def _radius(width: int, height: int, count: int) -> float:
 
 
 class _Layer:
-    """Shapes over a transparent picture, drawn enlarged: one layer for all of a frame's, however many they are."""
+    """A transparent picture over a frame, on which all shapes of the frame are drawn enlarged."""
 
     def __init__(self, width: int, height: int) -> None:
         self._scale = _OVERSAMPLING if width * height <= _LARGE else _OVERSAMPLING // 2
@@ -118,7 +176,7 @@ class _Layer:
         self._draw.ellipse((x1 - r, y1 - r, x1 + r - 1, y1 + r - 1), fill=ink)
 
     def over(self, frame: np.ndarray) -> np.ndarray:
-        """The layer laid over uint8 RGB `[H, W, 3]`."""
+        """uint8 RGB `[H, W, 3]` with this layer over it."""
         picture = Image.fromarray(frame).convert("RGBA")
         return np.array(Image.alpha_composite(picture, self._image.reduce(self._scale)).convert("RGB"))
 

@@ -1,29 +1,27 @@
 """From a video to point tracks in its own pixels."""
 
-from collections.abc import Callable
-from functools import lru_cache
+import os
 from os import PathLike
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from tritonkern.models import build_model
 from tritonkern.models.matching import MatchingTracker
-from tritonkern.tracking.queries import check_queries, grid_queries
+from tritonkern.tracking.cotracker import Predictor, call_predictor
+from tritonkern.tracking.queries import DEFAULT_GRID, check_queries, grid_queries, open_queries
 from tritonkern.tracking.results import PointTracks
-from tritonkern.tracking.video import VideoReader
+from tritonkern.tracking.spans import Progress, track_in_spans
+from tritonkern.tracking.video import VideoReader, VideoSource
 
-DEFAULT_GRID = 10
-# Frames whose features are computed together, and how many of them at either end only serve as context. Temporal
-# adapters reach six frames a layer, mostly less; features of this many frames fit in the memory of a laptop.
-_SPAN, _CONTEXT = 192, 32
-_QUERY_FRAMES = 16
-
-Progress = Callable[[str, int, int | None], None]
+VISIBLE = 0.5
+"""Confidence from which on a point counts as visible."""
+# Bytes of a result and of its conversions, per point and frame.
+_BYTES_PER_POSITION = 40
 
 
 class PointTracker:
@@ -33,21 +31,24 @@ class PointTracker:
     tracks = PointTracker()("video.mp4", grid=12)
     ```
 
-    Clips of up to 192 frames are encoded as a whole. Longer ones are encoded in spans of 192 frames, of which the
-    inner 128 count, so that memory stays bounded; every span is matched against the features of the query's frame.
+    The packaged models see every frame at their own resolution, 256x256 pixels for "chrono-nano". Things that are only
+    a few pixels wide there cannot be followed. How long clips are handled, and what confidence means:
+    `tritonkern.tracking.spans.track_in_spans`.
 
     Args:
-        model: a name known to `tritonkern.models.build_model`, or a tracker model itself.
+        model: a name known to `tritonkern.models.build_model`; a `MatchingTracker`; or any object that is called as
+            CoTracker's predictors are (`tritonkern.tracking.cotracker`).
         weights: checkpoint for a model that ships without weights.
         device: "cpu" or "cuda"; None takes the GPU where there is one.
 
     Raises:
         ValueError: unknown model, wrong checkpoint, or a device that this machine does not have.
+        TypeError: `model` cannot be called.
     """
 
     def __init__(
         self,
-        model: str | MatchingTracker = "chrono-nano",
+        model: Any = "chrono-nano",
         weights: str | Path | None = None,
         device: str | torch.device | None = None,
     ) -> None:
@@ -56,141 +57,131 @@ class PointTracker:
             model = build_model(model, weights)
         elif weights is not None:
             raise ValueError("weights goes with the name of a model: load them into the model that is given instead")
-        self.model = model.to(self.device).eval()
+        elif not callable(model):
+            raise TypeError(f"model must be a name, a tracker or a predictor, got {type(model).__name__}")
+        self.model = model.to(self.device).eval() if isinstance(model, nn.Module) else model
 
     @torch.inference_mode()
     def __call__(
         self,
-        video: str | PathLike[str] | np.ndarray | VideoReader,
+        video: VideoSource | VideoReader,
         *,
         grid: int | None = None,
-        queries: np.ndarray | None = None,
+        queries: np.ndarray | str | PathLike[str] | None = None,
         query_frame: int = 0,
         max_frames: int | None = None,
+        min_confidence: float = VISIBLE,
         progress: Progress | None = None,
     ) -> PointTracks:
         """Track a grid of points, or the given ones, through `video`.
 
         Args:
-            video: file, folder of images, uint8 frames `[T, H, W, 3]` in RGB, or an open `VideoReader`.
-            grid: points a side of a regular grid; 10 unless `queries` is given.
-            queries: `[N, 3]` rows t, x, y: frame, and pixels of the original video, whose frame spans
-                `[0, width] x [0, height]` (the centre of the first pixel is (0.5, 0.5)).
-            query_frame: the frame that the grid is laid on.
-            max_frames: read only so many frames.
+            video: anything that `VideoReader` reads, or a `VideoReader`.
+            grid: points per side of a regular grid; 10 unless `queries` is given.
+            queries: `[N, 3]` rows t, x, y, or the path of a file of them (`read_queries`): frame, and pixels of the
+                original video, whose frame spans `[0, width] x [0, height]` (the centre of the first pixel is
+                (0.5, 0.5)). Models take (t, y, x); this function takes t, x, y.
+            query_frame: the frame in which the grid is placed.
+            max_frames: read at most this many frames.
+            min_confidence: a point is visible from this confidence on, 0 to 1.
             progress: called as `progress(stage, done, total)` with the stages "reading" (frames; the total is a hint or
                 None) and "tracking".
 
         Returns:
-            `PointTracks`. In its own frame a point is where the query says, and visible.
+            `PointTracks`. In its own frame a point is where the query says, visible, and has confidence 1.
 
         Raises:
-            FileNotFoundError, ValueError: no such video, unreadable video, or queries outside the frame or clip.
+            FileNotFoundError, ValueError: no such video, unreadable video, queries outside the frame or clip, or more
+                points than this machine's memory holds.
         """
         if queries is not None and grid is not None:
             raise ValueError("give either grid or queries, not both")
+        if not 0 <= min_confidence <= 1:
+            raise ValueError(f"min_confidence must be 0 to 1, got {min_confidence}")
         report = progress or (lambda stage, done, total: None)
         reader = video if isinstance(video, VideoReader) else VideoReader(video)
         if queries is None:
             queries = grid_queries(DEFAULT_GRID if grid is None else grid, reader.size, query_frame)
         # As much as can be known before the clip is read, which may take long.
-        queries = check_queries(queries, reader.size)
-        enough = 1 + int(queries[:, 0].max())
+        rows, name = open_queries(queries)
+        rows = check_queries(rows, reader.size, name=name)
+        enough = 1 + int(rows[:, 0].max())
         count = reader.count_frames(enough if max_frames is None else min(enough, max_frames))
-        check_queries(queries, reader.size, count)
-        raster = self._read(reader, max_frames, report)
-        check_queries(queries, reader.size, len(raster))
+        check_queries(rows, reader.size, count, name)
+        _check_memory(len(rows), reader, max_frames)
 
-        height, width = self.model.resolution
-        scale = np.array([width / reader.size[0], height / reader.size[1]])
-        points = torch.from_numpy(np.column_stack([queries[:, 0], (queries[:, 1:] * scale)[:, ::-1]])).float()
-        tracks, visibility = self._track(raster, points, report)
-        tracks = (tracks / scale).astype(np.float32)
-        if not np.isfinite(tracks).all():
+        if isinstance(self.model, MatchingTracker):
+            height, width = self.model.resolution
+            raster = _read(reader, (height, width), max_frames, report)
+            check_queries(rows, reader.size, len(raster), name)
+            scale = np.array([width / reader.size[0], height / reader.size[1]])
+            points = torch.from_numpy(np.column_stack([rows[:, 0], (rows[:, 1:] * scale)[:, ::-1]])).float()
+            positions, certainty = track_in_spans(self.model, raster, points, self.device, report)
+        else:
+            frames = _read(reader, None, max_frames, report)
+            check_queries(rows, reader.size, len(frames), name)
+            scale = np.ones(2)
+            report("tracking", 0, 1)
+            positions, certainty = call_predictor(self.model, frames, torch.from_numpy(rows).float(), self.device)
+            report("tracking", 1, 1)
+        tracks, confidence = positions.numpy(), certainty.numpy()
+        if not (np.isfinite(tracks).all() and np.isfinite(confidence).all()):
             raise ValueError("the model gives positions that are not finite: its weights are damaged or untrained")
 
-        number, own_frame = np.arange(len(queries)), queries[:, 0].astype(int)
-        tracks[number, own_frame] = queries[:, 1:]
-        visibility[number, own_frame] = True
-        return PointTracks(tracks, visibility, queries.astype(np.float32), reader.fps, reader.size)
+        tracks /= scale.astype(np.float32)
+        number, own_frame = np.arange(len(rows)), rows[:, 0].astype(int)
+        tracks[number, own_frame] = rows[:, 1:]
+        confidence[number, own_frame] = 1
+        visibility = confidence >= min_confidence
+        return PointTracks(tracks, visibility, confidence, rows.astype(np.float32), reader.fps, reader.size)
 
-    def _read(self, reader: VideoReader, max_frames: int | None, report: Progress) -> Tensor:
-        """The clip at the model's resolution, uint8 `[T, H, W, 3]`; no two frames are held at full size."""
-        total = min((n for n in (reader.frame_count, max_frames) if n is not None), default=None)
-        frames = []
-        for frame in reader.frames(max_frames):
-            frames.append(_resize(frame, self.model.resolution))
-            report("reading", len(frames), total)
-        return torch.stack(frames)
-
-    def _track(self, raster: Tensor, queries: Tensor, report: Progress) -> tuple[np.ndarray, np.ndarray]:
-        """Tracks `[N, T, 2]` (x, y) in raster pixels and visibility `[N, T]` of queries `[N, 3]` (t, y, x)."""
-        spans = _spans(len(raster))
-        query_frames, query_index = torch.unique(queries[:, 0].long(), return_inverse=True)
-        wanted = [span for span in spans if span.holds(query_frames).any()]
-        steps = len(wanted) + len(spans)
-        report("tracking", 0, steps)
-
-        # Two passes, as a query may lie in any span; the cache spares the common clip (one span) its second encoding.
-        encode = lru_cache(maxsize=1)(lambda span: self._features(raster, span))
-        sources = []
-        for done, span in enumerate(wanted, start=1):
-            sources.append(encode(span)[query_frames[span.holds(query_frames)] - span.start])
-            report("tracking", done, steps)
-        source = torch.cat(sources)
-
-        tracks = np.empty((len(queries), len(raster), 2))
-        visibility = np.empty((len(queries), len(raster)), dtype=bool)
-        for done, span in enumerate(spans, start=len(wanted) + 1):
-            for first in range(0, len(query_frames), _QUERY_FRAMES):
-                # The frames of the queries come first, so that the span need not contain them.
-                shown = source[first : first + _QUERY_FRAMES]
-                group = torch.nonzero((query_index >= first) & (query_index < first + _QUERY_FRAMES))[:, 0]
-                local = queries[group]
-                local[:, 0] = query_index[group] - first
-                output = self.model.track(torch.cat([shown, encode(span)])[None], local[None].to(self.device))
-                tracks[group, span.start : span.stop] = output.tracks[0, :, len(shown) :].cpu().numpy()
-                visibility[group, span.start : span.stop] = output.visible[0, :, len(shown) :].cpu().numpy()
-            report("tracking", done, steps)
-        return tracks, visibility
-
-    def _features(self, raster: Tensor, span: "_Span") -> Tensor:
-        """Features `[stop - start, h, w, C]` of a span, computed with its context."""
-        context = raster[span.context_start : span.context_stop].to(self.device)
-        features = self.model.features(context[None].float() / 127.5 - 1)[0]
-        return features[span.start - span.context_start : span.stop - span.context_start]
+    def as_predictor(self) -> Predictor:
+        """This tracker with the signature of CoTracker's offline predictor, for programs that are written for it."""
+        return Predictor(self)
 
 
-class _Span(NamedTuple):
-    start: int
-    stop: int
-    context_start: int
-    context_stop: int
-
-    def holds(self, frames: Tensor) -> Tensor:
-        return (frames >= self.start) & (frames < self.stop)
-
-
-def _spans(frame_count: int) -> list[_Span]:
-    if frame_count <= _SPAN:
-        return [_Span(0, frame_count, 0, frame_count)]
-    inner = _SPAN - 2 * _CONTEXT
-    spans = []
-    for start in range(0, frame_count, inner):
-        stop = min(start + inner, frame_count)
-        spans.append(_Span(start, stop, max(start - _CONTEXT, 0), min(stop + _CONTEXT, frame_count)))
-    return spans
+def _read(reader: VideoReader, resolution: tuple[int, int] | None, max_frames: int | None, report: Progress) -> Tensor:
+    """The clip at `resolution` (None: as it is), uint8 `[T, H, W, 3]`. Memory peaks at 1.07 times its size."""
+    total = min((n for n in (reader.frame_count, max_frames) if n is not None), default=None)
+    clip = np.empty((0, *(resolution or reader.size[::-1]), 3), dtype=np.uint8)
+    done = 0
+    for frame in reader.frames(max_frames):
+        if done == len(clip):
+            # `resize` moves the pages of a large array and does not copy them.
+            clip.resize((done + max(16, done // 16), *clip.shape[1:]), refcheck=False)
+        clip[done] = frame if resolution is None else _resize(frame, resolution)
+        done += 1
+        report("reading", done, total)
+    clip.resize((done, *clip.shape[1:]), refcheck=False)
+    return torch.from_numpy(clip)
 
 
-def _resize(frame: np.ndarray, resolution: tuple[int, int]) -> Tensor:
+def _resize(frame: np.ndarray, resolution: tuple[int, int]) -> np.ndarray:
     """Bilinear with antialiasing, on the raster convention: position x becomes x * W_model / W, without a shift."""
-    image = torch.from_numpy(np.ascontiguousarray(frame)).permute(2, 0, 1)[None]
+    # PyTorch warns about arrays that are read-only or have negative strides; these are copied.
+    image = torch.from_numpy(np.require(frame, requirements=["C", "W"])).permute(2, 0, 1)[None]
     resized = F.interpolate(image, size=resolution, mode="bilinear", antialias=True, align_corners=False)
-    return resized[0].permute(1, 2, 0)
+    return resized[0].permute(1, 2, 0).numpy()
+
+
+def _check_memory(points: int, reader: VideoReader, max_frames: int | None) -> None:
+    """Refuse a result that takes more than half of this machine's memory."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    positions = memory // 2 // _BYTES_PER_POSITION
+    # Counting reads the whole file, which is in vain for the usual number of points.
+    if points <= 10_000:
+        return
+    frames = max(1, reader.count_frames(max_frames or 1 << 40))
+    if points * frames > positions:
+        raise ValueError(
+            f"{points} points in {frames} frames take {points * frames * _BYTES_PER_POSITION / 1e9:.0f} GB, more than "
+            f"half of the memory of this machine ({memory / 1e9:.0f} GB): use at most {positions // frames} points "
+            f"(a grid of {int((positions // frames) ** 0.5)}), or fewer frames"
+        )
 
 
 def choose_device(device: str | torch.device | None) -> torch.device:
-    """The device to compute on: "cpu", "cuda" (also "cuda:1"), or where None, the GPU if there is one.
+    """The device to compute on: "cpu", "cuda" (also "cuda:1"), or for None the GPU if there is one.
 
     Raises:
         ValueError: another device, or no GPU where one is asked for.

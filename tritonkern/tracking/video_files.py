@@ -1,0 +1,150 @@
+"""Frames of a video file that FFmpeg reads, decoded one at a time."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from fractions import Fraction
+from pathlib import Path
+from typing import BinaryIO
+
+import av
+import numpy as np
+
+from tritonkern.tracking.image_files import over_black
+
+
+class VideoFile:
+    """A video file, or a seekable binary file object with its contents.
+
+    Attributes:
+        name: what error messages call the video.
+        frame_count: number of frames that the container announces, None where it does not. For MP4 and MOV it is the
+            number that an edit list leaves.
+        fps: frames per second: what the container announces until frames have been read; after that, what their time
+            stamps say where these contradict it (recordings of a browser or a phone often announce nonsense).
+        pixel_aspect: width over height of a pixel when the frame is displayed.
+    """
+
+    def __init__(self, name: str, source: Path | BinaryIO) -> None:
+        self.name = name
+        # An absolute path can be mistaken neither for a URL ("a:b.mp4") nor for an option.
+        self._source = source.absolute() if isinstance(source, Path) else source
+        self._times: list[float] = []
+        with self._open() as (_, stream):
+            rate = stream.average_rate or stream.guessed_rate
+            self._announced_fps = float(rate) if rate else None
+            self.frame_count = _announced_frames(stream)
+            aspect = stream.sample_aspect_ratio
+            self.pixel_aspect = Fraction(aspect) if aspect else Fraction(1)
+        self._turned = False
+
+    @property
+    def fps(self) -> float | None:
+        announced = self._announced_fps
+        if len(self._times) > 1 and self._times[-1] > self._times[0]:
+            measured = (len(self._times) - 1) / (self._times[-1] - self._times[0])
+            if announced is None or abs(announced - measured) > 0.01 * measured:
+                return measured
+        return announced
+
+    def count(self, limit: int) -> int:
+        """Number of frames, at most `limit`, without decoding: the number of packets, which is never smaller.
+
+        A file that is damaged before that counts as `limit`: reading it reports the damage.
+        """
+        count = 0
+        with self._open() as (container, stream):
+            try:
+                for packet in container.demux(stream):
+                    # The last packet is empty; an edit list discards others.
+                    count += packet.size > 0 and not packet.is_discard
+                    if count == limit:
+                        break
+            except av.FFmpegError:
+                return limit
+        return count
+
+    def frames(self) -> Iterator[np.ndarray]:
+        """uint8 RGB `[H, W, 3]`, as displayed: rotation metadata is applied."""
+        with self._open() as (container, stream):
+            stream.thread_type = "AUTO"
+            self._times = []
+            index = 0
+            decoded = container.decode(stream)
+            while True:
+                try:
+                    frame = next(decoded, None)
+                    if frame is None:
+                        break
+                    if frame.time is not None:
+                        self._times.append(frame.time)
+                    picture = self._rgb(frame)
+                # Damaged bytes: FFmpeg's errors, and PyAV's own about sizes and formats that make no sense.
+                except Exception as error:
+                    remedy = f"track the part before it with --max-frames {index}" if index else "is the file complete?"
+                    raise ValueError(
+                        f"frame {index} of {self.name} cannot be decoded ({_reason(error)}): {remedy}"
+                    ) from error
+                yield picture
+                index += 1
+            if self.frame_count is not None and index < self.frame_count:
+                # Reported at the level of the loop over `VideoReader.frames()`.
+                warnings.warn(
+                    f"{self.name} announces {self.frame_count} frames and ends after {index}: is the file complete?",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+
+    @contextmanager
+    def _open(self) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+        with ExitStack() as stack:
+            try:
+                container = stack.enter_context(av.open(self._file(stack), "r", metadata_errors="ignore"))
+            except Exception as error:
+                raise ValueError(
+                    f"{self.name} cannot be read as a video ({_reason(error)}): give a complete video"
+                ) from error
+            # The cover picture of a music file poses as a video stream.
+            streams = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
+            # FFmpeg would play a text file as the screen of a terminal.
+            if container.format.name == "tty":
+                raise ValueError(f"{self.name} is text: give a video, or a folder of images")
+            if not streams:
+                raise ValueError(f"{self.name} has no video stream: give a file with pictures, not only sound")
+            if streams[0].codec_context is None:
+                raise ValueError(f"{self.name} has a video stream in a format that this FFmpeg cannot decode")
+            yield container, streams[0]
+
+    def _file(self, stack: ExitStack) -> str | BinaryIO:
+        if not isinstance(self._source, Path):
+            self._source.seek(0)
+            return self._source
+        name = str(self._source)
+        try:
+            name.encode()
+        except UnicodeEncodeError:
+            # PyAV only takes names that are valid UTF-8.
+            return stack.enter_context(open(self._source, "rb"))
+        return name
+
+    def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
+        if any(component.is_alpha for component in frame.format.components):
+            image = over_black(frame.to_ndarray(format="rgba"))
+        else:
+            image = frame.to_ndarray(format="rgb24")
+        # `rotation` counts counter-clockwise, as rot90 does.
+        quarters = round(frame.rotation / 90) % 4
+        if quarters % 2 and not self._turned:
+            self.pixel_aspect, self._turned = 1 / self.pixel_aspect, True
+        return np.rot90(image, quarters)
+
+
+def _announced_frames(stream: av.VideoStream) -> int | None:
+    # The index of an MP4 or MOV has the edit list applied; the number in its header counts what this cuts off, too.
+    if stream.frames and "mp4" in stream.container.format.name and stream.index_entries:
+        return sum(not entry.is_discard for entry in stream.index_entries)
+    return stream.frames or None
+
+
+def _reason(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
