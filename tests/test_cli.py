@@ -30,10 +30,10 @@ class Model(ColourTracker):
         time.sleep({slow_model})
         return super().features(video)
 draw = overlay.draw_points
-def draw_slowly(*arguments):
+def draw_slowly(*arguments, **options):
     print("writing now", flush=True)
     time.sleep({slow_drawing})
-    return draw(*arguments)
+    return draw(*arguments, **options)
 overlay.draw_points = draw_slowly
 build_model = tritonkern.models.build_model
 predictor.build_model = lambda name, weights=None: (
@@ -51,9 +51,9 @@ def program(slow_model=0, slow_drawing=0, file_limit=0):
     return _PROGRAM.format(tests=tests, slow_model=slow_model, slow_drawing=slow_drawing, file_limit=file_limit)
 
 
-def run(*arguments, **options):
+def run(*arguments, text=True, **options):
     command = [sys.executable, "-c", program(**options), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=text, timeout=120)
 
 
 def assert_one_line_error(result, *parts, code=2):
@@ -95,7 +95,7 @@ class TestTrack:
         result = run("track", video, "--out", tmp_path / "new" / "out", "--grid", 4)
         assert result.returncode == 0, result.stderr
         out = tmp_path / "new" / "out"
-        assert sorted(os.listdir(out)) == ["overlay.mp4", "tracks.csv", "tracks.npz"]
+        assert sorted(os.listdir(out)) == ["overlay.mp4", "report.html", "tracks.csv", "tracks.npz"]
         for name in os.listdir(out):
             assert str(out / name) in result.stdout
         assert "16 points, 8 frames; time per frame on cpu: reading" in result.stdout
@@ -106,15 +106,15 @@ class TestTrack:
         overlay = VideoReader(out / "overlay.mp4")
         assert overlay.size == (96, 64) and len(list(overlay.frames())) == 8
 
-    def test_queries_of_a_file_and_of_earlier_tracks(self, tmp_path, video):
+    def test_queries_of_a_file_and_of_earlier_tracks(self, call, tmp_path, video):
         (tmp_path / "points.csv").write_text("t,x,y\n2,24,32\n0,90,5\n")
-        first = run("track", video, "--out", tmp_path, "--queries", tmp_path / "points.csv", "--max-frames", 6)
+        first = call("track", video, "--out", tmp_path, "--queries", tmp_path / "points.csv", "--max-frames", 6)
         assert first.returncode == 0, first.stderr
         tracks = PointTracks.load(tmp_path / "tracks.npz")
         np.testing.assert_array_equal(tracks.queries, [[2, 24, 32], [0, 90, 5]])
         assert tracks.tracks.shape == (2, 6, 2)
         # Written over what it was read from.
-        second = run("track", video, "--out", tmp_path, "--queries", tmp_path / "tracks.npz")
+        second = call("track", video, "--out", tmp_path, "--queries", tmp_path / "tracks.npz")
         assert second.returncode == 0, second.stderr
         assert PointTracks.load(tmp_path / "tracks.npz").tracks.shape == (2, 8, 2)
 
@@ -128,6 +128,39 @@ class TestTrack:
         result = run("track", video, "--out", tmp_path, "--grid", 2, "--query-frame", 5)
         assert result.returncode == 0, result.stderr
         np.testing.assert_array_equal(PointTracks.load(tmp_path / "tracks.npz").queries[:, 0], 5)
+
+    def test_the_default_folder_is_named_after_the_video(self, call, tmp_path, video, monkeypatch):
+        (tmp_path / "here").mkdir()
+        monkeypatch.chdir(tmp_path / "here")
+        assert call("track", "../video.mp4", "--grid", 2, "--no-report", "--overlay", "none").returncode == 0
+        assert sorted(map(str, Path().glob("*/*"))) == ["video-tracks/tracks.csv", "video-tracks/tracks.npz"]
+
+    def test_what_is_not_written_again_does_not_stay_beside_new_tracks(self, call, tmp_path, video):
+        common = ("track", video, "--out", tmp_path / "out", "--grid", 2)
+        assert call(*common).returncode == 0
+        (tmp_path / "out" / "notes.txt").touch()
+        assert call(*common, "--overlay", "none").returncode == 0
+        assert sorted(os.listdir(tmp_path / "out")) == ["notes.txt", "report.html", "tracks.csv", "tracks.npz"]
+
+    def test_stride_resize_dots_and_min_confidence(self, call, tmp_path, video):
+        options = ("--stride", 3, "--resize", 48, "--overlay", "dots", "--min-confidence", 1)
+        result = call("track", video, "--out", tmp_path / "out", "--grid", 2, *options)
+        assert result.returncode == 0, result.stderr
+        tracks = PointTracks.load(tmp_path / "out" / "tracks.npz")
+        assert tracks.tracks.shape == (4, 3, 2) and tracks.size == (96, 64)
+        assert tracks.fps == pytest.approx(10 / 3)
+        np.testing.assert_array_equal(tracks.visibility, tracks.confidence >= 1)
+        overlay = VideoReader(tmp_path / "out" / "overlay.mp4")
+        assert overlay.size == (48, 32) and len(list(overlay.frames())) == 3
+
+    def test_names_that_are_not_utf_8(self, tmp_path, video):
+        name = os.fsdecode(b"caf\xe9")
+        os.rename(video, tmp_path / f"{name}.mp4")
+        result = run("track", tmp_path / f"{name}.mp4", "--out", tmp_path / name, "--grid", 2, text=False)
+        assert result.returncode == 0, result.stderr
+        assert os.fsencode(tmp_path / name / "overlay.mp4") + b"\n" in result.stdout
+        assert len(list(VideoReader(tmp_path / name / "overlay.mp4").frames())) == 8
+        assert "caf\ufffd.mp4" in (tmp_path / name / "report.html").read_text()
 
 
 def test_train_writes_weights_that_load(tmp_path):
@@ -163,7 +196,12 @@ class TestErrors:
 
     @pytest.mark.parametrize(
         ("row", "part"),
-        [("0,97,2", "outside the frame"), ("8,1,2", "outside the clip"), ("0,one,2", "line 1: needs three numbers")],
+        [
+            ("0,97,2", "q.csv, line 1 (t=0, x=97, y=2) is outside the frame"),
+            ("8,1,2", "q.csv, line 1 (t=8, x=1, y=2) is outside the clip"),
+            ("0,one,2", "q.csv, line 1: needs three numbers"),
+            ("0,1_0,2", "q.csv, line 1: needs three numbers"),
+        ],
     )
     def test_bad_queries(self, call, tmp_path, video, row, part):
         (tmp_path / "q.csv").write_text(row)
@@ -204,23 +242,54 @@ class TestErrors:
         result = call("track", video, "--out", tmp_path / "out", "--device", "abacus")
         assert_one_line_error(result, "device must be cpu or cuda, got 'abacus'")
 
+    @pytest.mark.parametrize("arguments", [("track", "v.mp4"), ("train",), ("eval", "--synthetic"), ("pick", "v.mp4")])
+    def test_an_empty_out(self, call, arguments):
+        assert_one_line_error(call(*arguments, "--out", ""), "--out is empty: give a path, or . for the current folder")
+
+    def test_a_result_that_is_a_folder_is_found_before_the_work(self, call, tmp_path, video):
+        (tmp_path / "out" / "overlay.mp4").mkdir(parents=True)
+        result = call("track", video, "--out", tmp_path / "out", "--grid", 2)
+        assert_one_line_error(result, "overlay.mp4", "directory")
+        assert "tracking" not in result.stderr
+        assert os.listdir(tmp_path / "out") == ["overlay.mp4"]
+
+    def test_an_absurd_grid(self, call, tmp_path, video):
+        result = call("track", video, "--out", tmp_path / "out", "--grid", 1_000_000_000)
+        assert_one_line_error(result, "grid must be at most 96 for a frame of 96x64")
+
+    def test_a_url(self, call, tmp_path):
+        result = call("track", "https://example.org/a.mp4", "--out", tmp_path / "out")
+        assert_one_line_error(result, "https://example.org/a.mp4 is a URL: download the video first")
+
+    def test_unknown_overlay(self, call, tmp_path, video):
+        result = call("track", video, "--out", tmp_path / "out", "--overlay", "stars")
+        assert_one_line_error(result, "--overlay must be one of none, tails, dots, got 'stars'")
+
     def test_out_is_a_file(self, call, tmp_path, video):
         assert_one_line_error(call("track", video, "--out", video), "give a folder to --out, not a file")
 
-    @pytest.mark.parametrize("limit", [100, 3000])
+    @pytest.mark.parametrize("limit", [100, 2100, 12000])
     def test_full_disk(self, tmp_path, video, limit):
-        """A limit on the size of files: writing fails within tracks.npz, or within overlay.mp4 only."""
+        """A limit on the size of files: writing fails within tracks.npz, overlay.mp4 or report.html."""
         out = tmp_path / "out"
         out.mkdir()
-        (out / "overlay.mp4").write_bytes(b"of an earlier run")
+        for name in ("overlay.mp4", "tracks.npz"):
+            (out / name).write_bytes(b"of an earlier run")
         result = run("track", video, "--out", out, "--grid", 2, file_limit=limit)
-        assert_one_line_error(result, "File too large", "give another folder to --out")
-        assert (out / "overlay.mp4").read_bytes() == b"of an earlier run"
-        complete = [] if limit == 100 else ["tracks.csv", "tracks.npz"]
-        assert sorted(os.listdir(out)) == ["overlay.mp4", *complete]
+        name = {100: "tracks.npz", 2100: "overlay.mp4", 12000: "report.html"}[limit]
+        assert_one_line_error(result, f"{out / name}: File too large", "give another folder to --out")
+        assert sorted(os.listdir(out)) == ["overlay.mp4", "tracks.npz"]
+        assert {(out / name).read_bytes() for name in os.listdir(out)} == {b"of an earlier run"}
 
-    @pytest.mark.parametrize(("stage", "slow"), [("tracking", "slow_model"), ("writing", "slow_drawing")])
-    def test_interrupt(self, tmp_path, video, stage, slow):
+    @pytest.mark.parametrize(
+        ("stage", "slow", "number", "code", "word"),
+        [
+            ("tracking", "slow_model", signal.SIGINT, 130, "interrupted"),
+            ("writing", "slow_drawing", signal.SIGINT, 130, "interrupted"),
+            ("writing", "slow_drawing", signal.SIGTERM, 143, "terminated"),
+        ],
+    )
+    def test_signals(self, tmp_path, video, stage, slow, number, code, word):
         command = [sys.executable, "-c", program(**{slow: 20}), "track", str(video), "--out", str(tmp_path / "out")]
         # A shell starts background jobs with Ctrl-C ignored, and tests may run in one.
         process = subprocess.Popen(
@@ -233,14 +302,12 @@ class TestErrors:
         while f"{stage} now" not in process.stdout.readline():
             assert process.poll() is None
         time.sleep(0.5)
-        process.send_signal(signal.SIGINT)
+        process.send_signal(number)
         _, stderr = process.communicate(timeout=15)
-        assert process.returncode == 130
-        assert stderr.rstrip().splitlines()[-1] == "tritonkern: interrupted: nothing unfinished was kept"
+        assert process.returncode == code
+        assert stderr.rstrip().splitlines()[-1] == f"tritonkern: {word}: nothing unfinished was kept"
         assert "Traceback" not in stderr
-        complete = [] if stage == "tracking" else ["tracks.csv", "tracks.npz"]
-        assert sorted(path.name for path in tmp_path.glob("out/*")) == complete
-        assert (tmp_path / "out").exists() == bool(complete)
+        assert not (tmp_path / "out").exists()
 
     @pytest.mark.parametrize("package", ["av", "PIL", "rich", "typer"])
     def test_missing_extra(self, tmp_path, package):
@@ -270,10 +337,39 @@ main()
     assert "--query-frame" in result.stdout
 
 
-def test_doctor():
+_DOCTOR = "import sys; sys.argv = ['tritonkern', 'doctor']; {}; from tritonkern.cli import main; main()"
+
+
+@pytest.mark.parametrize(
+    ("damage", "environment", "part"),
+    [
+        ("pass", {}, "temporal_window_attention"),
+        ("pass", {"TRITONKERN_CPU_ISA": "sse9"}, "TRITONKERN_CPU_ISA is 'sse9'"),
+        ("sys.modules['triton'] = None", {}, "temporal_window_attention"),
+        ("sys.path.insert(0, 'broken')", {}, "torch "),
+        ("sys.modules['typer'] = sys.modules['rich'] = sys.modules['av'] = None", {}, "temporal_window_attention"),
+        ("pass", {"TRITON_CACHE_DIR": "/proc/none", "TORCHINDUCTOR_CACHE_DIR": "/proc/none"}, "temporal_window"),
+    ],
+    ids=["whole", "instruction set", "no Triton", "broken Triton", "no extras", "unreadable cache"],
+)
+def test_doctor_survives(tmp_path, damage, environment, part):
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "triton.py").write_text("raise AttributeError('half an installation')")
+    root = str(Path(tracking.__file__).parents[2])
     result = subprocess.run(
-        [sys.executable, "-m", "tritonkern.cli", "doctor"], capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", _DOCTOR.format(damage)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": root} | environment,
     )
     assert result.returncode == 0, result.stderr
-    assert "temporal_window_attention" in result.stdout
+    assert "Traceback" not in result.stderr
+    assert part in result.stdout
     assert f"python {sys.version.split()[0]}" in result.stdout
+
+
+def test_version(call):
+    result = call("--version")
+    assert result.returncode == 0 and result.stdout.startswith("tritonkern ")

@@ -1,15 +1,17 @@
-"""The console script `tritonkern track | eval | train | doctor | bench`; each command is in `tritonkern.commands`."""
+"""The console script `tritonkern track | pick | eval | train | doctor | bench`; see `tritonkern.commands`."""
 
 import sys
+from typing import Annotated
 
 from tritonkern._optional import how_to_install
-from tritonkern.commands.doctor import doctor
+from tritonkern.commands.doctor import doctor, version
 
 try:
     import typer
 
     from tritonkern.commands.bench import bench
     from tritonkern.commands.evaluate import evaluate
+    from tritonkern.commands.pick import pick
     from tritonkern.commands.track import track
     from tritonkern.commands.train import train
 except ModuleNotFoundError as _error:
@@ -27,10 +29,25 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(track)
+app.command()(pick)
 app.command("eval")(evaluate)
 app.command()(train)
 app.command()(doctor)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"tritonkern {version('tritonkern')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None: ...
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ def doctor() -> None:
     """Show which backends each operation has on this machine, why one is missing, and what to do."""
     sys.stdout.write(f"{_backends()}\n\npython {sys.version.split()[0]}\n")
     for package in _PACKAGES:
-        sys.stdout.write(f"{package} {_version(package)}\n")
+        sys.stdout.write(f"{package} {version(package)}\n")
 
 
 def _backends() -> str:
@@ -23,7 +23,8 @@ def _backends() -> str:
         return f"the backends cannot be listed: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _version(package: str) -> str:
+def version(package: str) -> str:
+    """The installed version of `package`, or what is wrong with it."""
     try:
         return metadata.version(package)
     except Exception as error:

@@ -1,5 +1,6 @@
-"""`tritonkern track`: follow points through a video, write the tracks and an overlay."""
+"""`tritonkern track`: follow points through a video, write the tracks, an overlay and a report."""
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -7,11 +8,22 @@ import typer
 
 from tritonkern.commands._terminal import Stages, one_line_errors, output_path, print_path, writable_folder
 
+_RESULTS = ("tracks.npz", "tracks.csv", "overlay.mp4", "report.html")
+_OVERLAYS = ("none", "tails", "dots")
+
 
 def track(
-    video: Annotated[str, typer.Argument(help="Video file, or folder of images.", show_default=False)],
-    out: Annotated[str, typer.Option(help="Folder for tracks.npz, tracks.csv and overlay.mp4.", show_default=False)],
-    grid: Annotated[int | None, typer.Option(help="Points a side of a regular grid.  [default: 10]", min=1)] = None,
+    video: Annotated[
+        str, typer.Argument(help="Video file, animated image or TIFF stack, or folder of images.", show_default=False)
+    ],
+    out: Annotated[
+        str | None,
+        typer.Option(
+            help=f"Folder for {', '.join(_RESULTS)}. An earlier run's results there are replaced together.  "
+            "[default: the name of VIDEO and -tracks, in the current folder]"
+        ),
+    ] = None,
+    grid: Annotated[int | None, typer.Option(help="Points per side of a regular grid.  [default: 10]", min=1)] = None,
     queries: Annotated[
         Path | None, typer.Option(help="Points to track instead: .csv or .npz with t,x,y in pixels.")
     ] = None,
@@ -19,40 +31,70 @@ def track(
     model: Annotated[str, typer.Option(help="Name of the model.")] = "chrono-nano",
     weights: Annotated[Path | None, typer.Option(help="Checkpoint of a model that ships without weights.")] = None,
     max_frames: Annotated[int | None, typer.Option(help="Read at most this many frames.", min=1)] = None,
+    stride: Annotated[
+        int, typer.Option(help="Read every so many-th frame; t counts the frames that are read.", min=1)
+    ] = 1,
+    min_confidence: Annotated[
+        float, typer.Option(help="A point is visible from this confidence on.", min=0, max=1)
+    ] = 0.5,
+    overlay: Annotated[
+        str, typer.Option(help="How overlay.mp4 shows the points: tails, dots, or none for no overlay.mp4.")
+    ] = "tails",
+    resize: Annotated[
+        int | None,
+        typer.Option(help="Longer side of overlay.mp4 in pixels; tracks stay in pixels of VIDEO.", min=16),
+    ] = None,
+    report: Annotated[bool, typer.Option(help="Write report.html, or do not.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda if there is one]")] = None,
 ) -> None:
-    """Track points through a video."""
+    """Track points through a video.
+
+    The packaged model sees frames of 256x256 pixels, whatever the size of VIDEO: things that are only a few pixels wide
+    at that size cannot be followed.
+    """
     with one_line_errors():
-        folder = output_path("--out", out)
+        if overlay not in _OVERLAYS:
+            raise ValueError(f"--overlay must be one of {', '.join(_OVERLAYS)}, got {overlay!r}")
+        folder = _default_folder(video) if out is None else output_path("--out", out)
+        if queries is not None and grid is not None:
+            raise ValueError("--grid and --queries exclude each other: give one of them")
+        if queries is not None and query_frame:
+            raise ValueError("--query-frame goes with --grid: the file of --queries has a frame t for each point")
         with writable_folder(folder):
-            if queries is not None and grid is not None:
-                raise ValueError("--grid and --queries exclude each other: give one of them")
-            if queries is not None and query_frame:
-                raise ValueError("--query-frame goes with --grid: the file of --queries has a frame t for each point")
+            from tritonkern.files import atomic_paths
+            from tritonkern.tracking import PointTracker, VideoReader, write_overlay, write_report
 
-            from tritonkern.tracking import PointTracker, VideoReader, read_queries, write_overlay
-
-            reader = VideoReader(video)
-            points = None if queries is None else read_queries(queries)
+            reader = VideoReader(video, stride)
             tracker = PointTracker(model, weights, device)
-            npz, table, overlay = (folder / name for name in ("tracks.npz", "tracks.csv", "overlay.mp4"))
-            with Stages() as stages:
+            unwanted = {"overlay.mp4": overlay == "none", "report.html": not report}
+            wanted = [folder / name for name in _RESULTS if not unwanted.get(name)]
+            stale = [folder / name for name in _RESULTS if unwanted.get(name)]
+            with Stages() as stages, atomic_paths(wanted, stale) as parts:
                 result = tracker(
                     reader,
                     grid=grid,
-                    queries=points,
+                    queries=queries,
                     query_frame=query_frame,
                     max_frames=max_frames,
+                    min_confidence=min_confidence,
                     progress=stages,
                 )
-                result.save_npz(npz)
-                result.save_csv(table)
-                write_overlay(overlay, reader, result, stages)
+                hidden = dict(zip((path.name for path in wanted), parts, strict=True))
+                result.save_npz(hidden["tracks.npz"])
+                result.save_csv(hidden["tracks.csv"])
+                if overlay != "none":
+                    write_overlay(hidden["overlay.mp4"], reader, result, stages, overlay, resize)
+                if report:
+                    write_report(hidden["report.html"], reader, result, stages)
 
             count, frames = result.visibility.shape
-            for path in (npz, table, overlay):
+            for path in wanted:
                 print_path(path)
             per_frame = ", ".join(
                 f"{stage} {1000 * seconds / frames:.1f} ms" for stage, seconds in stages.seconds.items()
             )
             typer.echo(f"{count} points, {frames} frames; time per frame on {tracker.device}: {per_frame}")
+
+
+def _default_folder(video: str) -> Path:
+    return Path(f"{Path(os.path.abspath(video)).stem}-tracks")

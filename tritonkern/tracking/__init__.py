@@ -24,6 +24,7 @@ from tritonkern.tracking.metrics import tapvid_metrics
 from tritonkern.tracking.overlay import draw_points, write_overlay
 from tritonkern.tracking.predictor import PointTracker
 from tritonkern.tracking.queries import grid_queries, read_queries
+from tritonkern.tracking.report import write_report
 from tritonkern.tracking.results import PointTracks
 from tritonkern.tracking.tapvid import TapVidClip, read_tapvid
 from tritonkern.tracking.video import VideoReader
@@ -42,4 +43,5 @@ __all__ = [
     "read_tapvid",
     "tapvid_metrics",
     "write_overlay",
+    "write_report",
 ]

@@ -1,6 +1,6 @@
 """Frames that are in memory: an array or tensor of them, or a list."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from fractions import Fraction
 from typing import Any
 

@@ -53,7 +53,8 @@ class ImageFiles:
         names: list[Any] = [p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith(".")]
         if not names:
             raise ValueError(f"{folder} holds no image: a folder of frames needs files such as 0001.png or 0001.jpg")
-        return cls(str(folder), sorted(names, key=_natural_order))
+        names.sort(key=_natural_order)
+        return cls(str(folder), names)
 
     def count(self, limit: int) -> int:
         """Number of frames, at most `limit`."""
@@ -211,5 +212,5 @@ def over_black(rgba: np.ndarray) -> np.ndarray:
     return ((rgb * alpha + white // 2) // white).astype(rgba.dtype)
 
 
-def _natural_order(path: Path) -> list[tuple[int, str]]:
+def _natural_order(path: Any) -> list[tuple[int, str]]:
     return [(int(part), "") if part.isdecimal() else (0, part) for part in re.split(r"(\d+)", path.name)]

@@ -135,11 +135,17 @@ def draw_points(
 def _connected(tracks: PointTracks, first: int, last: int) -> np.ndarray:
     """Whether a line leads from each frame of `first` to `last` to the next: bool `[N, last - first]`."""
     frames = slice(first, last + 1)
-    step = np.abs(np.diff(tracks.tracks[:, frames], axis=1)) / np.array(tracks.size)
     sure = tracks.confidence[:, frames] >= _SURE
-    smooth = np.hypot(step[..., 0], step[..., 1]) <= _JUMP
     visible = tracks.visibility[:, frames]
-    return visible[:, :-1] & visible[:, 1:] & (smooth | (sure[:, :-1] & sure[:, 1:]))
+    unsure_jump = jumps(tracks, frames) & ~(sure[:, :-1] & sure[:, 1:])
+    return visible[:, :-1] & visible[:, 1:] & ~unsure_jump
+
+
+def jumps(tracks: PointTracks, frames: slice = slice(None)) -> np.ndarray:
+    """Whether a point moves more than 12/256 of the frame to the next frame, visible in both: bool `[N, T - 1]`."""
+    step = np.diff(tracks.tracks[:, frames], axis=1) / np.array(tracks.size)
+    visible = tracks.visibility[:, frames]
+    return (np.hypot(step[..., 0], step[..., 1]) > _JUMP) & visible[:, :-1] & visible[:, 1:]
 
 
 def _radius(width: int, height: int, count: int) -> float:

@@ -16,7 +16,7 @@ from tritonkern.tracking.cotracker import Predictor, call_predictor
 from tritonkern.tracking.queries import DEFAULT_GRID, check_queries, grid_queries, open_queries
 from tritonkern.tracking.results import PointTracks
 from tritonkern.tracking.spans import Progress, track_in_spans
-from tritonkern.tracking.video import VideoReader, VideoSource
+from tritonkern.tracking.video import VideoReader, VideoSource, whole_number
 
 VISIBLE = 0.5
 """Confidence from which on a point counts as visible."""
@@ -98,6 +98,8 @@ class PointTracker:
             raise ValueError("give either grid or queries, not both")
         if not 0 <= min_confidence <= 1:
             raise ValueError(f"min_confidence must be 0 to 1, got {min_confidence}")
+        if max_frames is not None:
+            max_frames = whole_number("max_frames", max_frames)
         report = progress or (lambda stage, done, total: None)
         reader = video if isinstance(video, VideoReader) else VideoReader(video)
         if queries is None:

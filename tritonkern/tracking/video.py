@@ -67,7 +67,7 @@ class VideoReader:
     """
 
     def __init__(self, source: VideoSource, stride: int = 1) -> None:
-        self._stride = _whole_number("stride", stride)
+        self._stride = whole_number("stride", stride)
         self._source = _open(source)
         self.name = self._source.name
         first = next(self._source.frames(), None)
@@ -101,7 +101,7 @@ class VideoReader:
             TypeError, ValueError: `max_frames` is not a whole number of 1 or more.
             ValueError: a frame cannot be decoded, or has another size than the first one.
         """
-        limit = None if max_frames is None else _whole_number("max_frames", max_frames)
+        limit = None if max_frames is None else whole_number("max_frames", max_frames)
         for index, frame in enumerate(islice(self._source.frames(), 0, None, self._stride)):
             if (frame.shape[1], frame.shape[0]) != self.size:
                 raise ValueError(
@@ -114,7 +114,7 @@ class VideoReader:
 
     def count_frames(self, max_frames: int) -> int:
         """Number of frames, at most `max_frames`, without decoding. A damaged file counts as `max_frames`."""
-        limit = _whole_number("max_frames", max_frames)
+        limit = whole_number("max_frames", max_frames)
         return min(-(-self._source.count(limit * self._stride) // self._stride), limit)
 
 
@@ -156,7 +156,8 @@ def _open_file_object(file: BinaryIO) -> _Source:
     return ImageFiles(name, [file]) if image_files.is_image(head) else VideoFile(name, file)
 
 
-def _whole_number(name: str, value: Any) -> int:
+def whole_number(name: str, value: Any) -> int:
+    """`value` of the argument `name`, which must be a whole number of 1 or more."""
     if not isinstance(value, numbers.Integral) or isinstance(value, bool):
         raise TypeError(f"{name} must be a whole number, got {value!r}")
     if value < 1:

@@ -20,12 +20,15 @@ class VideoWriter:
         path: the file to write, whatever its suffix.
         fps: frames per second.
         pixel_aspect: width over height of a pixel when the frame is displayed.
+        crf: constant rate factor of x264; smaller files and less quality above 18.
 
     Raises:
         OSError: the file cannot be written, for instance because the disk is full.
     """
 
-    def __init__(self, path: str | PathLike[str], fps: float, pixel_aspect: Fraction = Fraction(1)) -> None:
+    def __init__(
+        self, path: str | PathLike[str], fps: float, pixel_aspect: Fraction = Fraction(1), crf: int = 18
+    ) -> None:
         self._descriptor: int | None = None
         name = str(Path(path).absolute())
         try:
@@ -37,6 +40,7 @@ class VideoWriter:
         self._container = av.open(name, "w", format="mp4", options={"movflags": "+faststart"})
         self._rate = Fraction(fps).limit_denominator(100_000)
         self._pixel_aspect = pixel_aspect
+        self._crf = str(crf)
         self._stream: av.VideoStream | None = None
 
     def write(self, frame: np.ndarray) -> None:
@@ -53,7 +57,7 @@ class VideoWriter:
         self._container.mux(self._stream.encode(picture))
 
     def _open_stream(self, width: int, height: int) -> av.VideoStream:
-        stream = self._container.add_stream("libx264", rate=self._rate, options={"crf": "18", "preset": "fast"})
+        stream = self._container.add_stream("libx264", rate=self._rate, options={"crf": self._crf, "preset": "fast"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         context = stream.codec_context
         context.sample_aspect_ratio = self._pixel_aspect
