@@ -58,8 +58,11 @@ def atomic_paths(
     except OSError as error:
         names = dict(zip(map(str, parts), map(str, targets), strict=True))
         name = "" if error.filename is None else os.fsdecode(error.filename)
-        error.filename = names.get(name, name) or (str(targets[0]) if len(targets) == 1 else None)
-        raise
+        name = names.get(name, name) or (str(targets[0]) if len(targets) == 1 else "")
+        if error.errno is None or not name:
+            raise
+        # A new error, as the attribute `filename` of FFmpeg's cannot be set.
+        raise OSError(error.errno, error.strerror, name) from error
     finally:
         for part in parts:
             part.unlink(missing_ok=True)
