@@ -82,21 +82,23 @@ int main() {
             const Source masked{grad_hidden, Load::kMasked, hidden, nullptr, nullptr};
 
             Conv3x3 in{shape, C, O, kind.tile, normed, weight, {C * 9, 9, 3, 1}, bias_in, true, {}, {}, hidden};
-            TRITONKERN_ISA::group_norm_statistics({shape, C, 1e-5, x, mean, rstd});
-            TRITONKERN_ISA::conv3x3(in);
+            TRITONKERN_ISA::temporal_adapter::statistics({shape, C, 1e-5, x, mean, rstd});
+            TRITONKERN_ISA::temporal_adapter::conv3x3(in);
             in.source = plain, in.bias = nullptr, in.relu = false, in.mask = hidden, in.out = grad_hidden;
-            TRITONKERN_ISA::conv3x3(in);
+            TRITONKERN_ISA::temporal_adapter::conv3x3(in);
             Conv3x3 back{shape, O, C, kind.tile, rectified, weight, {9, C * 9, 3, 1}, bias_out, false, x, {}, out};
-            TRITONKERN_ISA::conv3x3(back);
+            TRITONKERN_ISA::temporal_adapter::conv3x3(back);
             back.source = masked, back.bias = nullptr, back.residual = {}, back.out = grad_normed;
-            TRITONKERN_ISA::conv3x3(back);
+            TRITONKERN_ISA::temporal_adapter::conv3x3(back);
             Buffer grad_weight(O * C * 9, wide), grad_in(O, wide), grad_back(C, wide);
-            TRITONKERN_ISA::conv3x3_weight_gradient({shape, C, O, kind.tile, normed, masked, grad_weight, grad_in});
-            TRITONKERN_ISA::conv3x3_weight_gradient({shape, O, C, kind.tile, rectified, plain, grad_weight, grad_back});
+            TRITONKERN_ISA::temporal_adapter::conv3x3_weight_gradient(
+                {shape, C, O, kind.tile, normed, masked, grad_weight, grad_in});
+            TRITONKERN_ISA::temporal_adapter::conv3x3_weight_gradient(
+                {shape, O, C, kind.tile, rectified, plain, grad_weight, grad_back});
             const GroupNormBackward norm{
                 shape, C, x, grad_normed, mean, sums, moments, slope, scale_of_image, shift_of_image, grad_x};
-            TRITONKERN_ISA::group_norm_sums(norm);
-            TRITONKERN_ISA::group_norm_gradient(norm);
+            TRITONKERN_ISA::temporal_adapter::sums(norm);
+            TRITONKERN_ISA::temporal_adapter::norm_gradient(norm);
             calls += 9;
         }
     }

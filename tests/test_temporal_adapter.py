@@ -21,8 +21,17 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 INTERPRETED = [pytest.param(("triton", "cpu"), id="triton")] * (os.environ.get("TRITON_INTERPRET") == "1")
 
 
-@pytest.fixture(params=[*native_backends(op.NAME), *INTERPRETED])
+EVERY = [*native_backends(op.NAME), *INTERPRETED]
+NATIVE = [where for where in EVERY if where.id != "reference"]
+
+
+@pytest.fixture(params=EVERY)
 def where(request):
+    return request.param
+
+
+@pytest.fixture(params=NATIVE)
+def native(request):
     return request.param
 
 
@@ -177,9 +186,9 @@ def test_out(where, shape, grid, prefix, out_channels, pool, dtype, add):
 
 
 @pytest.mark.parametrize("kind", ["large mean", "outlier channels"])
-def test_statistics_keep_their_digits(where, kind):
+def test_statistics_keep_their_digits(native, kind):
     """Tokens of a vision transformer have a few channels a hundred times larger than the others."""
-    tensors = in_tensors((1, 2, 24), (8, 8), 1, 16, torch.float32, where[1])
+    tensors = in_tensors((1, 2, 24), (8, 8), 1, 16, torch.float32, native[1])
     if kind == "large mean":
         tensors[0] = tensors[0] + 1000
     else:
@@ -187,7 +196,7 @@ def test_statistics_keep_their_digits(where, kind):
     truth = plain_in(*[tensors[0].double(), (8, 8), *(x.double() for x in tensors[1:])], 1)
     eager = plain_in(tensors[0], (8, 8), *tensors[1:], 1)
     norm, conv = tensors[1:3], tensors[3:]
-    call = (tensors[0], *norm, 1e-5, *conv, 8, 8, 1, torch.float32, where[0])
+    call = (tensors[0], *norm, 1e-5, *conv, 8, 8, 1, torch.float32, native[0])
     actual, *moments = op.adapter_in_fwd(*call)
     assert_as_exact_as_eager(actual, [eager], truth)
     # Eager's GroupNorm loses more digits of a large mean than its variance does.
@@ -200,8 +209,8 @@ def test_statistics_keep_their_digits(where, kind):
 
 
 @pytest.mark.parametrize("view", ["transposed", "channels apart", "expanded"])
-def test_any_strides(where, view):
-    tensors = in_tensors((3, 2, 24), (4, 8), 1, 16, torch.float32, where[1])
+def test_any_strides(native, view):
+    tensors = in_tensors((3, 2, 24), (4, 8), 1, 16, torch.float32, native[1])
     tokens = tensors[0]
     if view == "transposed":
         tokens = tokens.transpose(0, 1).contiguous().transpose(0, 1)
@@ -210,12 +219,64 @@ def test_any_strides(where, view):
     else:
         tokens = tokens[:1, :1].expand(3, 2, -1, -1)
     contiguous = tokens.contiguous()
-    expected = adapter_in(contiguous, (4, 8), *tensors[1:], backend=where[0])
-    hidden = adapter_in(tokens, (4, 8), *tensors[1:], backend=where[0])
+    expected = adapter_in(contiguous, (4, 8), *tensors[1:], backend=native[0])
+    hidden = adapter_in(tokens, (4, 8), *tensors[1:], backend=native[0])
     torch.testing.assert_close(hidden, expected)
-    _, weight, bias, _ = out_tensors((3, 2, 16), (4, 8), 1, 1, 24, torch.float32, where[1])
-    expected = adapter_out(hidden, (4, 8), weight, bias, contiguous, backend=where[0])
-    torch.testing.assert_close(adapter_out(hidden, (4, 8), weight, bias, tokens, backend=where[0]), expected)
+    _, weight, bias, _ = out_tensors((3, 2, 16), (4, 8), 1, 1, 24, torch.float32, native[1])
+    expected = adapter_out(hidden, (4, 8), weight, bias, contiguous, backend=native[0])
+    torch.testing.assert_close(adapter_out(hidden, (4, 8), weight, bias, tokens, backend=native[0]), expected)
+
+
+ONE = (0, 1, 7, 384, 2**40)
+
+
+def restrided(x, stride):
+    """`x` between NaN on either side, with `stride` on its axes of size 1."""
+    guarded = torch.nn.functional.pad(x.flatten(), (64, 64), value=float("nan"))
+    strides = [stride if size == 1 else step for size, step in zip(x.shape, x.contiguous().stride(), strict=True)]
+    return guarded.as_strided(x.shape, strides, 64)
+
+
+@pytest.mark.parametrize("stride", ONE)
+def test_axes_of_size_one_may_have_any_stride(native, stride):
+    """PyTorch does not define their strides, so that no kernel may use them."""
+    backend, device = native
+    shape, grid = (1, 1, 1), (2, 1)
+    tensors = [x.to(device) for x in in_tensors(shape, grid, 0, 1, torch.float32)]
+    back = [x.to(device) for x in out_tensors((1, 1, 1), grid, 1, 0, 1, torch.float32)]
+    calls = (
+        (lambda tokens, *rest: adapter_in(tokens, grid, *rest, backend=backend), tensors, (1, 1, 2, 1)),
+        (lambda hidden, *rest: adapter_out(hidden, grid, *rest, backend=backend), back, (1, 1, 2, 1)),
+    )
+    for call, given, shape in calls:
+        grad_out = torch.randn(shape, device=device)
+        expected = results(call, given, grad_out)
+        found = results(call, [restrided(x, stride) for x in given], restrided(grad_out, stride))
+        assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+def test_one_patch_inside_a_wider_row(native):
+    """A patch is as wide as its axis, whatever the stride of the axis before it."""
+    backend, device = native
+    row = torch.full((1, 1, 1, 384), float("nan"), device=device)
+    row[..., 128:256] = torch.randn(128, device=device)
+    hidden = row[..., 128:256]
+    weight, bias = torch.randn(8, 8, 3, 3, device=device), torch.randn(8, device=device)
+    call = lambda hidden: adapter_out(hidden, (4, 4), weight, bias, pool=4, backend=backend)  # noqa: E731
+    assert torch.equal(call(hidden), call(hidden.clone()))
+
+
+def test_convolutions_without_a_bias(where):
+    backend, device = where
+    tokens, norm_weight, norm_bias, weight, bias = in_tensors((1, 2, 8), (4, 4), 1, 8, torch.float32, device)
+    call = (tokens, (4, 4), norm_weight, norm_bias, weight)
+    hidden = adapter_in(*call, backend=backend)
+    assert torch.equal(hidden, adapter_in(*call, torch.zeros_like(bias), backend=backend))
+    weight.requires_grad_()
+    out = adapter_out(hidden, (4, 4), weight, None, tokens, backend=backend)
+    assert torch.equal(out, adapter_out(hidden, (4, 4), weight, torch.zeros_like(bias), tokens, backend=backend))
+    (grad,) = torch.autograd.grad(out.sum(), weight)
+    assert grad.isfinite().all() and grad.any()
 
 
 def test_a_nan_stays_in_its_batch_entry(where):
@@ -232,30 +293,30 @@ def test_a_nan_stays_in_its_batch_entry(where):
 
 
 @pytest.mark.parametrize("prefix", [0, 1])
-def test_a_gradient_does_not_depend_on_which_others_are_asked_for(where, prefix):
+def test_a_gradient_does_not_depend_on_which_others_are_asked_for(native, prefix):
     options = (4, 4, 2, torch.float32)
-    tensors = in_tensors((2, 2, 8), (4, 4), prefix, 8, torch.float32, where[1])
-    hidden, mean, rstd = op.adapter_in_fwd(*tensors[:3], 1e-5, *tensors[3:], *options, where[0])
-    saved = (torch.randn_like(hidden), *tensors[:4], hidden, mean, rstd)
-    tokens, norm_weight, norm_bias, *conv = op.adapter_in_bwd(*saved, *options, [True] * 3, where[0])
+    tensors = in_tensors((2, 2, 8), (4, 4), prefix, 8, torch.float32, native[1])
+    hidden, mean, rstd = op.adapter_in_fwd(*tensors[:3], 1e-5, *tensors[3:], *options, native[0])
+    saved = (torch.randn_like(hidden), *tensors[:3], 1e-5, tensors[3], hidden, mean, rstd)
+    tokens, norm_weight, norm_bias, *conv = op.adapter_in_bwd(*saved, *options, [True] * 3, native[0])
     for number, expected in enumerate(([tokens], [norm_weight, norm_bias], conv)):
         needs = [at == number for at in range(3)]
-        grads = [x for x in op.adapter_in_bwd(*saved, *options, needs, where[0]) if x.numel()]
+        grads = [x for x in op.adapter_in_bwd(*saved, *options, needs, native[0]) if x.numel()]
         assert all(torch.equal(x, y) for x, y in zip(grads, expected, strict=True))
-    hidden, weight, _, tokens = out_tensors((2, 2, 8), (4, 4), 2, prefix, 8, torch.float32, where[1])
-    first, *conv = op.adapter_out_bwd(tokens, hidden, weight, *options, [True, True], where[0])
-    assert torch.equal(op.adapter_out_bwd(tokens, hidden, weight, *options, [True, False], where[0])[0], first)
-    grads = op.adapter_out_bwd(tokens, hidden, weight, *options, [False, True], where[0])[1:]
+    hidden, weight, _, tokens = out_tensors((2, 2, 8), (4, 4), 2, prefix, 8, torch.float32, native[1])
+    first, *conv = op.adapter_out_bwd(tokens, hidden, weight, *options, [True, True], native[0])
+    assert torch.equal(op.adapter_out_bwd(tokens, hidden, weight, *options, [True, False], native[0])[0], first)
+    grads = op.adapter_out_bwd(tokens, hidden, weight, *options, [False, True], native[0])[1:]
     assert all(torch.equal(x, y) for x, y in zip(grads, conv, strict=True))
 
 
-def test_autocast_rounds_nothing_inside(where):
-    """Operators compute in the dtype that `hidden_dtype` names, also where a caller's autocast is on."""
-    tokens, *parameters = in_tensors((1, 2, 24), (4, 8), 1, 16, torch.float32, where[1])
-    options = (4, 8, 1, torch.float32, where[0])
+def test_autocast_rounds_nothing_inside(native):
+    """Operators compute in the dtype that `hidden_dtype` names, also native a caller's autocast is on."""
+    tokens, *parameters = in_tensors((1, 2, 24), (4, 8), 1, 16, torch.float32, native[1])
+    options = (4, 8, 1, torch.float32, native[0])
     expected = op.adapter_in_fwd(tokens, *parameters[:2], 1e-5, *parameters[2:], *options)[0]
-    weight, bias = (x.to(where[1]) for x in (torch.randn(24, 16, 3, 3), torch.randn(24)))
-    with torch.autocast(where[1], torch.bfloat16):
+    weight, bias = (x.to(native[1]) for x in (torch.randn(24, 16, 3, 3), torch.randn(24)))
+    with torch.autocast(native[1], torch.bfloat16):
         hidden = op.adapter_in_fwd(tokens, *parameters[:2], 1e-5, *parameters[2:], *options)[0]
         out = op.adapter_out_fwd(hidden, weight, bias, None, *options)
     assert torch.equal(hidden, expected)
@@ -294,7 +355,7 @@ def test_bits_do_not_depend_on_threads():
     tokens.requires_grad_()
     threads, runs = torch.get_num_threads(), []
     try:
-        for number in (1, 2, 3):
+        for number in (1, 2, 3, 8):
             torch.set_num_threads(number)
             hidden = adapter_in(tokens, (20, 24), *adapter.norm.parameters(), *adapter.conv1.parameters(), pool=4)
             out = adapter_out(hidden, (20, 24), *adapter.conv2.parameters(), tokens, pool=4)
@@ -309,6 +370,7 @@ def test_bits_do_not_depend_on_threads():
         assert all(torch.equal(x, y) for x, y in zip(run, runs[0], strict=True))
 
 
+@pytest.mark.slow
 def test_gradcheck(where):
     tensors = in_tensors((1, 2, 5), (2, 4), 1, 6, torch.float64, where[1])
     call = lambda tokens, *rest: adapter_in(tokens, (2, 4), *rest, pool=2, backend=where[0])  # noqa: E731
@@ -319,13 +381,14 @@ def test_gradcheck(where):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_opcheck(where, dtype):
-    backend, device = where
+def test_opcheck(native, dtype):
+    backend, device = native
     tensors = [x.requires_grad_() for x in in_tensors((1, 2, 8), (4, 4), 1, 8, dtype, device)]
     options = (4, 4, 2, dtype)
     opcheck(op.adapter_in_fwd, (*tensors[:3], 1e-5, *tensors[3:], *options, backend))
     hidden, mean, rstd = op.adapter_in_fwd(*tensors[:3], 1e-5, *tensors[3:], *options, backend)
-    saved = [x.detach() for x in (hidden, *tensors[:4], hidden, mean, rstd)]
+    detached = [x.detach() for x in tensors]
+    saved = [hidden.detach(), *detached[:3], 1e-5, detached[3], hidden.detach(), mean, rstd]
     for needs in ([True, True, True], [False, True, False], [True, False, False]):
         opcheck(op.adapter_in_bwd, (*saved, *options, needs, backend))
     tensors = [x.requires_grad_() for x in out_tensors((1, 2, 8), (4, 4), 2, 1, 8, dtype, device)]
@@ -336,15 +399,15 @@ def test_opcheck(where, dtype):
         opcheck(op.adapter_out_bwd, (grad, *(x.detach() for x in tensors[:2]), *options, needs, backend))
 
 
-def test_empty(where):
+def test_empty(native):
     for batch, frames in ((0, 2), (2, 0)):
-        tensors = in_tensors((batch, frames, 8), (4, 4), 1, 8, torch.float32, where[1])
-        call = lambda tokens, *rest: adapter_in(tokens, (4, 4), *rest, backend=where[0])  # noqa: E731
+        tensors = in_tensors((batch, frames, 8), (4, 4), 1, 8, torch.float32, native[1])
+        call = lambda tokens, *rest: adapter_in(tokens, (4, 4), *rest, backend=native[0])  # noqa: E731
         out, *grads = results(call, tensors, torch.zeros(batch, frames, 16, 8))
         assert out.shape == (batch, frames, 16, 8)
         assert not any(grad.any() for grad in grads)
-        tensors = out_tensors((batch, frames, 8), (4, 4), 1, 1, 8, torch.float32, where[1])
-        call = lambda hidden, *rest: adapter_out(hidden, (4, 4), *rest, backend=where[0])  # noqa: E731
+        tensors = out_tensors((batch, frames, 8), (4, 4), 1, 1, 8, torch.float32, native[1])
+        call = lambda hidden, *rest: adapter_out(hidden, (4, 4), *rest, backend=native[0])  # noqa: E731
         out, *grads = results(call, tensors, torch.zeros(batch, frames, 17, 8))
         assert out.shape == (batch, frames, 17, 8)
         assert not any(grad.any() for grad in grads)
@@ -416,6 +479,8 @@ def test_half_precision(dtype):
         (dict(tokens=torch.zeros(1, 2, 17, 8).double()), TypeError, "norm_weight must be torch.float64 here"),
         (dict(tokens=torch.zeros(1, 2, 17, 8).int()), TypeError, "tokens must be float64"),
         (dict(tokens=None), TypeError, "tokens must be a torch.Tensor"),
+        (dict(norm_weight=None), TypeError, "norm_weight must be a torch.Tensor"),
+        (dict(weight=None), TypeError, "weight must be a torch.Tensor"),
         (dict(norm_weight=torch.zeros(7)), ValueError, "norm_weight must have shape"),
         (dict(bias=torch.zeros(7)), ValueError, "bias must have shape"),
         (dict(grid=(4, 3)), ValueError, "multiples of pool=2, got 4 x 3"),
@@ -457,10 +522,10 @@ def test_direct_calls_of_the_operators_are_checked():
     tokens, weight, bias = torch.randn(1, 2, 26, 8), torch.randn(16, 8, 3, 3), torch.randn(16)
     norm, options = (torch.ones(8), torch.zeros(8)), (4, 6, 2, torch.float32)
     hidden, mean, rstd = op.adapter_in_fwd(tokens, *norm, 1e-5, weight, bias, *options)
-    good = [torch.randn_like(hidden), tokens, *norm, weight, hidden, mean, rstd, *options, [True] * 3]
+    good = [torch.randn_like(hidden), tokens, *norm, 1e-5, weight, hidden, mean, rstd, *options, [True] * 3]
     op.adapter_in_bwd(*good)
-    bad = ((0, hidden[..., :16]), (0, hidden.half()), (1, tokens[:, :1]), (2, norm[0][:4]), (4, weight[:8]))
-    bad += ((5, hidden[:, :1]), (6, mean.float()), (7, rstd[:0]), (8, 40), (10, 4), (12, [True]))
+    bad = ((0, hidden[..., :16]), (0, hidden.half()), (1, tokens[:, :1]), (2, norm[0][:4]), (5, weight[:8]))
+    bad += ((6, hidden[:, :1]), (7, mean.float()), (8, rstd[:0]), (9, 40), (11, 4), (13, [True]))
     for at, wrong in bad:
         with pytest.raises((TypeError, ValueError)):
             op.adapter_in_bwd(*good[:at], wrong, *good[at + 1 :])

@@ -12,6 +12,8 @@ pytest.importorskip("triton")
 
 from test_triton_aot import SHARED_KIB, TARGETS, compile_only, pool, resources  # noqa: E402, F401
 
+from tritonkern.ops.temporal_adapter import op  # noqa: E402
+
 FLOAT, DOUBLE, HALF = torch.float32, torch.float64, torch.bfloat16
 # Channels of the tokens and of hidden, pool, dtype of the tokens, of the convolutions: Chrono-S in bfloat16, Chrono-B
 # under autocast, odd numbers, float64. The first for every target; the others for all of them in `make aot`.
@@ -41,14 +43,14 @@ def launch(kernels, channels, inner, side, tokens_dtype, dtype, size=(1, 1, 4, 4
     norm, bias = torch.zeros(2, channels, dtype=tokens_dtype).unbind(), torch.zeros(inner, dtype=tokens_dtype)
     norm = [x.clone() for x in norm]
     weight = torch.zeros(inner, channels, 3, 3, dtype=tokens_dtype)
-    options = (rows, columns, side, dtype)
-    hidden, mean, rstd = kernels.in_forward(tokens, *norm, 1e-5, weight, bias, *options)
-    kernels.in_backward(hidden, tokens, *norm, weight, hidden, mean, rstd, *options, [True] * 3)
-    weight = weight.transpose(0, 1).contiguous()
-    kernels.out_forward(hidden, weight, norm[0], tokens, *options)
-    update = kernels.out_forward(hidden, weight, norm[0], None, *options)
-    kernels.out_backward(tokens, hidden, weight, *options, [True, True])
-    kernels.out_backward(update, hidden, weight, *options, [True, True])
+    norm, options = op.Norm(*norm, 1e-5), (op.Grid(rows, columns, side), dtype)
+    hidden, mean, rstd = kernels.adapter_in_forward(tokens, norm, op.Conv(weight, bias), *options)
+    kernels.adapter_in_backward(hidden, tokens, norm, weight, hidden, mean, rstd, *options, [True] * 3)
+    conv = op.Conv(weight.transpose(0, 1).contiguous(), norm.weight)
+    kernels.adapter_out_forward(hidden, conv, tokens, *options)
+    update = kernels.adapter_out_forward(hidden, conv, None, *options)
+    kernels.adapter_out_backward(tokens, hidden, conv.weight, *options, [True, True])
+    kernels.adapter_out_backward(update, hidden, conv.weight, *options, [True, True])
 
 
 def measure(target, *case):
@@ -72,7 +74,7 @@ def test_no_kernel_spills_or_overflows_shared_memory(pool):  # noqa: F811
             row = f"{target} C={channels} {case}: {used._replace(assembly='')}"
             if used.spilled or used.shared > SHARED_KIB[target] * 1024:
                 faults.append(row)
-            vectors = channels % 8 == 0 and used.kernel != "moments_kernel" and case[-1].itemsize < 8
+            vectors = channels % 8 == 0 and not used.kernel.endswith("moments") and case[-1].itemsize < 8
             if vectors and not target.startswith("gfx") and "ld.global.v" not in used.assembly:
                 faults.append(f"{row}: rows are not read in vectors")
     assert not faults, "\n".join(faults)

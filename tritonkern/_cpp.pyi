@@ -83,63 +83,39 @@ def soft_argmax_backward(
     grad_cost: int,
     /,
 ) -> None: ...
-
-_Image = tuple[int, Sequence[int], int, int]
-_Source = tuple[_Image, int, _Image | None, int, int]
-
-def group_norm_statistics(
-    shape: Sequence[int], num_threads: int, channels: int, eps: float, image: _Image, mean: int, rstd: int, /
+def temporal_adapter_statistics(image: Tensor, eps: float, num_threads: int, mean: Tensor, rstd: Tensor) -> None: ...
+def temporal_adapter_sums(
+    image: Tensor, grad: Tensor, mean: Tensor, num_threads: int, sums: Tensor, moments: Tensor
 ) -> None: ...
-def group_norm_sums(
-    shape: Sequence[int],
-    num_threads: int,
-    channels: int,
-    image: _Image,
-    grad: _Image,
-    mean: int,
-    sums: int,
-    moments: int,
-    /,
+def temporal_adapter_norm_gradient(
+    image: Tensor, grad: Tensor, slope: Tensor, scale: Tensor, shift: Tensor, num_threads: int, grad_image: Tensor
 ) -> None: ...
-def group_norm_gradient(
-    shape: Sequence[int],
-    num_threads: int,
-    channels: int,
-    image: _Image,
-    grad: _Image,
-    slope: int,
-    scale: int,
-    shift: int,
-    grad_image: _Image,
-    /,
-) -> None: ...
-def conv3x3(
-    shape: Sequence[int],
-    num_threads: int,
-    in_channels: int,
-    out_channels: int,
-    tile: int,
-    source: _Source,
-    weight: int,
-    weight_stride: Sequence[int],
-    bias: int,
+def temporal_adapter_conv3x3(
+    source: Tensor,
+    load: str,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor | None,
     relu: bool,
-    residual: _Image | None,
-    mask: _Image | None,
-    out: _Image,
-    /,
-) -> None: ...
-def conv3x3_weight_gradient(
-    shape: Sequence[int],
-    num_threads: int,
-    in_channels: int,
-    out_channels: int,
+    residual: Tensor | None,
+    out_mask: Tensor | None,
     tile: int,
-    source: _Source,
-    grad_out: _Source,
-    grad_weight: int,
-    grad_bias: int,
-    /,
+    num_threads: int,
+    out: Tensor,
+) -> None: ...
+def temporal_adapter_conv3x3_weight_gradient(
+    source: Tensor,
+    load: str,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    grad_out: Tensor,
+    mask: Tensor | None,
+    tile: int,
+    num_threads: int,
+    grad_weight: Tensor,
+    grad_bias: Tensor,
 ) -> None: ...
 def track_attention_forward(
     dtype: int,

@@ -1,14 +1,15 @@
-// The calls of the temporal adapter, as the bindings hand them to the kernels of one instruction set.
+// The calls of the temporal adapter, as its bindings pass them to the kernels.
 #pragma once
 
+#include "common/kernel.h"
 #include "common/tensor.h"
 
 namespace tritonkern {
 
-// Frames [B, T] of channels-last images, anywhere in memory. Pixel (y, x) lies at
+// Frames [B, T] of channels-last images. The offset of pixel (y, x) within a frame is
 //   y / patch * row[0] + y % patch * row[1] + x / patch * column[0] + x % patch * column[1],
 // so that an image may be stored patch after patch: then the patches are the rows of a matrix, and a convolution whose
-// kernel equals its stride is a matrix product.
+// kernel equals its stride is a matrix product. Strides count elements; the channels of a pixel are adjacent.
 struct ImageView {
     void* data = nullptr;
     DType dtype = DType::kFloat32;
@@ -43,7 +44,7 @@ struct GroupNormBackward {
     ImageView grad_image;
 };
 
-// What a pixel goes through on its way into a convolution. Padding is zero after it.
+// What is applied to a pixel before the convolution. Padding is zero after it.
 enum class Load : int {
     kPlain = 0,
     kAffine = 1,  // x * scale[b, c] + shift[b, c]
@@ -59,7 +60,8 @@ struct Source {
 };
 
 // out = residual + relu(conv(source) + bias), 3x3 with a border of zeros, by Winograd's algorithm on tiles of
-// `tile` x `tile` results: 2, where images have the type of the accumulator, or 4, where that is float. Weights, bias and mask have the type of the accumulator: float, or double for double.
+// `tile` x `tile` results: 2, where images have the type of the accumulator, or 4, where that is
+// float. Weights, bias and mask have the type of the accumulator: float, or double for double.
 struct Conv3x3 {
     AdapterShape shape;
     int64_t C, O;
@@ -82,17 +84,10 @@ struct Conv3x3WeightGradient {
     void *grad_weight, *grad_bias;
 };
 
-#define TRITONKERN_DECLARE(isa)                                      \
-    namespace isa {                                                  \
-    void group_norm_statistics(const GroupNormStatistics& call);     \
-    void group_norm_sums(const GroupNormBackward& call);             \
-    void group_norm_gradient(const GroupNormBackward& call);         \
-    void conv3x3(const Conv3x3& call);                               \
-    void conv3x3_weight_gradient(const Conv3x3WeightGradient& call); \
-    }
-TRITONKERN_DECLARE(baseline)
-TRITONKERN_DECLARE(avx2)
-TRITONKERN_DECLARE(avx512)
-#undef TRITONKERN_DECLARE
+TRITONKERN_DECLARE_KERNEL(temporal_adapter, statistics, GroupNormStatistics)
+TRITONKERN_DECLARE_KERNEL(temporal_adapter, sums, GroupNormBackward)
+TRITONKERN_DECLARE_KERNEL(temporal_adapter, norm_gradient, GroupNormBackward)
+TRITONKERN_DECLARE_KERNEL(temporal_adapter, conv3x3, Conv3x3)
+TRITONKERN_DECLARE_KERNEL(temporal_adapter, conv3x3_weight_gradient, Conv3x3WeightGradient)
 
 }  // namespace tritonkern

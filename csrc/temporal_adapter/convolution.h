@@ -5,7 +5,7 @@
 #include "common/product.h"
 #include "temporal_adapter/tiles.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::temporal_adapter {
 
 // What a block of tiles may take in the caches of one core: small blocks stay near it, large ones read the weights less
 // often. On Zen 3 (512 KiB and a share of 32 MiB) 1 MiB is 7 to 15 % faster than 3 MiB, and 12 MiB is as much slower.
@@ -175,4 +175,4 @@ void convolve(const Conv3x3& call) {
                  });
 }
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::temporal_adapter

@@ -5,7 +5,7 @@
 
 #include "temporal_adapter/pixels.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::temporal_adapter {
 
 // Tasks of `kStrip` image rows each; none reaches across frames.
 struct Strips {
@@ -62,7 +62,7 @@ TRITONKERN_INLINE void pixel_moments(const S* p, int64_t C, double shift, double
 }
 
 template <class A>
-void statistics(const GroupNormStatistics& call) {
+void compute_statistics(const GroupNormStatistics& call) {
     const Strips strips(call.shape);
     const Offsets at(call.image, call.shape, 0, 0);
     struct Partial {
@@ -107,7 +107,7 @@ void statistics(const GroupNormStatistics& call) {
 }
 
 template <class A>
-void sums(const GroupNormBackward& call) {
+void compute_sums(const GroupNormBackward& call) {
     constexpr int L = kLanes<A>;
     const Strips strips(call.shape);
     const Offsets at(call.image, call.shape, 0, 0), grad_at(call.grad, call.shape, 0, 0);
@@ -142,7 +142,7 @@ void sums(const GroupNormBackward& call) {
 }
 
 template <class A>
-void gradient(const GroupNormBackward& call) {
+void compute_gradient(const GroupNormBackward& call) {
     constexpr int L = kLanes<A>;
     const Strips strips(call.shape);
     const Offsets at(call.image, call.shape, 0, 0), grad_at(call.grad, call.shape, 0, 0);
@@ -167,4 +167,4 @@ void gradient(const GroupNormBackward& call) {
     });
 }
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::temporal_adapter

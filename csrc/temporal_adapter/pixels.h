@@ -8,7 +8,7 @@
 #include "common/simd.h"
 #include "temporal_adapter/call.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::temporal_adapter {
 
 // The last channels, fewer than a vector holds; zeros beyond. Not inlined: the many places that load a pixel stay small.
 template <class A, class S>
@@ -104,4 +104,4 @@ void for_storage(DType dtype, const Run& run) {
     run(A{});
 }
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::temporal_adapter

@@ -6,7 +6,7 @@
 #include "temporal_adapter/pixels.h"
 #include "temporal_adapter/winograd.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::temporal_adapter {
 
 // A square of pixels in memory.
 template <class A, int n>
@@ -145,4 +145,4 @@ TileTask<A> with_reader(const Source& source, const AdapterShape& shape, int64_t
     return task;
 }
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::temporal_adapter

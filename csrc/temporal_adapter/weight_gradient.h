@@ -7,7 +7,7 @@
 
 #include "temporal_adapter/convolution.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::temporal_adapter {
 
 // Brings a vector of channels of one tile of gradients of results into Winograd's domain, right[point][panel][kCols], and adds
 // them up in `sums` [O].
@@ -108,4 +108,4 @@ void weight_gradient(const Conv3x3WeightGradient& call) {
     for (int64_t o = 0; o < call.O; ++o) static_cast<A*>(call.grad_bias)[o] = A(bias[o]);
 }
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::temporal_adapter

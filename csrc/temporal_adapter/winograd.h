@@ -9,7 +9,7 @@
 
 #include "common/simd.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::temporal_adapter {
 
 template <class A, int m>
 struct Winograd;
@@ -82,4 +82,4 @@ struct Winograd<A, 4> {
     }
 };
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::temporal_adapter

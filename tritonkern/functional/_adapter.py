@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonkern.functional._arguments import autocast_dtype, real, refuse_forward_mode
+from tritonkern.functional._arguments import autocast_dtype, real
 from tritonkern.ops import _backends
-from tritonkern.ops._contract import DTYPES
-from tritonkern.ops.temporal_adapter import op as _adapter_op
+from tritonkern.ops._checks import check_dense
+from tritonkern.ops._dtypes import DTYPES
+from tritonkern.ops.temporal_adapter.op import Conv, Grid, Norm, adapter_in_fwd, adapter_out_fwd
 
 
 def adapter_in(
@@ -17,26 +18,26 @@ def adapter_in(
     norm_weight: Tensor,
     norm_bias: Tensor,
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None = None,
     *,
     pool: int = 1,
     eps: float = 1e-5,
     backend: str | None = None,
 ) -> Tensor:
-    """What a temporal adapter begins with: GroupNorm over the whole clip, 3x3 convolution, ReLU.
+    """The first end: GroupNorm over the whole clip, 3 x 3 convolution, ReLU.
 
     The norm has one group: its statistics are taken over all frames, patches and channels of a batch entry. Padding is
-    zero after the norm. On the CPU the normalised tokens are never stored. The first derivative is supported; a second
-    one raises RuntimeError.
+    zero after the norm. On the CPU the normalised tokens are never stored. Only first-order reverse-mode derivatives
+    exist.
 
     Args:
         tokens: ``[B, T, prefix + h * w, C]``, class and register tokens before the patches of each frame, row by row;
             any strides. float64, float32, bfloat16 or float16.
         grid: ``(h, w)``, multiples of `pool`.
         norm_weight, norm_bias: ``[C]``.
-        weight, bias: ``[O, C, 3, 3]`` and ``[O]``.
+        weight, bias: ``[O, C, 3, 3]`` and ``[O]`` or None.
         pool: side p of the patches that the result is stored in.
-        eps: added to the variance.
+        eps: added to the variance, positive.
         backend: ``"cpp"``, ``"triton"`` (around cuDNN's convolutions) or ``"reference"``; None chooses by device.
 
     Returns:
@@ -54,36 +55,31 @@ def adapter_in(
     by Winograd's algorithm (Lavin and Gray, CVPR 2016).
     """
     _backends.check_name(backend)
-    eps = real("eps", eps)
-    dtype = _adapter_dtype(tokens)
-    _check_patches(grid, pool)
-    if not eps > 0:
-        raise ValueError(f"eps must be positive, got {eps}")
-    _adapter_op.check_in(tokens, norm_weight, norm_bias, weight, bias, *grid, pool, dtype)
-    refuse_forward_mode("adapter_in", tokens, norm_weight, norm_bias, weight, bias)
-    call = (tokens, norm_weight, norm_bias, eps, weight, bias, *grid, pool, dtype, backend)
-    return _adapter_op.adapter_in_fwd(*call)[0]
+    for name, x in (("tokens", tokens), ("norm_weight", norm_weight), ("norm_bias", norm_bias), ("weight", weight)):
+        check_dense(name, x)
+    norm = Norm(norm_weight, norm_bias, real("eps", eps))
+    return adapter_in_fwd(tokens, *norm, *Conv(weight, bias), *_grid(grid, pool), autocast_dtype(tokens), backend)[0]
 
 
 def adapter_out(
     hidden: Tensor,
     grid: tuple[int, int],
     weight: Tensor,
-    bias: Tensor,
+    bias: Tensor | None = None,
     tokens: Tensor | None = None,
     *,
     pool: int = 1,
     dtype: torch.dtype | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """What a temporal adapter ends with: ReLU, 3x3 convolution, sum with the tokens.
+    """The second end: ReLU, 3 x 3 convolution, sum with the tokens.
 
     Args:
         hidden: ``[B, T, h/p * w/p, p * p * O]``, an image as `adapter_in` returns it, and of the dtype it returns.
         grid, pool, backend: as in `adapter_in`.
-        weight, bias: ``[C, O, 3, 3]`` and ``[C]``.
-        tokens: ``[B, T, prefix + h * w, C]``; the first `prefix` of each frame are copied as they are.
-        dtype: what the convolution is to be as precise as; None takes that of tokens, or the autocast dtype.
+        weight, bias: ``[C, O, 3, 3]`` and ``[C]`` or None.
+        tokens: ``[B, T, prefix + h * w, C]``; the first `prefix` of each frame are copied unchanged.
+        dtype: precision of the convolution; None takes that of tokens, or the autocast dtype.
 
     Returns:
         New tokens in their shape and dtype, contiguous; without tokens ``[B, T, h * w, C]`` in `dtype`.
@@ -92,25 +88,18 @@ def adapter_out(
         TypeError, ValueError, NotImplementedError: as `adapter_in`.
     """
     _backends.check_name(backend)
-    _check_patches(grid, pool)
+    check_dense("hidden", hidden)
+    check_dense("weight", weight)
     if dtype is None:
-        dtype = _adapter_dtype(hidden if tokens is None else tokens)
+        dtype = autocast_dtype(hidden if tokens is None else tokens)
     elif dtype not in DTYPES:
         raise TypeError(f"dtype must be float64, float32, bfloat16, float16 or None, got {dtype}")
-    _adapter_op.check_out(hidden, weight, bias, tokens, *grid, pool, dtype)
-    refuse_forward_mode("adapter_out", hidden, weight, bias, *(() if tokens is None else (tokens,)))
-    return _adapter_op.adapter_out_fwd(hidden, weight, bias, tokens, *grid, pool, dtype, backend)
+    return adapter_out_fwd(hidden, *Conv(weight, bias), tokens, *_grid(grid, pool), dtype, backend)
 
 
-def _check_patches(grid: tuple[int, int], pool: int) -> None:
+def _grid(grid: tuple[int, int], pool: int) -> Grid:
     if not isinstance(grid, tuple | list | torch.Size) or len(grid) != 2:
         raise TypeError(f"grid must be a pair (h, w), got {grid!r}")
     if any(isinstance(x, bool | float) for x in (*grid, pool)):
         raise TypeError(f"grid and pool must be whole numbers, got {grid} and {pool!r}")
-
-
-def _adapter_dtype(tokens: Tensor) -> torch.dtype:
-    """Of the convolutions; the autocast dtype, unless the tokens have 16 bits already."""
-    if not isinstance(tokens, Tensor):
-        raise TypeError(f"tokens must be a torch.Tensor, got {type(tokens).__name__}")
-    return autocast_dtype(tokens)
+    return Grid(*grid, pool)

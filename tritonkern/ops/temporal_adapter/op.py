@@ -1,28 +1,218 @@
-"""Contract, operators and gradients of the two ends of a temporal adapter.
+"""Checks, operators and gradients of the two ends of a temporal adapter.
 
-Tokens are `[B, T, prefix + h * w, C]`: class and register tokens, then the patches of a frame, row by row. What lies
-between the two ends is `hidden`, an image of O channels stored patch after patch, `[B, T, h/p * w/p, p * p * O]`: a
-convolution whose kernel and stride are p is a linear layer on it.
+Tokens are `[B, T, prefix + h * w, C]`: class and register tokens, then the patches of a frame, row by row. Between the
+two ends is `hidden`, an image of O channels stored patch after patch, `[B, T, h/p * w/p, p * p * O]`: a convolution
+whose kernel and stride are p is a linear layer on it.
 """
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from tritonkern.ops import _backends, _registry
-from tritonkern.ops._contract import check_dense, check_saved
+from tritonkern.ops._checks import check_dense, check_saved
+from tritonkern.ops._registry import Results, differentiable, operator
 
 NAME = "temporal_adapter"
 HALF = (torch.bfloat16, torch.float16)
 
 
+class Norm(NamedTuple):
+    """GroupNorm with one group; weight and bias `[C]`."""
+
+    weight: Tensor
+    bias: Tensor
+    eps: float
+
+
+class Conv(NamedTuple):
+    """3 x 3 convolution; weight `[O, C, 3, 3]`, bias `[O]`."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+class Grid(NamedTuple):
+    """Patches of a frame, h x w, and the side p of the patches that `hidden` is stored in."""
+
+    rows: int
+    columns: int
+    pool: int
+
+
 def hidden_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
-    """What `hidden` is stored in where the convolutions are to have the precision of `dtype`.
+    """The dtype of `hidden` where the convolutions have the precision of `dtype`.
 
     CPUs compute 16-bit convolutions in float32, and their linear layers are faster in it as well.
     """
     return torch.float32 if device.type == "cpu" and dtype in HALF else dtype
+
+
+def hidden_shape(batch: int, frames: int, grid: Grid, channels: int) -> tuple[int, int, int, int]:
+    """`[B, T, h/p * w/p, p * p * O]`"""
+    rows, columns, pool = grid
+    return batch, frames, rows * columns // pool**2, pool**2 * channels
+
+
+@operator(NAME, "adapter_in_forward")
+def adapter_in_fwd(
+    tokens: Tensor, norm: Norm, conv: Conv, grid: Grid, dtype: torch.dtype
+) -> Results[tuple[Tensor, Tensor, Tensor]]:
+    """relu(conv(norm(patches))) as `hidden`, and mean and 1 / deviation of the patches, `[B]`, float64.
+
+    `dtype` says how precise the convolution is.
+    """
+    _check_in(tokens, norm, conv, grid, dtype)
+    batch, frames = tokens.shape[:2]
+    return lambda: (
+        tokens.new_empty(
+            hidden_shape(batch, frames, grid, conv.weight.shape[0]), dtype=hidden_dtype(tokens.device, dtype)
+        ),
+        tokens.new_empty((batch,), dtype=torch.float64),
+        tokens.new_empty((batch,), dtype=torch.float64),
+    )
+
+
+@operator(NAME, "adapter_in_backward")
+def adapter_in_bwd(
+    grad_hidden: Tensor,
+    tokens: Tensor,
+    norm: Norm,
+    conv_weight: Tensor,
+    hidden: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    grid: Grid,
+    dtype: torch.dtype,
+    needs_grad: list[bool],
+) -> Results[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Gradients of tokens (zero for the prefix), of the norm's and of the convolution's weight and bias.
+
+    `needs_grad`: of the tokens, of the norm, of the convolution. A result that is not needed has shape `[0]`.
+    """
+    _check_in(tokens, norm, Conv(conv_weight, None), grid, dtype)
+    shape = hidden_shape(*tokens.shape[:2], grid, conv_weight.shape[0])
+    stored = hidden_dtype(tokens.device, dtype)
+    expected: dict = {name: (x, shape, stored) for name, x in (("grad_hidden", grad_hidden), ("hidden", hidden))}
+    expected |= {name: (x, tokens.shape[:1], torch.float64) for name, x in (("mean", mean), ("rstd", rstd))}
+    check_saved(expected, tokens.device)
+    _check_needs_grad(needs_grad, 3)
+    of_tokens, of_norm, of_conv = needs_grad
+    return lambda: (
+        tokens.new_empty(tokens.shape if of_tokens else (0,)),
+        norm.weight.new_empty(norm.weight.shape if of_norm else (0,)),
+        norm.bias.new_empty(norm.bias.shape if of_norm else (0,)),
+        conv_weight.new_empty(conv_weight.shape if of_conv else (0,)),
+        conv_weight.new_empty(conv_weight.shape[:1] if of_conv else (0,)),
+    )
+
+
+@operator(NAME, "adapter_out_forward")
+def adapter_out_fwd(
+    hidden: Tensor, conv: Conv, tokens: Tensor | None, grid: Grid, dtype: torch.dtype
+) -> Results[Tensor]:
+    """conv(relu(hidden)) added to the patches of `tokens`, or alone, `[B, T, h * w, C]`, where there are none."""
+    _check_out(hidden, conv, tokens, grid, dtype)
+    if tokens is not None:
+        return lambda: tokens.new_empty(tokens.shape)
+    return lambda: hidden.new_empty((*hidden.shape[:2], grid.rows * grid.columns, conv.weight.shape[0]), dtype=dtype)
+
+
+@operator(NAME, "adapter_out_backward")
+def adapter_out_bwd(
+    grad_out: Tensor, hidden: Tensor, conv_weight: Tensor, grid: Grid, dtype: torch.dtype, needs_grad: list[bool]
+) -> Results[tuple[Tensor, Tensor, Tensor]]:
+    """Gradients of hidden and of the convolution's weight and bias; `needs_grad`: of hidden, of the convolution."""
+    _check_out(hidden, Conv(conv_weight, None), None, grid, dtype)
+    _check_tensors(hidden.device, grad_out=grad_out)
+    # Of the tokens, with their prefix, or of the patches alone.
+    if grad_out.dim() != 4 or grad_out.shape[2] < grid.rows * grid.columns:
+        raise ValueError(f"grad_out must have shape [B, T, prefix + h * w, C], got {tuple(grad_out.shape)}")
+    _check_shape("grad_out", grad_out, (*hidden.shape[:2], grad_out.shape[2], conv_weight.shape[0]))
+    _check_dtype(dtype, grad_out=grad_out)
+    _check_needs_grad(needs_grad, 2)
+    of_hidden, of_conv = needs_grad
+    return lambda: (
+        hidden.new_empty(hidden.shape if of_hidden else (0,)),
+        conv_weight.new_empty(conv_weight.shape if of_conv else (0,)),
+        conv_weight.new_empty(conv_weight.shape[:1] if of_conv else (0,)),
+    )
+
+
+def _save_in(ctx, inputs, output):
+    tokens, norm_weight, norm_bias, eps, conv_weight, _, *ctx.options = inputs
+    ctx.eps = eps
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.save_for_backward(tokens, norm_weight, norm_bias, conv_weight, *output)
+
+
+def _gradient_in(ctx, grad_hidden, *_):
+    tokens, norm_weight, norm_bias, conv_weight, hidden, mean, rstd = ctx.saved_tensors
+    of_tokens, of_weight, of_bias, _, of_conv_weight, of_conv_bias, *_ = ctx.needs_input_grad
+    *options, backend = ctx.options
+    needs_grad = [of_tokens, of_weight or of_bias, of_conv_weight or of_conv_bias]
+    norm = norm_weight, norm_bias, ctx.eps
+    grads = adapter_in_bwd(grad_hidden, tokens, *norm, conv_weight, hidden, mean, rstd, *options, needs_grad, backend)
+    return (*grads[:3], None, *grads[3:])  # None for eps
+
+
+def _save_out(ctx, inputs, output):
+    hidden, conv_weight, _, _, *ctx.options = inputs
+    ctx.save_for_backward(hidden, conv_weight)
+
+
+def _gradient_out(ctx, grad_out):
+    of_hidden, of_weight, of_bias, *_ = ctx.needs_input_grad
+    *options, backend = ctx.options
+    grads = (None, None, None)
+    if of_hidden or of_weight or of_bias:
+        grads = adapter_out_bwd(grad_out, *ctx.saved_tensors, *options, [of_hidden, of_weight or of_bias], backend)
+    return (*grads, grad_out)
+
+
+differentiable(adapter_in_fwd, _save_in, _gradient_in)
+differentiable(adapter_out_fwd, _save_out, _gradient_out)
+
+
+def _check_in(tokens: Tensor, norm: Norm, conv: Conv, grid: Grid, dtype: torch.dtype) -> None:
+    parameters = {"norm_weight": norm.weight, "norm_bias": norm.bias, "weight": conv.weight, "bias": conv.bias}
+    _check_tensors(tokens.device, tokens=tokens, **parameters)
+    _check_dtype(dtype, tokens=tokens, **parameters)
+    if tokens.dim() != 4:
+        raise ValueError(f"tokens must have shape [B, T, prefix + h * w, C], got {tuple(tokens.shape)}")
+    _check_grid(tokens.shape[2], grid)
+    if not norm.eps > 0:
+        raise ValueError(f"eps must be positive, got {norm.eps}")
+    channels, weight = tokens.shape[3], conv.weight
+    if weight.dim() != 4 or weight.shape[1:] != (channels, 3, 3) or channels == 0 or weight.shape[0] == 0:
+        raise ValueError(f"weight must have shape [O, {channels}, 3, 3] for these tokens, got {tuple(weight.shape)}")
+    _check_shape("norm_weight", norm.weight, (channels,))
+    _check_shape("norm_bias", norm.bias, (channels,))
+    if conv.bias is not None:
+        _check_shape("bias", conv.bias, (weight.shape[0],))
+
+
+def _check_out(hidden: Tensor, conv: Conv, tokens: Tensor | None, grid: Grid, dtype: torch.dtype) -> None:
+    weight = conv.weight
+    _check_tensors(hidden.device, hidden=hidden, weight=weight, bias=conv.bias, tokens=tokens)
+    _check_dtype(dtype, weight=weight, bias=conv.bias, tokens=tokens)
+    if hidden.dtype != hidden_dtype(hidden.device, dtype):
+        raise TypeError(f"hidden must be {hidden_dtype(hidden.device, dtype)} here, got {hidden.dtype}; convert it")
+    if hidden.dim() != 4:
+        raise ValueError(f"hidden must have shape [B, T, h/pool * w/pool, pool^2 * O], got {tuple(hidden.shape)}")
+    if tokens is not None and tokens.dim() != 4:
+        raise ValueError(f"tokens must have shape [B, T, prefix + h * w, C], got {tuple(tokens.shape)}")
+    _check_grid(grid.rows * grid.columns if tokens is None else tokens.shape[2], grid)
+    if weight.dim() != 4 or weight.shape[2:] != (3, 3) or weight.numel() == 0:
+        raise ValueError(f"weight must have shape [C, O, 3, 3], got {tuple(weight.shape)}")
+    batch, frames = hidden.shape[:2]
+    _check_shape("hidden", hidden, hidden_shape(batch, frames, grid, weight.shape[1]))
+    if conv.bias is not None:
+        _check_shape("bias", conv.bias, (weight.shape[0],))
+    if tokens is not None:
+        _check_shape("tokens", tokens, (batch, frames, tokens.shape[2], weight.shape[0]))
 
 
 def _check_tensors(device: torch.device, **tensors: Tensor | None) -> None:
@@ -35,17 +225,18 @@ def _check_tensors(device: torch.device, **tensors: Tensor | None) -> None:
 
 
 def _check_dtype(dtype: torch.dtype, **tensors: Tensor | None) -> None:
-    """Results in 16 bits may come from anything but float64; others have the dtype of all that they are made of."""
+    """16-bit results accept every input but float64; otherwise every input must have the result's dtype."""
     for name, x in tensors.items():
         if x is not None and x.dtype != dtype and (dtype not in HALF or x.dtype == torch.float64):
             raise TypeError(f"{name} must be {dtype} here, got {x.dtype}; convert it, or run under autocast")
 
 
-def _check_grid(length: int, rows: int, columns: int, pool: int) -> None:
+def _check_grid(length: int, grid: Grid) -> None:
+    rows, columns, pool = grid
     if pool < 1 or rows < 1 or columns < 1 or rows % pool or columns % pool:
         raise ValueError(f"h and w of the tokens must be multiples of pool={pool}, got {rows} x {columns}")
     if length < rows * columns:
-        raise ValueError(f"tokens must have at least h * w = {rows} * {columns} rows a frame, got {length}")
+        raise ValueError(f"tokens must have at least h * w = {rows} * {columns} rows per frame, got {length}")
 
 
 def _check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
@@ -53,345 +244,6 @@ def _check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
 
 
-def check_in(
-    tokens: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    rows: int,
-    columns: int,
-    pool: int,
-    dtype: torch.dtype,
-) -> None:
-    """Raise TypeError or ValueError unless the arguments of `adapter_in_fwd` fit together."""
-    if not isinstance(tokens, Tensor):
-        raise TypeError(f"tokens must be a torch.Tensor, got {type(tokens).__name__}")
-    parameters = {"norm_weight": norm_weight, "norm_bias": norm_bias, "weight": weight, "bias": bias}
-    _check_tensors(tokens.device, tokens=tokens, **parameters)
-    _check_dtype(dtype, tokens=tokens, **parameters)
-    if tokens.dim() != 4:
-        raise ValueError(f"tokens must have shape [B, T, prefix + h * w, C], got {tuple(tokens.shape)}")
-    _check_grid(tokens.shape[2], rows, columns, pool)
-    channels = tokens.shape[3]
-    if weight.dim() != 4 or weight.shape[1:] != (channels, 3, 3) or channels == 0 or weight.shape[0] == 0:
-        raise ValueError(f"weight must have shape [O, {channels}, 3, 3] for these tokens, got {tuple(weight.shape)}")
-    _check_shape("norm_weight", norm_weight, (channels,))
-    _check_shape("norm_bias", norm_bias, (channels,))
-    if bias is not None:
-        _check_shape("bias", bias, (weight.shape[0],))
-
-
-def check_out(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    tokens: Tensor | None,
-    rows: int,
-    columns: int,
-    pool: int,
-    dtype: torch.dtype,
-) -> None:
-    """Raise TypeError or ValueError unless the arguments of `adapter_out_fwd` fit together."""
-    if not isinstance(hidden, Tensor):
-        raise TypeError(f"hidden must be a torch.Tensor, got {type(hidden).__name__}")
-    _check_tensors(hidden.device, hidden=hidden, weight=weight, bias=bias, tokens=tokens)
-    _check_dtype(dtype, weight=weight, bias=bias, tokens=tokens)
-    if hidden.dtype != hidden_dtype(hidden.device, dtype):
-        raise TypeError(f"hidden must be {hidden_dtype(hidden.device, dtype)} here, got {hidden.dtype}; convert it")
-    if hidden.dim() != 4:
-        raise ValueError(f"hidden must have shape [B, T, h/pool * w/pool, pool^2 * O], got {tuple(hidden.shape)}")
-    _check_grid(rows * columns if tokens is None else tokens.shape[2], rows, columns, pool)
-    if weight.dim() != 4 or weight.shape[2:] != (3, 3) or weight.numel() == 0:
-        raise ValueError(f"weight must have shape [C, O, 3, 3], got {tuple(weight.shape)}")
-    batch, frames = hidden.shape[:2]
-    _check_shape("hidden", hidden, (batch, frames, rows * columns // pool**2, pool**2 * weight.shape[1]))
-    if bias is not None:
-        _check_shape("bias", bias, (weight.shape[0],))
-    if tokens is not None:
-        _check_shape("tokens", tokens, (batch, frames, tokens.shape[2], weight.shape[0]))
-
-
-def _check_in_backward(
-    grad_hidden: Tensor,
-    tokens: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    hidden: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    rows: int,
-    columns: int,
-    pool: int,
-    dtype: torch.dtype,
-    needs: list[bool],
-) -> None:
-    check_in(tokens, norm_weight, norm_bias, weight, None, rows, columns, pool, dtype)
-    batch, frames = tokens.shape[:2]
-    shape = (batch, frames, rows * columns // pool**2, pool**2 * weight.shape[0])
-    stored = hidden_dtype(tokens.device, dtype)
-    expected: dict = {name: (x, shape, stored) for name, x in (("grad_hidden", grad_hidden), ("hidden", hidden))}
-    expected |= {name: (x, (batch,), torch.float64) for name, x in (("mean", mean), ("rstd", rstd))}
-    check_saved(expected, tokens.device)
-    _check_needs(needs, 3)
-
-
-def _check_out_backward(
-    grad_out: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    rows: int,
-    columns: int,
-    pool: int,
-    dtype: torch.dtype,
-    needs: list[bool],
-) -> None:
-    check_out(hidden, weight, None, None, rows, columns, pool, dtype)
-    _check_tensors(hidden.device, grad_out=grad_out)
-    # Of the tokens, with their prefix, or of the patches alone.
-    if grad_out.dim() != 4 or grad_out.shape[2] < rows * columns:
-        raise ValueError(f"grad_out must have shape [B, T, prefix + h * w, C], got {tuple(grad_out.shape)}")
-    _check_shape("grad_out", grad_out, (*hidden.shape[:2], grad_out.shape[2], weight.shape[0]))
-    _check_dtype(dtype, grad_out=grad_out)
-    _check_needs(needs, 2)
-
-
-def _check_needs(needs: list[bool], count: int) -> None:
-    if len(needs) != count:
-        raise ValueError(f"needs must have {count} entries, got {len(needs)}")
-
-
-def _in_fwd(
-    tokens: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor,
-    rows: int,
-    columns: int,
-    pool: int,
-    dtype: torch.dtype,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_in(tokens, norm_weight, norm_bias, weight, bias, rows, columns, pool, dtype)
-    kernels = _backends.load(NAME, tokens.device, backend)
-    return kernels.in_forward(tokens, norm_weight, norm_bias, eps, weight, bias, rows, columns, pool, dtype)
-
-
-def _in_fwd_fake(
-    tokens: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    weight: Tensor,
-    bias: Tensor,
-    rows: int,
-    columns: int,
-    pool: int,
-    dtype: torch.dtype,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    check_in(tokens, norm_weight, norm_bias, weight, bias, rows, columns, pool, dtype)
-    batch, frames = tokens.shape[:2]
-    shape = (batch, frames, rows * columns // pool**2, pool**2 * weight.shape[0])
-    hidden = tokens.new_empty(shape, dtype=hidden_dtype(tokens.device, dtype))
-    mean, rstd = (tokens.new_empty((batch,), dtype=torch.float64) for _ in range(2))
-    return hidden, mean, rstd
-
-
-def _in_bwd(
-    grad_hidden: Tensor,
-    tokens: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    hidden: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    rows: int,
-    columns: int,
-    pool: int,
-    dtype: torch.dtype,
-    needs: list[bool],
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    arguments = (
-        grad_hidden,
-        tokens,
-        norm_weight,
-        norm_bias,
-        weight,
-        hidden,
-        mean,
-        rstd,
-        rows,
-        columns,
-        pool,
-        dtype,
-        needs,
-    )
-    _check_in_backward(*arguments)
-    return _backends.load(NAME, tokens.device, backend).in_backward(*arguments)
-
-
-def _in_bwd_fake(
-    grad_hidden: Tensor,
-    tokens: Tensor,
-    norm_weight: Tensor,
-    norm_bias: Tensor,
-    weight: Tensor,
-    hidden: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    rows: int,
-    columns: int,
-    pool: int,
-    dtype: torch.dtype,
-    needs: list[bool],
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    grad_tokens, grad_norm, grad_conv = needs
-    return (
-        tokens.new_empty(tokens.shape if grad_tokens else (0,)),
-        norm_weight.new_empty(norm_weight.shape if grad_norm else (0,)),
-        norm_bias.new_empty(norm_bias.shape if grad_norm else (0,)),
-        weight.new_empty(weight.shape if grad_conv else (0,)),
-        weight.new_empty(weight.shape[:1] if grad_conv else (0,)),
-    )
-
-
-def _out_fwd(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    tokens: Tensor | None,
-    rows: int,
-    columns: int,
-    pool: int,
-    dtype: torch.dtype,
-    backend: str | None = None,
-) -> Tensor:
-    check_out(hidden, weight, bias, tokens, rows, columns, pool, dtype)
-    return _backends.load(NAME, hidden.device, backend).out_forward(
-        hidden, weight, bias, tokens, rows, columns, pool, dtype
-    )
-
-
-def _out_fwd_fake(
-    hidden: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    tokens: Tensor | None,
-    rows: int,
-    columns: int,
-    pool: int,
-    dtype: torch.dtype,
-    backend: str | None = None,
-) -> Tensor:
-    check_out(hidden, weight, bias, tokens, rows, columns, pool, dtype)
-    if tokens is not None:
-        return tokens.new_empty(tokens.shape)
-    return hidden.new_empty((*hidden.shape[:2], rows * columns, weight.shape[0]), dtype=dtype)
-
-
-def _out_bwd(
-    grad_out: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    rows: int,
-    columns: int,
-    pool: int,
-    dtype: torch.dtype,
-    needs: list[bool],
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_out_backward(grad_out, hidden, weight, rows, columns, pool, dtype, needs)
-    return _backends.load(NAME, hidden.device, backend).out_backward(
-        grad_out, hidden, weight, rows, columns, pool, dtype, needs
-    )
-
-
-def _out_bwd_fake(
-    grad_out: Tensor,
-    hidden: Tensor,
-    weight: Tensor,
-    rows: int,
-    columns: int,
-    pool: int,
-    dtype: torch.dtype,
-    needs: list[bool],
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    grad_hidden, grad_conv = needs
-    return (
-        hidden.new_empty(hidden.shape if grad_hidden else (0,)),
-        weight.new_empty(weight.shape if grad_conv else (0,)),
-        weight.new_empty(weight.shape[:1] if grad_conv else (0,)),
-    )
-
-
-adapter_in_fwd = _registry.define(
-    "adapter_in_fwd(Tensor tokens, Tensor norm_weight, Tensor norm_bias, float eps, Tensor weight, Tensor bias,"
-    " SymInt rows, SymInt columns, SymInt pool, ScalarType dtype, str? backend=None) -> (Tensor, Tensor, Tensor)",
-    _in_fwd,
-    _in_fwd_fake,
-)
-adapter_in_bwd = _registry.define(
-    "adapter_in_bwd(Tensor grad_hidden, Tensor tokens, Tensor norm_weight, Tensor norm_bias, Tensor weight,"
-    " Tensor hidden, Tensor mean, Tensor rstd, SymInt rows, SymInt columns, SymInt pool, ScalarType dtype,"
-    " bool[] needs, str? backend=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _in_bwd,
-    _in_bwd_fake,
-)
-adapter_out_fwd = _registry.define(
-    "adapter_out_fwd(Tensor hidden, Tensor weight, Tensor bias, Tensor? tokens, SymInt rows, SymInt columns,"
-    " SymInt pool, ScalarType dtype, str? backend=None) -> Tensor",
-    _out_fwd,
-    _out_fwd_fake,
-)
-adapter_out_bwd = _registry.define(
-    "adapter_out_bwd(Tensor grad_out, Tensor hidden, Tensor weight, SymInt rows, SymInt columns, SymInt pool,"
-    " ScalarType dtype, bool[] needs, str? backend=None) -> (Tensor, Tensor, Tensor)",
-    _out_bwd,
-    _out_bwd_fake,
-)
-
-
-def _in_setup(ctx, inputs, output):
-    tokens, norm_weight, norm_bias, _, weight, _, *ctx.options = inputs
-    hidden, mean, rstd = output
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(tokens, norm_weight, norm_bias, weight, hidden, mean, rstd)
-
-
-def _in_gradient(ctx, grad_hidden, *_):
-    tokens, norm_weight, norm_bias, _, weight, bias, *_ = ctx.needs_input_grad
-    *options, backend = ctx.options
-    needs = [tokens, norm_weight or norm_bias, weight or bias]
-    grads = list(adapter_in_bwd(grad_hidden, *ctx.saved_tensors, *options, needs, backend))
-    grads.insert(3, None)  # eps
-    needed = (grad if need else None for grad, need in zip(grads, ctx.needs_input_grad, strict=False))
-    return (*needed, *(None for _ in ctx.options))
-
-
-def _out_setup(ctx, inputs, output):
-    hidden, weight, _, _, *ctx.options = inputs
-    ctx.save_for_backward(hidden, weight)
-
-
-def _out_gradient(ctx, grad_out):
-    hidden, weight, bias, tokens, *_ = ctx.needs_input_grad
-    *options, backend = ctx.options
-    grads = (None, None, None)
-    if hidden or weight or bias:
-        grads = adapter_out_bwd(grad_out, *ctx.saved_tensors, *options, [hidden, weight or bias], backend)
-    needed = (grad if need else None for grad, need in zip((*grads, grad_out), ctx.needs_input_grad, strict=False))
-    return (*needed, *(None for _ in ctx.options))
-
-
-_registry.attach_gradient(adapter_in_fwd, _in_setup, _in_gradient)
-_registry.attach_gradient(adapter_out_fwd, _out_setup, _out_gradient)
-_registry.forbid_gradient(adapter_in_bwd, NAME)
-_registry.forbid_gradient(adapter_out_bwd, NAME)
+def _check_needs_grad(needs_grad: list[bool], count: int) -> None:
+    if len(needs_grad) != count:
+        raise ValueError(f"needs_grad must have {count} entries, got {len(needs_grad)}")

@@ -38,7 +38,7 @@ def _standardised(x, mean, rstd, ACC: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["T", "prefix", "pixels", "chunks"])
-def statistics_kernel(
+def temporal_adapter_fwd_kernel_statistics(
     tokens, partial, T: tl.int32, prefix: tl.int32, pixels: tl.int32, chunks: tl.int32, stride_b: tl.int64,
     stride_t: tl.int64, stride_l: tl.int64, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
     EACH: tl.constexpr,
@@ -74,7 +74,7 @@ def statistics_kernel(
 
 
 @triton.jit(do_not_specialize=["programs"])
-def moments_kernel(partial, mean, rstd, programs: tl.int64, eps: tl.float64, BLOCK: tl.constexpr):
+def temporal_adapter_fwd_kernel_moments(partial, mean, rstd, programs: tl.int64, eps: tl.float64, BLOCK: tl.constexpr):
     """Mean and 1 / deviation of each batch entry `[B]`, from the `programs` that had a part of it."""
     entry = tl.program_id(0).to(tl.int64)
     partial += entry * programs * 3
@@ -100,7 +100,7 @@ def moments_kernel(partial, mean, rstd, programs: tl.int64, eps: tl.float64, BLO
 
 
 @triton.jit(do_not_specialize=["T", "prefix", "pixels", "tiles"])
-def normalise_kernel(
+def temporal_adapter_fwd_kernel_normalise(
     tokens, norm_weight, norm_bias, mean, rstd, normed, T: tl.int32, prefix: tl.int32, pixels: tl.int32,
     tiles: tl.int32, stride_b: tl.int64, stride_t: tl.int64, stride_l: tl.int64, C: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -120,7 +120,7 @@ def normalise_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "prefix", "grad_prefix", "pixels", "chunks"])
-def sums_kernel(
+def temporal_adapter_bwd_kernel_sums(
     grad, tokens, mean, rstd, image, partial, T: tl.int32, grad_prefix: tl.int32, prefix: tl.int32, pixels: tl.int32,
     chunks: tl.int32, grad_stride_b: tl.int64, grad_stride_t: tl.int64, grad_stride_l: tl.int64, stride_b: tl.int64,
     stride_t: tl.int64, stride_l: tl.int64, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -160,7 +160,7 @@ def sums_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "prefix", "pixels", "tiles"])
-def gradient_kernel(
+def temporal_adapter_bwd_kernel_tokens(
     grad, tokens, norm_weight, mean, rstd, averages, result, T: tl.int32, prefix: tl.int32, pixels: tl.int32,
     tiles: tl.int32, stride_b: tl.int64, stride_t: tl.int64, stride_l: tl.int64, C: tl.constexpr, BLOCK: tl.constexpr,
     ROWS: tl.constexpr,

@@ -9,7 +9,7 @@ from tritonkern.ops.temporal_adapter.triton_norm import frame_start, place, rows
 
 
 @triton.jit(do_not_specialize=["columns", "pixels", "tiles"])
-def rectify_kernel(
+def temporal_adapter_kernel_rectify(
     source, bias, gate, result, columns: tl.int32, pixels: tl.int32, tiles: tl.int32, POOL: tl.constexpr,
     TO_HIDDEN: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -37,7 +37,7 @@ def rectify_kernel(
 
 
 @triton.jit(do_not_specialize=["T", "prefix", "pixels", "tiles"])
-def add_kernel(
+def temporal_adapter_fwd_kernel_add(
     update, bias, tokens, result, T: tl.int32, prefix: tl.int32, pixels: tl.int32, tiles: tl.int32, stride_b: tl.int64,
     stride_t: tl.int64, stride_l: tl.int64, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -52,7 +52,8 @@ def add_kernel(
     mask = (row < length)[:, None] & (channel < C)[None, :]
     patch = mask & (row >= prefix)[:, None]
     value = tl.load(update + frame * pixels * C + rows_at(row - prefix, C, channel), mask=patch, other=0.0).to(ACC)
-    value += tl.load(bias + channel, mask=channel < C, other=0.0).to(ACC)[None, :]
+    if bias is not None:
+        value += tl.load(bias + channel, mask=channel < C, other=0.0).to(ACC)[None, :]
     if tokens is not None:
         tokens += frame_start(frame, T, 0, stride_b, stride_t, stride_l)
         residual = tl.load(tokens + rows_at(row, stride_l, channel), mask=mask, other=0.0).to(ACC)
