@@ -1,7 +1,7 @@
 """Tiles of the Triton kernels by channels and dtype.
 
-Estimate, not measured: no GPU was at hand. Known from ahead-of-time compilation (tests/test_temporal_adapter_triton.py)
-is that nothing spills on sm_80, sm_90, sm_100 and gfx942.
+Estimates, not measured on a GPU. Ahead-of-time compilation (tests/test_temporal_adapter_triton.py) shows that no kernel
+spills registers.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import torch
 
 NUM_WARPS = 4
 
-# Tiles that a program walks which leaves sums behind: enough programs for a GPU, few enough sums to be nothing beside
-# the tokens. A constant, so that every GPU gives the same bits.
+# Tiles per program in kernels that write partial sums: enough programs to fill a GPU, few enough sums to be negligible.
+# Fixed, so that results do not depend on the GPU.
 EACH = 16
 
 
 class Tile(NamedTuple):
-    """What a program holds at a time: `rows` pixels of `block` channels, a power of two each."""
+    """What a program loads at once: `rows` pixels of `block` channels, each a power of two."""
 
     rows: int
     block: int
 
 
 def tile(channels: int, dtype: torch.dtype) -> Tile:
-    """Sixteen numbers a thread (eight in float64). Blocks divide the channels where that leaves 64 or more; wider ones
+    """Sixteen numbers per thread (eight in float64). Blocks divide the channels where that leaves 64 or more; wider ones
     spilled on sm_80."""
     block = math.gcd(channels, 128)
     if block < 64:
