@@ -4,6 +4,8 @@ import io
 import os
 import pickle
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -171,6 +173,47 @@ def test_a_pickle_that_asks_for_more_than_arrays_is_refused(tmp_path, payload, m
         list(read_tapvid(path))
     assert str(path) in str(error.value)
     assert not target.exists()
+
+
+def nested_key():
+    """A dictionary whose key, a tuple of tuples, takes 2 ** 60 steps to hash."""
+    pairs = b"K\x01q\x00" + b"".join(b"h%ch%c\x86q%c0" % (i, i, i + 1) for i in range(60))
+    return b"\x80\x04" + pairs.replace(b"K\x01q\x00", b"K\x01q\x000", 1) + b"}h\x3cK\x01s."
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"\x80\x04Nr\xff\xff\xff\x7f.", None),
+        (b"\x80\x05\x96" + (1 << 34).to_bytes(8, "little") + b".", "not a readable pickle"),
+        (b"\x80\x04\x8e" + (1 << 60).to_bytes(8, "little") + b".", ""),
+        (nested_key(), "a dictionary key of tuple is refused"),
+        (b"\x80\x04\x8f.", "not a readable pickle"),
+        (
+            b"\x80\x04cnumpy.core.multiarray\n_reconstruct\nN}\x8c\x0c__defaults__K\x01s\x86b.",
+            "the state of a function",
+        ),
+    ],
+    ids=["memo index", "byte array", "bytes", "nested key", "set", "state of a function"],
+)
+def test_a_small_pickle_takes_little_memory_and_time(tmp_path, content, message):
+    """Measured in a process of its own: ten bytes can ask the unpickler of the C library for 16 GB."""
+    (tmp_path / "small.pkl").write_bytes(content)
+    program = f"""
+import resource, sys, time
+from pathlib import Path
+from tritonkern.tracking.restricted_pickle import load_arrays
+before, start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
+try:
+    print(load_arrays(Path({str(tmp_path / "small.pkl")!r})))
+except ValueError as error:
+    print(error)
+assert time.process_time() - start < 2
+assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000
+"""
+    result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout == "None\n" if message is None else re.search(message, result.stdout)
 
 
 def opcodes(name):

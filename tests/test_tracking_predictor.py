@@ -147,6 +147,7 @@ class TestPointTracker:
         (tmp_path / "q.csv").write_text("2,24,32\n")
         np.testing.assert_array_equal(tracker(square_clip(), queries=str(tmp_path / "q.csv")).queries, [[2, 24, 32]])
 
+    @pytest.mark.slow
     def test_reading_needs_little_more_than_the_clip(self):
         """Measured in a process of its own: 400 frames of 256x256 are 79 MB."""
         program = """

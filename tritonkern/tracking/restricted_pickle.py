@@ -3,11 +3,16 @@
 A pickle is a program: `pickle.load` runs whatever function the file names. TAP-Vid is published as pickles, so they are
 read here with an unpickler that knows the few names an array needs, each answered by a stand-in that can only build
 plain arrays. NumPy's own constructors are not handed out: `numpy.ndarray(shape, object, buffer)` makes bytes pointers.
+
+The unpickler is the standard library's version in Python. The one in C stores memo entries in an array as long as the
+largest index that the file names, so ten bytes can take gigabytes; here the memo is a dictionary. It also makes it
+possible to leave out opcodes: sets, and dictionary keys other than text and numbers, can take exponential time to hash.
 """
 
 from __future__ import annotations
 
 import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +38,9 @@ class _DType:
     """Stands in for `numpy.dtype`: plain numbers, bytes and lists of objects, no records and no views."""
 
     def __init__(self, code: str, align: bool = False, copy: bool = False):
-        self.dtype = np.dtype(str(code))
+        if not isinstance(code, (str, bytes)):
+            raise pickle.UnpicklingError(f"a dtype of {type(code).__name__} is refused")
+        self.dtype = np.dtype(code.decode() if isinstance(code, bytes) else code)
         if self.dtype.kind not in "biufSO":
             raise pickle.UnpicklingError(f"dtype {code!r} is refused")
 
@@ -98,7 +105,32 @@ _ALLOWED = {
 }
 
 
-class _ArrayUnpickler(pickle.Unpickler):
+_PythonUnpickler: Any = pickle._Unpickler
+
+# Sets, objects made without `_ALLOWED`, persistent ids and the registry of extensions.
+_REFUSED_OPCODES = (
+    pickle.EMPTY_SET,
+    pickle.FROZENSET,
+    pickle.ADDITEMS,
+    pickle.INST,
+    pickle.OBJ,
+    pickle.NEWOBJ,
+    pickle.NEWOBJ_EX,
+    pickle.PERSID,
+    pickle.BINPERSID,
+    pickle.EXT1,
+    pickle.EXT2,
+    pickle.EXT4,
+)
+
+
+class _ArrayUnpickler(_PythonUnpickler):
+    dispatch: dict[int, Any] = {
+        opcode: method
+        for opcode, method in _PythonUnpickler.dispatch.items()
+        if opcode not in b"".join(_REFUSED_OPCODES)
+    }
+
     def find_class(self, module: str, name: str) -> Any:
         try:
             return _ALLOWED[module, name]
@@ -106,3 +138,43 @@ class _ArrayUnpickler(pickle.Unpickler):
             raise pickle.UnpicklingError(
                 f"it asks for {module}.{name}; as a pickle can run any code, only arrays and containers are read"
             ) from None
+
+    def load_setitem(self) -> None:
+        _check_key(self.stack[-2])
+        super().load_setitem()
+
+    dispatch[pickle.SETITEM[0]] = load_setitem
+
+    def load_setitems(self) -> None:
+        for key in self.stack[::2]:
+            _check_key(key)
+        super().load_setitems()
+
+    dispatch[pickle.SETITEMS[0]] = load_setitems
+
+    def load_dict(self) -> None:
+        for key in self.stack[::2]:
+            _check_key(key)
+        super().load_dict()
+
+    dispatch[pickle.DICT[0]] = load_dict
+
+    def load_build(self) -> None:
+        # Anything else on the stack is a function or class of this module, whose attributes are not the file's to set.
+        if not isinstance(self.stack[-2], (_Array, _DType)):
+            raise pickle.UnpicklingError(f"the state of a {type(self.stack[-2]).__name__} is refused")
+        super().load_build()
+
+    dispatch[pickle.BUILD[0]] = load_build
+
+    def load_bytearray8(self) -> None:
+        # `bytearray(length)`, as the standard library has it, would fill the memory before it finds the file too short.
+        (length,) = struct.unpack("<Q", self.read(8))
+        self.append(bytearray(self.read(length)))
+
+    dispatch[pickle.BYTEARRAY8[0]] = load_bytearray8
+
+
+def _check_key(key: Any) -> None:
+    if not isinstance(key, (str, bytes, int, float)):
+        raise pickle.UnpicklingError(f"a dictionary key of {type(key).__name__} is refused")

@@ -117,7 +117,12 @@ def _clip(file: Path, name: str, example: Any) -> TapVidClip:
             raise ValueError(f"{where}: field {field!r} is missing, found {sorted(map(str, example))}")
 
     video = np.stack([_frame(f"{where}, field 'video', frame {t}", f) for t, f in enumerate(_frames(where, example))])
-    occluded, points = np.asarray(example["occluded"]), np.asarray(example["points"])
+    occluded, points = example["occluded"], example["points"]
+    for field, array in {"occluded": occluded, "points": points}.items():
+        if not isinstance(array, np.ndarray):
+            raise ValueError(f"{where}, field {field!r}: must be an array, got {type(array).__name__}")
+    # Plain arrays: those of the unpickler refuse to be filled again.
+    occluded, points = np.asarray(occluded), np.asarray(points)
     if occluded.dtype != np.bool_:
         raise ValueError(f"{where}, field 'occluded': must be bool, got {occluded.dtype}")
     if occluded.ndim != 2 or occluded.shape[1] != len(video):
@@ -160,9 +165,12 @@ def _frame(where: str, frame: Any) -> np.ndarray:
     if isinstance(frame, bytes):
         try:
             image = Image.open(io.BytesIO(frame)).convert("RGB")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        # Damaged bytes make Pillow fail with nearly any exception class (SyntaxError, struct.error, OSError).
+        except Exception as error:
             raise ValueError(f"{where}: the JPEG bytes cannot be decoded ({error})") from error
     else:
+        if not isinstance(frame, np.ndarray):
+            raise ValueError(f"{where}: must be uint8 [H, W, 3] or JPEG bytes, got {type(frame).__name__}")
         pixels = np.asarray(frame)
         if pixels.dtype != np.uint8 or pixels.ndim != 3 or pixels.shape[2] != 3 or 0 in pixels.shape:
             raise ValueError(f"{where}: must be uint8 [H, W, 3] or JPEG bytes, got {pixels.dtype} {list(pixels.shape)}")
