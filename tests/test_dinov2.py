@@ -165,7 +165,7 @@ def test_adapters_add_to_patch_tokens_only(registers):
         assert tokens.shape == (1, 3, 2, 3, 128)
         return tokens.roll(1, dims=1)
 
-    x = model.embed(video[0])
+    x = model.embed(video[0], model.position_embedding(2, 3))
     for block in model.blocks[:2]:
         x = block(x)
         x = torch.cat([x[:, :prefix], x[:, prefix:] + x[:, prefix:].roll(1, dims=0)], dim=1)
@@ -319,53 +319,20 @@ def test_official_keys(official, name):  # noqa: F811
     assert {key: value.shape for key, value in ours.items()} == {key: value.shape for key, value in peer.items()}
 
 
-def counted_resampling(model, monkeypatch):
-    calls = []
-    resample = model._resampled_positions
-    monkeypatch.setattr(model, "_resampled_positions", lambda *grid: calls.append(grid) or resample(*grid))
-    return calls
-
-
-@pytest.mark.parametrize(
-    "change",
-    [
-        lambda model: model.pos_embed.mul_(2),
-        lambda model: model.load_state_dict({k: v * 2 for k, v in model.state_dict().items()}),
-        lambda model: model.load_state_dict({k: v * 2 for k, v in model.state_dict().items()}, assign=True),
-        lambda model: setattr(model, "pos_embed", nn.Parameter(model.pos_embed * 2)),
-        lambda model: setattr(model.pos_embed, "data", model.pos_embed * 2),
-        lambda model: model.half().double(),  # rounded
-        lambda model: model.float(),
-    ],
-    ids=["in place", "load", "assign", "new parameter", "data", "rounded", "dtype"],
-)
-def test_position_embedding_is_made_once_for_a_parameter(change, monkeypatch):
-    model = tiny(depth=1)
-    calls = counted_resampling(model, monkeypatch)
-    with torch.no_grad():
-        for _ in range(3):
-            model.position_embedding(3, 4), model.position_embedding(4, 3)
-        assert calls == [(3, 4), (4, 3)]
-        change(model)
-        changed = model.position_embedding(3, 4)
-        assert len(calls) == 3 and changed.dtype == model.pos_embed.dtype
-        assert torch.equal(changed, model._resampled_positions(3, 4))
-
-
-def test_position_embedding_has_its_gradient_and_no_memory_of_inference(monkeypatch):
-    model = tiny(depth=1)
+def test_models_made_in_inference_mode_run_on_any_grid_and_follow_their_weights():
     with torch.inference_mode():
-        kept = model.position_embedding(3, 4)
-    assert not kept.is_inference()
-    model.position_embedding(3, 4).sum().backward()
-    assert model.pos_embed.grad.abs().sum() > 0
-    calls = counted_resampling(model, monkeypatch)
-    model.pos_embed.requires_grad_(False)
-    assert model.position_embedding(3, 4) is kept and not calls
-    for grid in range(1, 30):
-        model.position_embedding(grid, 1)
-    assert len(model._positions._resampled) <= 8
-    assert not copy.deepcopy(model)._positions._resampled
+        model = tiny(depth=1)
+    images = torch.randn(1, 3, 42, 56, dtype=torch.float64)
+    with torch.no_grad():
+        before = model(images)
+        assert torch.equal(before, copy.deepcopy(model)(images))
+    with torch.inference_mode():
+        torch.testing.assert_close(model(images), before, **EXACT)
+        # Such a write does not raise the parameter's version.
+        model.pos_embed.normal_()
+        expected = expected_position_embedding(model, 3, 4)
+        torch.testing.assert_close(model.position_embedding(3, 4), expected, **EXACT)
+        assert not torch.equal(model(images), before)
 
 
 @pytest.mark.parametrize("registers", [0, 4])
@@ -386,11 +353,12 @@ def test_frames_in_chunks_give_the_same(registers, norm, monkeypatch):
     torch.testing.assert_close(actual, expected, **EXACT)
 
 
-def test_hooks_see_whole_clips(monkeypatch):
+@pytest.mark.parametrize("name", ["patch_embed.proj", "blocks.1", "blocks.1.mlp.fc1", "norm"])
+def test_hooks_see_whole_clips(name, monkeypatch):
     model = tiny()
     monkeypatch.setattr(DINOv2, "temporaries", {"cpu": 1})
     seen = []
-    model.blocks[1].register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    model.get_submodule(name).register_forward_hook(lambda module, args, output: seen.append(len(output)))
     with torch.no_grad():
         model(torch.randn(5, 3, 28, 28, dtype=torch.float64))
     assert seen == [5]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,6 +14,8 @@ from tritonkern.models.checkpoints import load_strict, read_state_dict
 from tritonkern.models.dinov2 import DINOv2, DINOv2Config, infer_config
 from tritonkern.models.matching import MatchingTracker
 from tritonkern.nn import TemporalAdapter
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 class Chrono(MatchingTracker):
@@ -32,16 +35,11 @@ class Chrono(MatchingTracker):
     cells: int = 64
     """Rows and columns of the feature grid; frames are resized to `cells` patches a side (64 x 14 = 896 pixels)."""
 
-    mean: Tensor
-    std: Tensor
-
     def __init__(self, variant: str | DINOv2Config = "vitb14", hidden: int = 128) -> None:
         super().__init__()
         self.dino = DINOv2(variant)
         config = self.dino.config
         self.adapter = nn.ModuleList(TemporalAdapter(config.dim, hidden) for _ in range(config.depth - 1))
-        self.register_buffer("mean", torch.tensor([0.485, 0.456, 0.406]), persistent=False)
-        self.register_buffer("std", torch.tensor([0.229, 0.224, 0.225]), persistent=False)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path, variant: str | DINOv2Config | None = None) -> Chrono:
@@ -79,21 +77,31 @@ class Chrono(MatchingTracker):
         dino, grid = self.dino, (self.cells, self.cells)
         tokens = 1 + dino.config.num_registers + self.cells**2
         last = len(dino.blocks) - 1
+        embed = partial(self._embed, positions=dino.position_embedding(*grid))
         # From frame to token a few frames at a time: at 896 x 896 the images alone would be larger than the tokens.
-        (x,) = dino.run_blocks(
-            dino.per_frame(self._embed, video.flatten(0, 1), tokens),
-            video.shape[:2], grid, {last}, list(self.adapter), norm=False,
-        )  # fmt: skip
-        return dino.per_frame(self._unit_features, x, tokens).unflatten(0, (batch, frames))
+        x = dino.per_frame(embed, dino.patch_embed, video.flatten(0, 1), tokens)
+        (x,) = dino.run_blocks(x, video.shape[:2], grid, {last}, list(self.adapter), norm=False)
+        return dino.per_frame(self._unit_features, dino.norm, x, tokens).unflatten(0, (batch, frames))
 
-    def _embed(self, frames: Tensor) -> Tensor:
+    def _embed(self, frames: Tensor, positions: Tensor) -> Tensor:
         """Frames `[N, 256, 256, 3]` in [-1, 1] -> what enters the first block of DINOv2."""
-        images = (((frames.to(self.mean.dtype) + 1) / 2 - self.mean) / self.std).movedim(-1, 1)
+        frames = frames.to(positions.dtype)
+        mean, std = (_channels(values, frames) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        images = (((frames + 1) / 2 - mean) / std).movedim(-1, 1)
         size = self.cells * self.dino.config.patch_size
-        return self.dino.embed(F.interpolate(images, size=(size, size), mode="bilinear"))
+        return self.dino.embed(F.interpolate(images, size=(size, size), mode="bilinear"), positions)
 
     def _unit_features(self, x: Tensor) -> Tensor:
         """All tokens after the last block -> unit-norm features `[N, 64, 64, C]` of the patches."""
         tokens = self.dino.norm(x)[:, 1 + self.dino.config.num_registers :]
         tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32)).unflatten(1, (self.cells, self.cells))
         return tokens / tokens.square().sum(-1, keepdim=True).clamp(min=1e-6).sqrt()
+
+
+def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
+    """One number per channel, in the dtype and on the device of `like`.
+
+    Not a buffer, which a checkpoint without it could not restore on the meta device; and not copied from the CPU, which
+    a CUDA graph could not record.
+    """
+    return torch.stack([like.new_full((), value) for value in values])

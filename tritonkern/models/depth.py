@@ -23,11 +23,20 @@ class ResidualConvUnit(nn.Module):
 
 
 class FusionBlock(nn.Module):
-    """Adds a finer level to a coarser path and enlarges the sum."""
+    """Adds a finer level to a coarser path and enlarges the sum.
 
-    def __init__(self, channels: int) -> None:
+    `coarsest`: whether there is no path yet. Official state dicts have weights for it, which nothing uses; they are
+    buffers, because DistributedDataParallel refuses parameters that no gradient reaches.
+    """
+
+    def __init__(self, channels: int, coarsest: bool) -> None:
         super().__init__()
         self.resConfUnit1 = ResidualConvUnit(channels)
+        if coarsest:
+            for conv in (self.resConfUnit1.conv1, self.resConfUnit1.conv2):
+                for name, unused in list(conv.named_parameters()):
+                    delattr(conv, name)
+                    conv.register_buffer(name, unused.detach())
         self.resConfUnit2 = ResidualConvUnit(channels)
         self.out_conv = nn.Conv2d(channels, channels, 1)
 
@@ -45,7 +54,9 @@ class Fusion(nn.Module):
         self.layer1_rn, self.layer2_rn, self.layer3_rn, self.layer4_rn = (
             nn.Conv2d(count, features, 3, padding=1, bias=False) for count in channels
         )
-        self.refinenet1, self.refinenet2, self.refinenet3, self.refinenet4 = (FusionBlock(features) for _ in channels)
+        self.refinenet1, self.refinenet2, self.refinenet3, self.refinenet4 = (
+            FusionBlock(features, coarsest=level == 4) for level in (1, 2, 3, 4)
+        )
         self.output_conv1 = nn.Conv2d(features, features // 2, 3, padding=1)
         self.output_conv2 = nn.Sequential(
             nn.Conv2d(features // 2, 32, 3, padding=1), nn.ReLU(), nn.Conv2d(32, 1, 1), nn.ReLU(), nn.Identity()

@@ -6,6 +6,7 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tritonkern.functional._full_attention import full_attention
 from tritonkern.models.checkpoints import load_strict, read_state_dict
+from tritonkern.models.vit import Block, PatchEmbed
 from tritonkern.nn import TemporalAdapter
+from tritonkern.nn._plain import has_hooks
 
 
 @dataclass(frozen=True)
@@ -48,130 +50,6 @@ DINOV2_CONFIGS = {
 }
 
 
-class PatchEmbed(nn.Module):
-    """Images `[N, 3, H, W]` -> patch tokens `[N, H/p * W/p, dim]`, row by row."""
-
-    def __init__(self, dim: int, patch_size: int) -> None:
-        super().__init__()
-        self.proj = nn.Conv2d(3, dim, kernel_size=patch_size, stride=patch_size)
-
-    def forward(self, images: Tensor) -> Tensor:
-        return self.proj(images).flatten(2).transpose(1, 2)
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention over the tokens of each image."""
-
-    def __init__(self, dim: int, num_heads: int) -> None:
-        super().__init__()
-        self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim)
-        self.proj = nn.Linear(dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # 3 x [N, L, H, D]
-        query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        return self.proj(full_attention(query, key, value).flatten(2))
-
-
-class LayerScale(nn.Module):
-    """A learned factor for each channel."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.gamma = nn.Parameter(torch.ones(dim))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x * self.gamma
-
-
-class Mlp(nn.Module):
-    """Two linear layers with a GELU between, four times as wide inside."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, 4 * dim)
-        self.fc2 = nn.Linear(4 * dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
-
-
-class SwiGLU(nn.Module):
-    """Gated feed-forward, two thirds of `Mlp`'s width inside, rounded up to a multiple of 8."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        hidden = (int(4 * dim * 2 / 3) + 7) // 8 * 8
-        self.w12 = nn.Linear(dim, 2 * hidden)
-        self.w3 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        gate, value = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(gate) * value)
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block on tokens `[N, L, dim]`."""
-
-    def __init__(self, dim: int, num_heads: int, swiglu: bool = False) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
-        self.attn = Attention(dim, num_heads)
-        self.ls1 = LayerScale(dim)
-        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
-        self.mlp = SwiGLU(dim) if swiglu else Mlp(dim)
-        self.ls2 = LayerScale(dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        # The residual stream has the precision of the parameters, also where autocast computes the branches in less.
-        x = x + self.ls1(self.attn(self.norm1(x)))
-        return x + self.ls2(self.mlp(self.norm2(x)))
-
-
-class _PositionCache:
-    """Resampled position embeddings by grid, as long as the parameter they were made of is unchanged."""
-
-    def __init__(self) -> None:
-        self._key: tuple[Any, ...] = ()
-        self._resampled: dict[tuple[int, int], Tensor] = {}
-
-    def get(self, parameter: Tensor, grid: tuple[int, int], resample: Callable[[int, int], Tensor]) -> Tensor:
-        # A compiled graph, a graph of gradients, and a parameter that a transform has put in need it made anew.
-        if (
-            torch.compiler.is_compiling()
-            or (torch.is_grad_enabled() and parameter.requires_grad)
-            or type(parameter) is not nn.Parameter
-        ):
-            return resample(*grid)
-        if not self._valid(parameter):
-            # A tensor that shares the parameter's memory, whose address so cannot be given out again.
-            self._key, self._resampled = (parameter.detach(), parameter._version), {}
-        if grid not in self._resampled:
-            with torch.inference_mode(False), torch.no_grad():
-                made = resample(*grid)
-            if parameter.is_cuda and torch.cuda.is_current_stream_capturing():
-                return made  # its memory belongs to the graph
-            if len(self._resampled) == 8:
-                self._resampled.clear()
-            self._resampled[grid] = made
-        return self._resampled[grid]
-
-    def _valid(self, parameter: Tensor) -> bool:
-        if not self._key:
-            return False
-        made_of, version = self._key
-        return (
-            made_of.data_ptr() == parameter.data_ptr()
-            and made_of.dtype == parameter.dtype
-            and made_of.device == parameter.device
-            and version == parameter._version
-        )
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _PositionCache, ()  # copies and files of a model are without it
-
-
 class DINOv2(nn.Module):
     """A DINOv2 backbone whose parameter names are the official ones.
 
@@ -183,9 +61,9 @@ class DINOv2(nn.Module):
         ValueError: an unknown name.
     """
 
-    # Bytes. A GPU needs some frames side by side to be busy. A CPU is busy with one, and faster than with many: memory
-    # that is allocated anew for a whole clip, 25 MB a frame in each hidden layer of ViT-S at 64 x 64 patches, is pages
-    # that the kernel must clear first.
+    # Maximum bytes of temporaries. A GPU needs several frames at a time to be busy. A CPU is busy with one frame, and
+    # slower with many: newly allocated memory (25 MB per frame in each hidden layer of ViT-S at 64 x 64 patches)
+    # consists of pages that the operating system must clear first.
     temporaries = {"cpu": 2**27, "cuda": 2**30}
 
     def __init__(self, config: str | DINOv2Config = "vitb14") -> None:
@@ -198,14 +76,14 @@ class DINOv2(nn.Module):
         self.patch_embed = PatchEmbed(config.dim, config.patch_size)
         self.cls_token = nn.Parameter(torch.empty(1, 1, config.dim))
         self.pos_embed = nn.Parameter(torch.empty(1, 1 + config.grid**2, config.dim))
-        # Used only in DINOv2's own training; here so that official state dicts load without exceptions.
-        self.mask_token = nn.Parameter(torch.zeros(1, config.dim))
+        # Used only in DINOv2's own training, and here so that official state dicts load strictly. A buffer, because
+        # DistributedDataParallel refuses parameters that no gradient reaches.
+        self.register_buffer("mask_token", torch.zeros(1, config.dim))
         if config.num_registers:
             self.register_tokens = nn.Parameter(torch.empty(1, config.num_registers, config.dim))
             nn.init.normal_(self.register_tokens, std=1e-6)
         self.blocks = nn.ModuleList(Block(config.dim, config.num_heads, config.swiglu) for _ in range(config.depth))
         self.norm = nn.LayerNorm(config.dim, eps=1e-6)
-        self._positions = _PositionCache()
 
         nn.init.normal_(self.cls_token, std=1e-6)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
@@ -239,10 +117,6 @@ class DINOv2(nn.Module):
         grid = self.config.grid
         if (rows, columns) == (grid, grid):
             return self.pos_embed
-        return self._positions.get(self.pos_embed, (rows, columns), self._resampled_positions)
-
-    def _resampled_positions(self, rows: int, columns: int) -> Tensor:
-        grid = self.config.grid
         pos_embed = self.pos_embed.to(torch.promote_types(self.pos_embed.dtype, torch.float32))
         patches = pos_embed[:, 1:].unflatten(1, (grid, grid)).movedim(-1, 1)
         if self.config.num_registers:
@@ -252,28 +126,40 @@ class DINOv2(nn.Module):
             patches = F.interpolate(patches, scale_factor=factors, mode="bicubic")
         return torch.cat([pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], dim=1).to(self.pos_embed.dtype)
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Images `[N, 3, H, W]` -> what enters the first block, `[N, 1 + registers + patches, dim]`."""
+    def embed(self, images: Tensor, positions: Tensor) -> Tensor:
+        """Images `[N, 3, H, W]` -> what enters the first block, `[N, 1 + registers + patches, dim]`.
+
+        `positions` is the `position_embedding` of their grid.
+        """
         x = self.patch_embed(images)
         # Not len(x), which would fix the number of frames of an exported program.
         frames = x.shape[0]
         x = torch.cat([self.cls_token.expand(frames, -1, -1), x], dim=1)
-        x = x + self.position_embedding(*(side // self.config.patch_size for side in images.shape[2:]))
+        x = x + positions
         if self.config.num_registers:
             x = torch.cat([x[:, :1], self.register_tokens.expand(frames, -1, -1), x[:, 1:]], dim=1)
         return x
 
-    def per_frame(self, function: Callable[[Tensor], Tensor], x: Tensor, tokens: int, in_place: bool = False) -> Tensor:
-        """`function(x)` for a function that treats frames `[N, ...]`, of `tokens` tokens each, one by one.
+    def per_frame(
+        self, function: Callable[[Tensor], Tensor], module: nn.Module, x: Tensor, tokens: int, in_place: bool = False
+    ) -> Tensor:
+        """`function(x)` for a function that treats frames `[N, ...]` independently.
 
-        Where no gradient is recorded, it runs on some frames at a time, so that its temporaries stay small however
-        long the clip. `in_place`: the result may take the place of `x`.
+        Where no gradient is recorded, it is called with a few frames at a time, so that its temporaries stay small
+        however long the clip.
+
+        Args:
+            function: what to compute.
+            module: the module that `function` calls. If it or a part of it has hooks, they see all frames at once.
+            x: the frames.
+            tokens: tokens per frame.
+            in_place: whether the result may overwrite `x`.
         """
         # A compiled graph is not cut: its number of frames may be a symbol.
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or any(map(has_hooks, module.modules())):
             return function(x)
         bound = self.temporaries.get(x.device.type, 2**30)
-        # Inside a block a token has some twelve vectors: queries, keys and values, the hidden layer before and after
+        # Inside a block a token has about twelve vectors: queries, keys and values, the hidden layer before and after
         # its GELU, and the residual stream.
         frames = max(1, bound // (12 * 4 * self.config.dim * tokens))
         if len(x) <= frames:
@@ -295,7 +181,7 @@ class DINOv2(nn.Module):
         adapters: Sequence[Callable[[Tensor], Tensor]],
         norm: bool,
     ) -> list[Tensor]:
-        """All tokens after the `wanted` blocks, given what `embed` made of the frames, which is overwritten.
+        """All tokens after the `wanted` blocks. `x`, the result of `embed`, may be overwritten.
 
         The other arguments are those of `get_intermediate_layers`. Blocks treat frames one by one; only adapters see
         the whole clip.
@@ -303,11 +189,8 @@ class DINOv2(nn.Module):
         prefix = 1 + self.config.num_registers
         outputs: list[Tensor] = []
         for index, block in enumerate(self.blocks):
-            if block._forward_hooks or block._forward_pre_hooks:
-                x = block(x)  # a hook may want the whole clip, as that of Chrono's own code does
-            else:
-                returned = any(x is output for output in outputs)
-                x = self.per_frame(block, x, x.shape[1], in_place=not returned)
+            returned = any(x is output for output in outputs)
+            x = self.per_frame(block, block, x, x.shape[1], in_place=not returned)
             if index < len(adapters):
                 adapter = adapters[index]
                 if isinstance(adapter, TemporalAdapter):
@@ -358,10 +241,9 @@ class DINOv2(nn.Module):
         leading = images.shape[:-3]
         rows, columns = (side // size for side in images.shape[-2:])
         prefix = 1 + self.config.num_registers
-        outputs = self.run_blocks(
-            self.per_frame(self.embed, images.flatten(0, -4), prefix + rows * columns),
-            leading, (rows, columns), wanted, adapters, norm,
-        )  # fmt: skip
+        embed = partial(self.embed, positions=self.position_embedding(rows, columns))
+        x = self.per_frame(embed, self.patch_embed, images.flatten(0, -4), prefix + rows * columns)
+        outputs = self.run_blocks(x, leading, (rows, columns), wanted, adapters, norm)
         tokens = [out[:, prefix:].unflatten(0, leading) for out in outputs]
         if reshape:
             tokens = [out.transpose(-1, -2).unflatten(-1, (rows, columns)).contiguous() for out in tokens]
