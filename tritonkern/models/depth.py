@@ -25,18 +25,13 @@ class ResidualConvUnit(nn.Module):
 class FusionBlock(nn.Module):
     """Adds a finer level to a coarser path and enlarges the sum.
 
-    `coarsest`: whether there is no path yet. Official state dicts have weights for it, which nothing uses; they are
-    buffers, because DistributedDataParallel refuses parameters that no gradient reaches.
+    `coarsest`: whether there is no path yet. `resConfUnit1` is then unused and in official state dicts all the same; it
+    is frozen, because DistributedDataParallel refuses trainable parameters that no gradient reaches.
     """
 
     def __init__(self, channels: int, coarsest: bool) -> None:
         super().__init__()
-        self.resConfUnit1 = ResidualConvUnit(channels)
-        if coarsest:
-            for conv in (self.resConfUnit1.conv1, self.resConfUnit1.conv2):
-                for name, unused in list(conv.named_parameters()):
-                    delattr(conv, name)
-                    conv.register_buffer(name, unused.detach())
+        self.resConfUnit1 = ResidualConvUnit(channels).requires_grad_(not coarsest)
         self.resConfUnit2 = ResidualConvUnit(channels)
         self.out_conv = nn.Conv2d(channels, channels, 1)
 

@@ -88,6 +88,10 @@ class LocoTrackRefiner(nn.Module):
         self.torch_pips_mixer = _TemporalMixer(2 + 3 * 2 * channels[-1] + 84, width, heads)
         self.cost_conv = SameConv2d(2, 1, 3)
         self.occ_linear = nn.Linear(6, 2)
+        # As in the official code the gradient of a step ends at its guess, so none reaches the first match. Its layers
+        # are frozen, because DistributedDataParallel refuses trainable parameters without a gradient.
+        for layer in (self.cost_conv, self.occ_linear):
+            layer.requires_grad_(steps == 0)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> LocoTrackRefiner:
@@ -278,11 +282,11 @@ class _ResNet(nn.Module):
         before = (_CHANNELS[0], *_CHANNELS)
         self.block_groups = nn.ModuleList(map(_BlockGroup, before, _CHANNELS, _STRIDES))
 
-    def forward(self, images: Tensor) -> list[Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         units = [self.initial_conv(images)]
         for group in self.block_groups:
             units.append(group(units[-1]))
-        return units[1:]
+        return tuple(units[1:])
 
 
 class _CorrelationEncoder(nn.Module):
