@@ -1,115 +1,116 @@
-"""Drop-in speed-ups of other people's trackers: `tritonkern.patch(model)` replaces methods of that one model."""
+"""Drop-in acceleration of public trackers: `tritonkern.patch(model)` replaces methods of one model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from types import MethodType, TracebackType
+import warnings
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import nn
 
-from tritonkern.integrations import chrono, cotracker, locotrack, tapir
+from tritonkern.integrations import _patch, _recognise, chrono, cotracker, locotrack, tapir
+from tritonkern.integrations._patch import Patch
 from tritonkern.integrations._precision import Precision
 
-Replacement = tuple[str, nn.Module, str, Callable[..., Any]]
-"""Path of a module inside the model, the module, the method's name, and the function that takes the method's place."""
-
-REPOSITORIES: dict[str, Callable[[nn.Module, Precision], Iterator[Replacement]]] = {
-    "cvlab-kaist/Chrono": chrono.replacements,
-    "cvlab-kaist/locotrack": locotrack.replacements,
-    "facebookresearch/co-tracker (CoTracker3)": cotracker.replacements,
-    "google-deepmind/tapnet (TAPIR)": tapir.replacements,
-}
-"""The models that `patch` recognises, each with the function that finds them, wherever they sit in a given module."""
-
-_MISSING = object()
+REPOSITORIES: Mapping[str, Any] = MappingProxyType(
+    {
+        "cvlab-kaist/Chrono": chrono,
+        "cvlab-kaist/locotrack": locotrack,
+        "facebookresearch/co-tracker (CoTracker3)": cotracker,
+        "google-deepmind/tapnet (TAPIR)": tapir,
+    }
+)
+"""The models that `patch` recognises, each with the file that has its parts and replacements."""
 
 
-class Patch:
-    """What `tritonkern.patch` did to a model. `restore` undoes it; as a context manager it does so at the end."""
-
-    def __init__(self, replacements: list[Replacement], precision: str) -> None:
-        self.precision = precision
-        """"float32", "tf32" or "bf16"."""
-        self.replaced = [f"{path}.{method}" if path else method for path, _, method, _ in replacements]
-        """Dotted names of the replaced methods, such as ``"model.forward_dino"``."""
-        self._undo: list[tuple[nn.Module, str, Any]] = []
-        for _, module, method, function in replacements:
-            self._undo.append((module, method, module.__dict__.get(method, _MISSING)))
-            setattr(module, method, MethodType(function, module))
-
-    def restore(self) -> None:
-        """Give the model its own methods back. A second call does nothing."""
-        while self._undo:
-            module, method, before = self._undo.pop()
-            if before is _MISSING:
-                delattr(module, method)
-            else:
-                setattr(module, method, before)
-
-    def __enter__(self) -> Patch:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.restore()
-
-    def __repr__(self) -> str:
-        state = ", ".join(self.replaced) if self._undo else "restored"
-        return f"<tritonkern.Patch, precision={self.precision}: {state}>"
-
-
-def patch(model: nn.Module, precision: str = "float32") -> Patch:
-    """Make a public tracker's model faster where it stands; its weights, state dict and results stay what they are.
+def patch(model: Any, precision: str = "float32", *, verify: bool = True) -> Patch:
+    """Make a public tracker's model faster in place; its weights, state dict and results stay what they are.
 
     Recognised by structure, also inside wrappers such as a Lightning module:
 
     - Chrono (cvlab-kaist/Chrono, commit 153b2f2); see `tritonkern.integrations.chrono`;
     - LocoTrack in PyTorch (cvlab-kaist/locotrack, commit 3385a23); see `tritonkern.integrations.locotrack`;
-    - CoTracker3, offline and online (facebookresearch/co-tracker, commit 82e02e8); see
+    - CoTracker3, offline and online (facebookresearch/co-tracker, commit 82e02e8), and forks of it such as MV-TAP; see
       `tritonkern.integrations.cotracker`;
     - TAPIR and BootsTAPIR in PyTorch, offline and online (google-deepmind/tapnet, commit c2cbab8); see
       `tritonkern.integrations.tapir`.
 
-    Methods are replaced on the instances found in `model`; classes, modules and other models are left alone. A patched
-    model can be trained, moved and saved by its state dict; restore it before pickling the module itself.
+    Methods are replaced on the modules found in `model`, each of which gets a subclass of its own class with the same
+    name; its class, Python modules and other models are not changed. A patched model can be trained, moved, copied
+    (copies are patched, see `find_patch`), replicated, saved by its state dict and pickled (the file holds the unpatched
+    model). A method that the model overrides (in a subclass, or by an attribute of the module) stays in force, with a
+    warning. Layers that do more than the official ones, such as those with LoRA, hooks, parametrizations or quantised
+    weights, are called; where a method reads weights, the model's own method runs instead.
 
     Args:
-        model: of one of these repositories, or what holds one.
+        model: of one of these repositories, or an object that holds one in its attributes.
         precision: of the local correlation (with CoTracker3's linear layer after it), and of nothing else: not of the
             soft-argmax, nor where the model's own code runs instead, as in TAPIR on maps that are not square.
 
             - ``"float32"``: that of the model; nothing is lost.
             - ``"tf32"``: on NVIDIA GPUs the factors of matrix products are rounded to TF32, 11 significant bits, in the
-              forward pass. PyTorch's setting is changed during each such call, for all threads, and put back after it.
+              forward pass. PyTorch's setting is changed during each such call, for all threads, and restored after it.
               On a CPU nothing changes.
             - ``"bf16"`` or ``"bfloat16"``: features, support, weights, bias and result are rounded to bfloat16, 8
               significant bits; sums are kept in float32, and the model gets the result in its own dtype. Gradients are
-              rounded alike. The rounded features lie beside the model's own for as long as these live.
+              rounded alike. The rounded features are stored beside the model's own for as long as these exist.
 
-            What either gains or loses has been measured on no GPU, and with no trained weights.
+            The effect of either on speed and accuracy has not been measured on a GPU or with trained weights.
+        verify: whether the first call of each replaced method compares one point and one or two frames with the model's
+            own method. Results may differ by 1e-4 of their largest value in float32 on a CPU, by 1e-8 in float64, and by
+            3e-2 in 16 bits, under autocast and on GPUs. Where they differ by more, the model's own method runs from then
+            on, with one warning (`RuntimeWarning`; an error under ``TRITONKERN_STRICT=1``). `docs/integrations.md` has
+            the cost, which is below COST of the first call.
 
     Returns:
-        A handle that lists what was `replaced`, knows its `precision`, and can `restore()` the model.
+        A handle that lists what was `replaced` and `kept`, knows its `precision`, and can `restore()` the model.
 
     Raises:
-        TypeError: `model` is no `torch.nn.Module`.
-        ValueError: nothing in `model` is recognised, or it is patched already; another `precision`, or one other than
-            "float32" for Chrono, which has no local correlation and chooses bfloat16 itself.
+        TypeError: `model` is no `torch.nn.Module` and holds none.
+        ValueError: nothing in `model` is recognised (the error lists the parts that the most similar module lacks), or
+            it is patched already; another `precision`, or one other than "float32" for Chrono and AllTracker.
     """
     computed = Precision(precision)
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    replacements = [found for find in REPOSITORIES.values() for found in find(model, computed)]
+    replacements = []
+    for prefix, part in _modules(model).items():
+        for path, module in part.named_modules(prefix=prefix):
+            for repository in REPOSITORIES.values():
+                if not _recognise.lacking(module, repository.PARTS):
+                    replacements += repository.replacements(path, module, computed)
     if not replacements:
-        raise ValueError(
-            f"model holds no tracker that tritonkern knows: neither {type(model).__name__} nor one of its submodules "
-            f"is built like the model of {' or '.join(REPOSITORIES)}; pass the model itself, uncompiled and not "
-            "wrapped by FSDP; tritonkern's own models need no patch"
+        raise ValueError(_unknown(model))
+    handle = _patch.install(replacements, computed.name, verify)
+    if handle.kept:
+        kept = "; ".join(f"{name}, as {reason}" for name, reason in handle.kept.items())
+        warnings.warn(f"tritonkern.patch leaves methods in force that the model overrides: {kept}", stacklevel=2)
+    return handle
+
+
+def find_patch(model: Any) -> Patch | None:
+    """The handle of a patched model or of a copy of one, whoever patched it; None if nothing in `model` is patched."""
+    return _patch.find(module for part in _modules(model).values() for module in part.modules())
+
+
+def _modules(model: Any) -> dict[str, nn.Module]:
+    if isinstance(model, nn.Module):
+        return {"": model}
+    found = _recognise.modules_of(model)
+    if not found:
+        holds = ", ".join(sorted(vars(model))) if hasattr(model, "__dict__") else ""
+        raise TypeError(
+            f"model must be a torch.nn.Module or an object that holds one, got {type(model).__name__}"
+            + (f" with the attributes {holds}; pass the module that it calls" if holds else "")
         )
-    for path, module, method, _ in replacements:
-        if method in module.__dict__:
-            where = f"{path}.{method}" if path else method
-            raise ValueError(f"model already has a replaced method, {where}; restore() the earlier patch first")
-    return Patch(replacements, computed.name)
+    return found
+
+
+def _unknown(model: Any) -> str:
+    parts = {name: repository.PARTS for name, repository in REPOSITORIES.items()}
+    alike = [line for module in _modules(model).values() for line in _recognise.resemblances(module, parts)]
+    return (
+        f"model holds no tracker that tritonkern knows: neither {type(model).__name__} nor one of its submodules "
+        f"is built like the model of {' or '.join(REPOSITORIES)}; "
+        + "".join(f"{line}; " for line in alike)
+        + "pass the model itself, uncompiled and not wrapped by FSDP; tritonkern's own models need no patch"
+    )

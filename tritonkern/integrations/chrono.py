@@ -1,13 +1,14 @@
 """The official repository of Chrono (github.com/cvlab-kaist/Chrono, read at commit 153b2f2, Apache-2.0).
 
-Its model class is still called `LocoTrack`; it is recognised by its parts. Replaced are the temporal adapters with the
-hooks that hang them into DINOv2 (their attention, from xformers, has kernels for float16 and bfloat16 on NVIDIA GPUs
-from Ampere on, and nothing else), and the matching head with its chunks of queries. DINOv2 itself stays as it is.
+Its model class is still called `LocoTrack`; it is recognised by its parts. The patch replaces the temporal adapters with
+the hooks that add them to DINOv2 (their attention, from xformers, has kernels only for float16 and bfloat16 on NVIDIA
+GPUs from Ampere on), the matching head with its chunks of queries, and on CPUs the attention of DINOv2.
 """
 
 from __future__ import annotations
 
 import importlib.machinery
+import inspect
 import sys
 import threading
 import types
@@ -17,18 +18,22 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from tritonkern.functional import temporal_window_attention
 from tritonkern.functional._full_attention import full_attention
+from tritonkern.integrations import _compare, _recognise
+from tritonkern.integrations._patch import Replacement, in_force, override
 from tritonkern.integrations._precision import Precision
 from tritonkern.nn import TemporalAdapter, TemporalWindowAttention
+from tritonkern.nn._plain import has_hooks
 from tritonkern.nn.correlation import find
 
 
 @contextmanager
 def without_xformers() -> Iterator[None]:
-    """Lets the official code be imported and run where xformers is missing, or has no kernel for the device or dtype.
+    """Let the official code be imported and run where xformers is missing, or has no kernel for the device or dtype.
 
     ::
 
@@ -74,57 +79,64 @@ def _memory_efficient_attention(query: Tensor, key: Tensor, value: Tensor, attn_
     return temporal_window_attention(query, key, value, (attn_bias.window_left, attn_bias.window_right))
 
 
-def replacements(model: nn.Module, precision: Precision) -> Iterator[tuple[str, nn.Module, str, Any]]:
-    """What `tritonkern.patch` replaces in `model`: path, module, method, function."""
-    for path, tracker in model.named_modules():
-        if not _is_tracker(tracker):
-            continue
-        if precision.name != "float32":
-            raise ValueError(
-                f"precision: {precision.name!r} has no meaning for the official Chrono, which has no local correlation "
-                "and chooses bfloat16 itself (its argument use_bfloat16); leave precision='float32'"
-            )
-        for index, adapter in enumerate(tracker.adapter):
-            name = f"{path}.adapter.{index}" if path else f"adapter.{index}"
-            _check(name, adapter.attn_temp)
-            yield name, adapter, "forward", _adapter_forward
-        for name, attention in tracker.dino.named_modules(prefix=f"{path}.dino" if path else "dino"):
-            if _is_attention(attention):
-                yield name, attention, "forward", _attention_forward
-        yield path, tracker, "forward_dino", _forward_dino
-        yield path, tracker, "tracks_from_cost_volume", _tracks_from_cost_volume
-        yield path, tracker, "estimate_trajectories", _estimate_trajectories
+def replacements(path: str, tracker: Any, precision: Precision) -> Iterator[Replacement]:
+    """What `tritonkern.patch` replaces in a model that has `PARTS`."""
+    if precision.name != "float32":
+        raise ValueError(
+            f"precision: {precision.name!r} has no meaning for the official Chrono, which has no local correlation "
+            "and chooses bfloat16 itself (its argument use_bfloat16); leave precision='float32'"
+        )
+    prefix = f"{path}." if path else ""
+    for index, adapter in enumerate(tracker.adapter):
+        name = f"{prefix}adapter.{index}"
+        if extras := _extras(adapter.attn_temp):
+            raise ValueError(f"{name}.attn_temp has {extras}, which the patch does not replace")
+        yield Replacement(name, adapter, "forward", (_adapter_forward,), _few_cells)
+    for name, attention in tracker.dino.named_modules(prefix=f"{prefix}dino"):
+        if _is_attention(attention):
+            # xformers' form of it overrides the eager one.
+            known = frozenset({"MemEffAttention"})
+            yield Replacement(name, attention, "forward", (_attention_forward,), _few_tokens, known)
+    yield Replacement(path, tracker, "forward_dino", (_forward_dino,), _small_images)
+    yield Replacement(path, tracker, "tracks_from_cost_volume", (_tracks_from_cost_volume,), _one_query)
+    yield Replacement(path, tracker, "estimate_trajectories", (_estimate_trajectories,))
 
 
-def _is_tracker(module: nn.Module) -> bool:
-    methods = ("forward_dino", "get_query_features", "estimate_trajectories", "tracks_from_cost_volume")
-    children = {"dino": nn.Module, "adapter": nn.ModuleList, "occ_linear": nn.Linear}
-    return (
-        all(callable(getattr(module, name, None)) for name in methods)
-        and all(isinstance(getattr(module, name, None), kind) for name, kind in children.items())
-        and isinstance(getattr(module, "softmax_temperature", None), (int, float))
-    )
+PARTS = (
+    *_recognise.methods("forward_dino", "get_query_features", "estimate_trajectories", "tracks_from_cost_volume"),
+    _recognise.child("dino"),
+    _recognise.child("adapter", nn.ModuleList),
+    _recognise.child("occ_linear"),
+    _recognise.value("softmax_temperature", int, float),
+)
 
 
 def _is_attention(module: nn.Module) -> bool:
-    """DINOv2's, and not of this package, which needs nothing."""
+    """DINOv2's, and not that of this package, which needs no patch."""
     layers = all(isinstance(getattr(module, name, None), nn.Linear) for name in ("qkv", "proj"))
     own = type(module).__module__.startswith("tritonkern.")
     return layers and isinstance(getattr(module, "num_heads", None), int) and not own and not hasattr(module, "q_norm")
 
 
-def _check(name: str, attention: Any) -> None:
-    """Raise ValueError for what the official class offers, its checkpoints do not use, and ours would leave out."""
+def _extras(attention: Any) -> str | None:
+    """What the official class offers, its checkpoints do not use, and ours does not have."""
     norms = [getattr(attention, norm, nn.Identity()) for norm in ("q_norm", "k_norm")]
     dropout = getattr(attention, "proj_drop", nn.Identity())
     if not all(isinstance(norm, nn.Identity) for norm in norms) or getattr(dropout, "p", 0) > 0:
-        raise ValueError(f"{name}.attn_temp has query and key norms or dropout, which the patch does not replace")
+        return "query and key norms or dropout"
+    return None
 
 
-def _twin(adapter: Any) -> TemporalAdapter:
-    """Our adapter around the very layers of an official one. Made anew at each call, of whatever layers are there then:
-    those of a copy are its own. No constructor runs, as it would draw random numbers."""
+def _twin(adapter: Any) -> TemporalAdapter | None:
+    """Our adapter around the layers of an official one, or None if calling its attention does more than ours.
+
+    It is made at each call, of the layers that are there then: those of a copy are its own. No constructor runs, as it
+    would draw random numbers.
+    """
     twin, attention, own = TemporalAdapter.__new__(TemporalAdapter), adapter.attn_temp, TemporalWindowAttention
+    parts = [child for name, child in attention.named_children() if name not in ("qkv", "proj")]
+    if _extras(attention) or override(attention, "forward") or any(map(has_hooks, (attention, *parts))):
+        return None
     nn.Module.__init__(twin)
     for name in ("norm", "conv1", "conv_pool", "norm2", "conv_upsample", "conv2"):
         setattr(twin, name, getattr(adapter, name))
@@ -135,31 +147,42 @@ def _twin(adapter: Any) -> TemporalAdapter:
     twin.attn_temp.head_dim = attention.proj.in_features // attention.num_heads
     twin.attn_temp.window = (attention.bias.window_left, attention.bias.window_right)
     twin.attn_temp.qkv, twin.attn_temp.proj = attention.qkv, attention.proj
-    for name in ("q_norm", "k_norm", "proj_drop"):  # refused by `_check` unless they do nothing
+    for name in ("q_norm", "k_norm", "proj_drop"):  # which do nothing in the official one either
         setattr(twin.attn_temp, name, nn.Identity())
     return twin
 
 
-def _attention_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Takes the place of the attention of DINOv2's blocks on a CPU in evaluation: `[N, L, C]` -> the same shape."""
+def _attention_forward(self: Any, own: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Replaces the attention of DINOv2's blocks on a CPU in evaluation: `[N, L, C]` -> the same shape."""
     if args or kwargs or self.training or x.device.type != "cpu":
-        return type(self).forward(self, x, *args, **kwargs)
+        return own(x, *args, **kwargs)
     query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
     return self.proj(full_attention(query, key, value).flatten(2))
 
 
-def _adapter_forward(self: Any, x: Tensor) -> Tensor:
-    """Takes the place of `TemporalAdapter.forward`: `[B, C, T, h, w]` -> the same shape."""
-    return _twin(self)(x.movedim(1, -1)).movedim(-1, 1)
+def _few_tokens(module: Any, own: Any, function: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return _compare.arguments(module, own, function, x[:1, :64], *args, **kwargs)
 
 
-def _forward_dino(self: Any, video: Tensor, use_bfloat16: bool = True, img_mult: int = 64) -> Any:
-    """Takes the place of the method of that name: `[B, T, H, W, 3]` in [-1, 1] -> unit-norm features."""
+def _adapter_forward(self: Any, own: Any, x: Tensor) -> Tensor:
+    """Replaces `TemporalAdapter.forward`: `[B, C, T, h, w]` -> the same shape."""
+    twin = _twin(self)
+    return own(x) if twin is None else twin(x.movedim(1, -1)).movedim(-1, 1)
+
+
+def _few_cells(module: Any, own: Any, function: Any, x: Tensor) -> Any:
+    """Two frames of the patches of two queries of the temporal attention."""
+    pool = module.conv_pool.stride[0]
+    return _compare.arguments(module, own, function, _compare.random((1, x.shape[1], 2, pool, 2 * pool), x))
+
+
+def _forward_dino(self: Any, own: Any, video: Tensor, use_bfloat16: bool = True, img_mult: int = 64) -> Any:
+    """Replaces the method of that name: `[B, T, H, W, 3]` in [-1, 1] -> unit-norm features."""
     # Like the official code, which reads the attribute and not the argument.
     batch, frames, cells = *video.shape[:2], self.img_mult
     grid = (cells, cells)
     mean, std = (_channels(values, video) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))
-    images = (((video + 1) / 2 - mean) / std).flatten(0, 1).movedim(-1, 1)
+    images = rearrange(((video + 1) / 2 - mean) / std, "b t h w c -> (b t) c h w")
     images = F.interpolate(images, size=(14 * cells, 14 * cells), mode="bilinear", align_corners=False)
 
     hooks, thread = [], threading.get_ident()
@@ -167,9 +190,9 @@ def _forward_dino(self: Any, video: Tensor, use_bfloat16: bool = True, img_mult:
         for block, adapter in zip(self.dino.blocks, self.adapter, strict=False):
 
             def hook(module: nn.Module, args: Any, output: Tensor, adapter: Any = adapter) -> Tensor | None:
-                if threading.get_ident() != thread:  # another call's, which has hooks of its own
+                if threading.get_ident() != thread:  # of another call, which has hooks of its own
                     return None
-                return _twin(adapter).add_to(output.unflatten(0, (batch, frames)), grid).flatten(0, 1)
+                return _add(adapter, output.unflatten(0, (batch, frames)), grid).flatten(0, 1)
 
             hooks.append(block.register_forward_hook(hook))
         with torch.autocast("cuda", torch.bfloat16, enabled=use_bfloat16 and video.is_cuda):
@@ -177,20 +200,37 @@ def _forward_dino(self: Any, video: Tensor, use_bfloat16: bool = True, img_mult:
     finally:
         for handle in hooks:
             handle.remove()
-    tokens = tokens.unflatten(1, grid).unflatten(0, (batch, frames))
+    tokens = rearrange(tokens, "(b t) (h w) c -> b t h w c", t=frames, h=cells)
     tokens = tokens / tokens.square().sum(-1, keepdim=True).clamp(min=1e-6).sqrt()
     # The repository's own tuple, whatever the name under which its file was imported.
-    grids = sys.modules[type(self).__module__].FeatureGrids
+    grids = inspect.unwrap(own.__func__).__globals__["FeatureGrids"]
     return grids((tokens,), (), (), ((256, 256),))
 
 
+def _add(adapter: Any, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+    """All tokens `[B, T, prefix + h * w, C]` of a block, with what the adapter adds to the patches."""
+    twin = _twin(adapter) if in_force(adapter, "forward") else None
+    if twin is not None:
+        return twin.add_to(tokens, grid)
+    prefix, patches = tokens.split((tokens.shape[2] - grid[0] * grid[1], grid[0] * grid[1]), 2)
+    update = adapter(rearrange(patches, "b t (h w) c -> b c t h w", h=grid[0]))
+    return torch.cat([prefix, patches + rearrange(update, "b c t h w -> b t (h w) c")], 2)
+
+
+def _small_images(module: Any, own: Any, function: Any, video: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Two frames of 8 x 8 tokens; each of the two computations has the adapters that are in force for it."""
+    module.__dict__["img_mult"] = 2 * module.adapter[0].conv_pool.stride[0] if len(module.adapter) else 8
+    return _compare.arguments(module, own, function, _compare.random((1, 2, 32, 32, 3), video), *args, **kwargs)
+
+
 def _channels(values: tuple[float, ...], video: Tensor) -> Tensor:
-    """One number a channel, without a copy from the CPU that a CUDA graph could not hold."""
+    """One number per channel, without a copy from the CPU, which a CUDA graph could not hold."""
     return torch.stack([video.new_full((), value) for value in values])
 
 
 def _estimate_trajectories(
     self: Any,
+    own: Any,
     video_size: tuple[int, int],
     is_training: bool,
     feature_grids: Any,
@@ -200,19 +240,36 @@ def _estimate_trajectories(
     *args: Any,
     **kwargs: Any,
 ) -> Any:
-    """Takes the place of the method of that name: all queries at once, as no cost volume is stored."""
+    """Replaces the method of that name: all queries at once, as no cost volume is stored."""
     queries = max(1, query_features.lowres[0].shape[1])
-    return type(self).estimate_trajectories(
-        self, video_size, is_training, feature_grids, query_features, query_points_in_video, queries, *args, **kwargs
+    return own(
+        video_size, is_training, feature_grids, query_features, query_points_in_video, queries, *args, **kwargs
     )
 
 
 def _tracks_from_cost_volume(
-    self: Any, interp_feature: Tensor, feature_grid: Tensor, query_points: Tensor | None, im_shp: Any = None
+    self: Any, own: Any, interp_feature: Tensor, feature_grid: Tensor, query_points: Tensor | None, im_shp: Any = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Takes the place of the method of that name: points, occlusion and expected distance logits.
+    """Replaces the method of that name: points, occlusion and expected distance logits.
 
     The products are summed in float32 under autocast as well, where the official code rounds them to bfloat16.
     """
     resolution, temperature = (im_shp[2], im_shp[3]), float(self.softmax_temperature)
     return tuple(find(interp_feature, feature_grid, query_points, self.occ_linear, resolution, temperature))  # type: ignore[return-value]
+
+
+def _one_query(
+    module: Any,
+    own: Any,
+    function: Any,
+    interp_feature: Tensor,
+    feature_grid: Tensor,
+    query_points: Tensor | None,
+    im_shp: Any = None,
+) -> Any:
+    """One query in one frame, with one best match and others nearly as good."""
+    grid = _compare.map_of_features((1, 1, *feature_grid.shape[2:]), feature_grid)
+    query = grid[:, 0, -2, 1:2].to(interp_feature.dtype)
+    # Asked for in another frame
+    points = None if query_points is None else query_points.new_tensor([[[9.0, 1.0, 2.0]]])
+    return _compare.arguments(module, own, function, query, grid, points, (1, 1, *im_shp[2:]))

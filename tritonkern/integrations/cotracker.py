@@ -1,214 +1,226 @@
-"""The official repository of CoTracker3 (github.com/facebookresearch/co-tracker, read at commit 82e02e8, CC-BY-NC-4.0).
+"""CoTracker3 (github.com/facebookresearch/co-tracker, read at commit 82e02e8, CC-BY-NC-4.0), and forks of it.
 
-Offline and online model, also inside its predictors and from torch.hub. No line of it is in this file: its `forward`
-stays and runs. The method that samples the patches around the points returns a promise instead of them; when the
-promise has been correlated with the support patches and reaches the first linear layer, one operation computes what
-that layer returns. Beside this, attention runs in PyTorch's fused form, and the online model keeps the features of the
-frames that two windows share.
+Offline and online models are recognised, also inside predictors and from torch.hub. Their `forward` runs as it is, and
+no line of it is in this file. What changes is what its six steps from points to correlation tokens compute, per level
+of the feature pyramid (B batch, T frames, N points, C channels, r = 3):
+
+===================================== =================================================== =============================
+step of the model                     unpatched                                           patched
+===================================== =================================================== =============================
+1. sample a patch around each point   `[B, T, N, 7, 7, C]`, stored                        a `Promise` of that shape
+2. arrange the support of the query   `[B, N, 7, 7, C]`                                   the same
+3. correlate both by an einsum        `[B, T, N, 7, 7, 7, 7]`, stored                     a `Promise` of that shape
+4. reshape to rows                    `[B T N, 2401]`, a copy                             a `Promise` of that shape
+5. first linear layer, `corr_mlp.fc1` `[B T N, 384]`                                      `local_correlation_linear`
+6. GELU and second linear layer       `[B T N, 256]`                                      the same
+===================================== =================================================== =============================
+
+A model that does anything else with the patches or the correlations gets the real tensors. In addition, attention runs
+in a fused form, and the online model keeps the features of the frames that two windows share.
 """
 
 from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map
 
-from tritonkern.functional import local_correlation_linear
+from tritonkern.functional import local_correlation, local_correlation_linear
+from tritonkern.integrations import _attention, _compare, _recognise
+from tritonkern.integrations._patch import Replacement
 from tritonkern.integrations._precision import Copies, Precision
+from tritonkern.integrations._promise import RESHAPES, Promise
+
+PARTS = (
+    *_recognise.methods("get_correlation_feat", "get_track_feat", "get_support_points"),
+    _recognise.child("fnet"),
+    _recognise.child("updateformer"),
+    _recognise.value("corr_radius", int),
+    _recognise.child("corr_mlp.fc1", in_features=lambda tracker: (2 * getattr(tracker, "corr_radius", 3) + 1) ** 4),
+)
 
 
-def replacements(model: nn.Module, precision: Precision) -> Iterator[tuple[str, nn.Module, str, Any]]:
-    """What `tritonkern.patch` replaces in `model`: path, module, method, function."""
-    for path, tracker in model.named_modules():
-        if not _is_tracker(tracker):
-            continue
-        prefix = f"{path}." if path else ""
-        for name, module in tracker.updateformer.named_modules():
-            if _is_attention(module):
-                yield f"{prefix}updateformer.{name}", module, "forward", _attention
-        yield path, tracker, "get_correlation_feat", _promise_patches(Copies(), precision)
-        if callable(getattr(tracker, "init_video_online_processing", None)):
-            kept = _KeptFeatures()
-            yield path, tracker, "forward", kept.track
-            yield path, tracker, "init_video_online_processing", kept.forget
-            yield f"{prefix}fnet", tracker.fnet, "forward", kept.encode
-        else:
-            yield f"{prefix}fnet", tracker.fnet, "forward", _encode
+def replacements(path: str, tracker: Any, precision: Precision) -> Iterator[Replacement]:
+    """What `tritonkern.patch` replaces in a model that has `PARTS`."""
+    prefix = f"{path}." if path else ""
+    yield from _attention.replacements(tracker.updateformer, f"{prefix}updateformer")
+    copies = Copies()
+    # The official code repeats the border of a map; MV-TAP has a setting for zeros.
+    functions = tuple(partial(_promise_patches, copies, precision, padding) for padding in ("border", "zeros"))
+    yield Replacement(path, tracker, "get_correlation_feat", functions, _in_a_corner)
+    if callable(getattr(tracker, "init_video_online_processing", None)):
+        kept = _KeptFeatures()
+        yield Replacement(path, tracker, "forward", (kept.track,))
+        yield Replacement(path, tracker, "init_video_online_processing", (kept.forget,))
+        yield Replacement(f"{prefix}fnet", tracker.fnet, "forward", (kept.encode,), _one_image)
+    else:
+        yield Replacement(f"{prefix}fnet", tracker.fnet, "forward", (_encode,))
 
 
-def _is_tracker(module: nn.Module) -> bool:
-    methods = ("get_correlation_feat", "get_track_feat", "get_support_points")
-    radius, mlp = getattr(module, "corr_radius", None), getattr(module, "corr_mlp", None)
-    return (
-        all(callable(getattr(module, name, None)) for name in methods)
-        and all(isinstance(getattr(module, name, None), nn.Module) for name in ("fnet", "updateformer"))
-        and isinstance(radius, int)
-        and isinstance(getattr(mlp, "fc1", None), nn.Linear)
-        and mlp.fc1.in_features == (2 * radius + 1) ** 4  # type: ignore[union-attr]
-    )
+def _promise_patches(
+    copies: Copies, precision: Precision, padding: str, self: Any, own: Any, fmaps: Tensor, queried_coords: Tensor
+) -> Tensor:
+    """Replaces the method of that name: features `[B, T, C, h, w]`, points `[B * T, N, 2]` (x, y) in cells."""
+    if torch.compiler.is_compiling():
+        return own(fmaps, queried_coords)
+    (batch, frames, channels), side = fmaps.shape[:3], 2 * self.corr_radius + 1
+    shape = (batch, frames, queried_coords.shape[1], side, side, channels)
+    patches = _Patches.make(shape, own, fmaps, queried_coords)
+    patches.copies, patches.precision, patches.padding = copies, precision, padding
+    return patches
 
 
-def _is_attention(module: nn.Module) -> bool:
-    layers = {name: layer for name, layer in module.named_children() if isinstance(layer, nn.Linear)}
-    return layers.keys() == {"to_q", "to_kv", "to_out"} and hasattr(module, "heads") and hasattr(module, "scale")
-
-
-def _attention(self: Any, x: Tensor, context: Tensor | None = None, attn_bias: Tensor | None = None) -> Tensor:
-    """Takes the place of `Attention.forward`: softmax(q k^T scale + bias) v, `[B, N, C]` -> the same shape."""
-    source = x if context is None else context
-    query = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
-    key, value = self.to_kv(source).unflatten(-1, (2, self.heads, -1)).permute(2, 0, 3, 1, 4)
-    bias = None if attn_bias is None else attn_bias.to(query.dtype)
-    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=self.scale)
-    return self.to_out(mixed.transpose(1, 2).flatten(2))
-
-
-def _promise_patches(copies: Copies, precision: Precision) -> Any:
-    def get_correlation_feat(self: Any, fmaps: Tensor, queried_coords: Tensor) -> _Patches:
-        """Takes the place of the method of that name: features `[B, T, C, h, w]`, points `[B * T, N, 2]`."""
-        return _Patches(self, fmaps, queried_coords, copies, precision)
-
-    return get_correlation_feat
-
-
-class _Promise:
-    """What has not been computed yet. A method or function other than the expected next one gets the real tensor."""
-
-    def tensor(self) -> Tensor:
-        raise NotImplementedError
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.tensor(), name)
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        args, kwargs = tree_map(lambda x: x.tensor() if isinstance(x, _Promise) else x, (args, kwargs or {}))
-        return function(*args, **kwargs)
-
-
-class _Patches(_Promise):
+class _Patches(Promise):
     """The (2r + 1)^2 samples around every point: `[B, T, N, 2r + 1, 2r + 1, C]`, offsets along x first, then y."""
 
-    def __init__(self, tracker: Any, features: Tensor, points: Tensor, copies: Copies, precision: Precision) -> None:
-        self.tracker, self.features, self.points = tracker, features, points
-        self.copies, self.precision = copies, precision
+    copies: Copies
+    precision: Precision
+    padding: str
 
     def cells(self) -> Tensor:
-        """The features as `[B, T, h, w, C]`, one after another for each cell."""
-        features = self.precision.rounded(self.features)
+        """The features as `[B, T, h, w, C]`, with adjacent channels."""
+        features = self.precision.rounded(self.inputs[0])
         cells = features.movedim(2, -1)
         if cells.stride(-1) == 1 or cells.requires_grad:
             return cells
-        # More frames than fit through the encoder at once: put together by the model, channels first.
+        # More frames than the encoder takes at once: the model has concatenated them with channels first.
         return self.copies.of(features, lambda x: x.movedim(2, -1).contiguous())
 
-    def tensor(self) -> Tensor:
-        return type(self.tracker).get_correlation_feat(self.tracker, self.features, self.points)
+    def points(self) -> Tensor:
+        """`[B, T, N, 2]`."""
+        return self.inputs[1].unflatten(0, self.inputs[0].shape[:2])
 
-    @classmethod
-    def __torch_function__(
-        cls, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if function is torch.einsum and len(args) == 3 and not kwargs:
-            equation, patches, support = args
-            if equation == "btnhwc,bnijc->btnhwij" and isinstance(patches, _Patches) and isinstance(support, Tensor):
-                return _Correlation(patches, support)
-        return super().__torch_function__(function, types, args, kwargs)
+    def shortcut(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        if function is torch.einsum and len(args) == 3 and args[1] is self and isinstance(args[2], Tensor):
+            equation, _, support = args
+            side, channels = self.shape[-2], self.shape[-1]
+            same = support.shape == (self.shape[0], self.shape[2], side, side, channels)
+            if _renamed(equation) == "abcdef,acghf->abcdegh" and same and support.dtype == self.dtype:
+                shape = (*self.shape[:-1], side, side)
+                product = _Correlation.make(shape, partial(_product, self.compute), *self.inputs, support)
+                product.patches = self
+                return product
+        return NotImplemented
 
 
-class _Correlation(_Promise):
-    """Every sample of a patch times every sample of the support `[B, N, 2r + 1, 2r + 1, C]` of its point.
+def _renamed(equation: Any) -> str | None:
+    """An einsum's equation with its letters renamed to a, b, c ... in the order of their appearance."""
+    if not isinstance(equation, str):
+        return None
+    text, names = equation.replace(" ", ""), dict[str, str]()
+    for letter in filter(str.isalpha, text):
+        names.setdefault(letter, chr(ord("a") + len(names)))
+    return "".join(names.get(letter, letter) for letter in text)
 
-    `[B, T, N, 2r + 1, 2r + 1, 2r + 1, 2r + 1]`, or as `shape` says.
+
+def _product(own: Any, fmaps: Tensor, points: Tensor, support: Tensor) -> Tensor:
+    return torch.einsum("btnhwc,bnijc->btnhwij", own(fmaps, points), support)
+
+
+class _Correlation(Promise):
+    """Every sample of a patch times every sample of the support of its point.
+
+    `[B, T, N, 2r + 1, 2r + 1, 2r + 1, 2r + 1]`, or `[B * T * N, (2r + 1)^4]`.
     """
 
-    def __init__(self, patches: _Patches, support: Tensor, shape: tuple[int, ...] | None = None) -> None:
-        self.patches, self.support, self.asked = patches, support, shape
+    patches: _Patches
 
-    def tensor(self) -> Tensor:
-        product = torch.einsum("btnhwc,bnijc->btnhwij", self.patches.tensor(), self.support)
-        return product if self.asked is None else product.reshape(self.asked)
+    def shortcut(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
+        rows = (math.prod(self.patches.shape[:3]), self.patches.shape[-2] ** 4)
+        if function in RESHAPES and args[0] is self and self.reshaped(function, args, kwargs) == rows:
+            flat = type(self).make(rows, lambda *inputs: self.compute(*inputs).reshape(rows), *self.inputs)
+            flat.patches = self.patches
+            return flat
+        if function is F.linear and args[0] is self and self.shape == rows:
+            return self._linear(*args[1:], **kwargs)
+        return NotImplemented
 
-    def reshape(self, *shape: Any) -> Any:
-        batch, frames, (_, points) = *self.patches.features.shape[:2], self.patches.points.shape[:2]
-        side = self.support.shape[-2]
-        if shape == (batch * frames * points, side**4):
-            return _Correlation(self.patches, self.support, shape)
-        return self.tensor().reshape(*shape)
-
-    @classmethod
-    def __torch_function__(
-        cls, function: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        if function is F.linear and len(args) == 3 and not kwargs and isinstance(args[0], cls) and args[0].asked:
-            return args[0].linear(*args[1:])
-        return super().__torch_function__(function, types, args, kwargs)
-
-    def linear(self, weight: Tensor, bias: Tensor | None) -> Tensor:
-        cells = self.patches.cells()
+    def _linear(self, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        support = self.inputs[2]
+        tensors = (self.patches.cells(), support.flatten(2, 3), self.patches.points(), weight, bias)
         # In the repository's order x moves first, in patch and support alike, and its pixel i has its centre at i.
         result = self.patches.precision(
             local_correlation_linear,
-            cells,
-            self.support.flatten(2, 3),
-            self.patches.points.unflatten(0, cells.shape[:2]),
-            weight,
-            bias,
-            radius=math.isqrt(self.support.shape[2] * self.support.shape[3]) // 2,
-            padding="border",
+            *tensors,
+            radius=support.shape[2] // 2,
+            padding=self.patches.padding,
             align_corners=True,
             axis_order="xy",
         )
         return result.flatten(0, 2)
 
 
-def _encode(self: Any, images: Tensor) -> Tensor:
-    """Takes the place of `fnet.forward`: the same features, channels last, as the correlation reads them."""
-    return type(self).forward(self, images).contiguous(memory_format=torch.channels_last)
+def _in_a_corner(module: Any, own: Any, function: Any, fmaps: Tensor, queried_coords: Tensor) -> Any:
+    """Correlations of one point in one frame, of which a part of the patch is outside of the map."""
+    features = _compare.random((1, 1, *fmaps.shape[2:]), fmaps)
+    point = queried_coords.new_tensor([0.3, fmaps.shape[-2] - 1.6]).view(1, 1, 2)
+    side = 2 * module.corr_radius + 1
+    support = _compare.random((1, 1, side, side, fmaps.shape[2]), fmaps)
+
+    def ours() -> Tensor:
+        patches = function(module, own, features, point)
+        return local_correlation(
+            patches.cells().to(features.dtype),
+            support.flatten(2, 3),
+            patches.points(),
+            radius=module.corr_radius,
+            padding=patches.padding,
+            align_corners=True,
+            axis_order="xy",
+        ).flatten()
+
+    return ours, lambda: _product(own, features, point, support).flatten()
+
+
+def _encode(self: Any, own: Any, images: Tensor) -> Tensor:
+    """Replaces `fnet.forward`: the same features, channels last, as the correlation reads them."""
+    return own(images).contiguous(memory_format=torch.channels_last)
+
+
+def _one_image(module: Any, own: Any, function: Any, images: Tensor) -> Any:
+    """One image by itself, and together with another one: are its features the same?"""
+    return lambda: own(images[:1]), lambda: own(images[:2])[:1]
 
 
 class _KeptFeatures:
     """Features of the frames that the next window of the online model will see again.
 
-    They are used where the next window begins with the very same numbers, and forgotten when a new video starts. The
-    encoder normalises every frame by itself, so that they are what it would return again. A copy of a patched model has
-    the same methods but an encoder of its own.
+    They are used where the next window begins with exactly the same pixels, and dropped when a new video starts. The
+    encoder normalises every frame by itself, so that it would compute the same ones again (see `_one_image`). A copy of
+    a patched model shares this object but has an encoder of its own.
     """
 
     def __init__(self) -> None:
         self._batch: WeakKeyDictionary[nn.Module, int] = WeakKeyDictionary()
         self.kept: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor]] = WeakKeyDictionary()
 
-    def forget(self, tracker: Any) -> None:
-        """Takes the place of `init_video_online_processing`."""
+    def forget(self, tracker: Any, own: Any) -> None:
+        """Replaces `init_video_online_processing`."""
         self.kept.pop(tracker.fnet, None)
-        type(tracker).init_video_online_processing(tracker)
+        own()
 
-    def track(self, tracker: Any, *args: Any, **kwargs: Any) -> Any:
-        """Takes the place of the online model's `forward`, whose windows overlap by one half in online mode."""
-        forward = type(tracker).forward
-        call = inspect.signature(forward).bind(tracker, *args, **kwargs).arguments
+    def track(self, tracker: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
+        """Replaces the online model's `forward`, whose windows overlap by one half in online mode."""
+        call = inspect.signature(own).bind(*args, **kwargs).arguments
         if call.get("is_online"):
             self._batch[tracker.fnet] = call["video"].shape[0]
         try:
-            return forward(tracker, *args, **kwargs)
+            return own(*args, **kwargs)
         finally:
             self._batch.pop(tracker.fnet, None)
 
-    def encode(self, encoder: Any, images: Tensor) -> Tensor:
-        """Takes the place of `fnet.forward`: `[B * T, 3, H, W]` -> `[B * T, C, h, w]`, channels last."""
+    def encode(self, encoder: Any, own: Any, images: Tensor) -> Tensor:
+        """Replaces `fnet.forward`: `[B * T, 3, H, W]` -> `[B * T, C, h, w]`, channels last."""
         batch = self._batch.get(encoder)
         if batch is None or torch.is_grad_enabled():
-            return _encode(encoder, images)
+            return _encode(encoder, own, images)
         clip, shared, parts = images.unflatten(0, (batch, -1)), 0, []
         if encoder in self.kept:
             before, features = self.kept[encoder]
@@ -216,7 +228,7 @@ class _KeptFeatures:
             if start.shape == before.shape and start.device == before.device and torch.equal(start, before):
                 shared, parts = before.shape[1], [features]
         # [B, t, h, w, C], a layout that torch.cat keeps
-        fresh = _encode(encoder, clip[:, shared:].flatten(0, 1)).movedim(1, -1).unflatten(0, (batch, -1))
+        fresh = _encode(encoder, own, clip[:, shared:].flatten(0, 1)).movedim(1, -1).unflatten(0, (batch, -1))
         features = torch.cat([*parts, fresh], 1)
         step = clip.shape[1] // 2
         self.kept[encoder] = clip[:, step:].clone(), features[:, step:].clone()

@@ -63,7 +63,7 @@ def report() -> str:
     lines = [f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads"]
     if torch.cuda.is_available():
         lines.append(f"GPU: {torch.cuda.get_device_name()}")
-    strict = "raise (TRITONKERN_STRICT=1)" if _strict() else "warn once"
+    strict = "raise (TRITONKERN_STRICT=1)" if strict() else "warn once"
     lines.append(f"calls that fall back to the slow reference {strict}")
     rooms = importlib.import_module("tritonkern.ops").__path__
     for operation in (module.name for module in pkgutil.iter_modules(rooms) if module.ispkg):
@@ -83,13 +83,13 @@ def _choose(operation: str, device: torch.device) -> str:
     message = (
         f"{operation} falls back to the slow eager reference on {device}. Backends:\n{_listing(operation, device)}"
     )
-    if _strict():
+    if strict():
         raise RuntimeError(f"{message}\nPass backend='reference' or unset TRITONKERN_STRICT to allow it.")
     warnings.warn(message, RuntimeWarning, stacklevel=2)
     return "reference"
 
 
-def _strict() -> bool:
+def strict() -> bool:
     return os.environ.get("TRITONKERN_STRICT", "0") == "1"
 
 
