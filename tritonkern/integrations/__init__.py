@@ -38,10 +38,10 @@ def patch(model: Any, precision: str = "float32", *, verify: bool = True) -> Pat
 
     Methods are replaced on the modules found in `model`, each of which gets a subclass of its own class with the same
     name; its class, Python modules and other models are not changed. A patched model can be trained, moved, copied
-    (copies are patched, see `find_patch`), replicated, saved by its state dict and pickled (the file holds the unpatched
-    model). A method that the model overrides (in a subclass, or by an attribute of the module) stays in force, with a
-    warning. Layers that do more than the official ones, such as those with LoRA, hooks, parametrizations or quantised
-    weights, are called; where a method reads weights, the model's own method runs instead.
+    (copies are patched, see `find_patch`), replicated, saved by its state dict and pickled (the file holds the model
+    without the patch). A method that the model overrides (in a subclass, or by an attribute of the module) stays in
+    force, with a warning. Layers that do more than the official ones, such as those with LoRA, hooks, parametrizations
+    or quantised weights, are called, or the model's own method runs.
 
     Args:
         model: of one of these repositories, or an object that holds one in its attributes.
@@ -57,11 +57,11 @@ def patch(model: Any, precision: str = "float32", *, verify: bool = True) -> Pat
               rounded alike. The rounded features are stored beside the model's own for as long as these exist.
 
             The effect of either on speed and accuracy has not been measured on a GPU or with trained weights.
-        verify: whether the first call of each replaced method compares one point and one or two frames with the model's
-            own method. Results may differ by 1e-4 of their largest value in float32 on a CPU, by 1e-8 in float64, and by
-            3e-2 in 16 bits, under autocast and on GPUs. Where they differ by more, the model's own method runs from then
-            on, with one warning (`RuntimeWarning`; an error under ``TRITONKERN_STRICT=1``). `docs/integrations.md` has
-            the cost, which is below COST of the first call.
+        verify: whether the first call of each replaced method compares one point in one or two frames with the model's
+            own method. Results may differ by 1e-4 of their largest value, and by 3e-2 in 16 bits, under autocast, in
+            float32 on GPUs, and with another `precision`. Where they differ by more, the model's own method runs from
+            then on, with one warning (`RuntimeWarning`; an error under ``TRITONKERN_STRICT=1``). The cost is stated in
+            `docs/integrations.md`.
 
     Returns:
         A handle that lists what was `replaced` and `kept`, knows its `precision`, and can `restore()` the model.
@@ -99,8 +99,8 @@ def _modules(model: Any) -> dict[str, nn.Module]:
     if not found:
         holds = ", ".join(sorted(vars(model))) if hasattr(model, "__dict__") else ""
         raise TypeError(
-            f"model must be a torch.nn.Module or an object that holds one, got {type(model).__name__}"
-            + (f" with the attributes {holds}; pass the module that it calls" if holds else "")
+            f"model must be a torch.nn.Module, got {type(model).__name__}, "
+            + (f"whose attributes ({holds}) hold none; pass the module that it calls" if holds else "which holds none")
         )
     return found
 

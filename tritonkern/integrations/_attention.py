@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,9 +22,7 @@ def replacements(part: nn.Module, path: str) -> Iterator[Replacement]:
             yield Replacement(name, module, "forward", (forward,), _one_sequence)
 
 
-def forward(
-    self: Any, own: Any, x: Tensor, context: Tensor | None = None, attn_bias: Tensor | None = None
-) -> Tensor:
+def forward(self: Any, own: Any, x: Tensor, context: Tensor | None = None, attn_bias: Tensor | None = None) -> Tensor:
     """Replaces `Attention.forward`: softmax(q k^T scale + bias) v, `[B, N, C]` -> the same shape."""
     query = self.to_q(x).unflatten(-1, (self.heads, -1))
     key, value = self.to_kv(x if context is None else context).unflatten(-1, (2, self.heads, -1)).unbind(2)
@@ -33,8 +30,8 @@ def forward(
         frames = x.shape[1]
         return self.to_out(temporal_window_attention(query, key, value, (frames, frames), scale=self.scale).flatten(2))
     bias = None if attn_bias is None else attn_bias.to(query.dtype)
-    heads_first = (y.transpose(1, 2) for y in (query, key, value))
-    mixed = F.scaled_dot_product_attention(*heads_first, attn_mask=bias, scale=self.scale)
+    query, key, value = (y.transpose(1, 2) for y in (query, key, value))
+    mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=self.scale)
     return self.to_out(mixed.transpose(1, 2).flatten(2))
 
 

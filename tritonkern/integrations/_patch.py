@@ -8,6 +8,7 @@ attributes. Pickling refers to the module's own class, so that the file can be l
 from __future__ import annotations
 
 import copy
+import copyreg
 import functools
 import threading
 import types
@@ -35,7 +36,9 @@ class Replacement(NamedTuple):
     """Each is called as ``function(module, own, *args, **kwargs)``, where ``own`` is the module's own bound method. The
     first one that agrees with the module's own method takes its place."""
     compare: _compare.Comparison | None = None
-    """None for a function that calls ``own`` and changes at most the strides of its results."""
+    """None for a function that needs no comparison."""
+    calls_own: bool = False
+    """Whether the function calls ``own`` for everything that it does not know already, so that overrides take part."""
     overrides: frozenset[str] = frozenset()
     """Classes of the repository itself that override the method of another class."""
 
@@ -43,13 +46,14 @@ class Replacement(NamedTuple):
 class Method:
     """What the class of a patched module knows about one of its new methods. Copies of the module share it."""
 
-    def __init__(self, replacement: Replacement, verify: bool) -> None:
+    def __init__(self, replacement: Replacement, verify: bool, rounded: bool) -> None:
         self.name = f"{replacement.path}.{replacement.method}" if replacement.path else replacement.method
         self.functions = replacement.functions
         self.function = replacement.functions[0]
         self.compare = replacement.compare
+        self.rounded = rounded
         self.unchecked = verify and replacement.compare is not None
-        calls_own = replacement.compare is None and replacement.method not in vars(replacement.module)
+        calls_own = replacement.calls_own and replacement.method not in vars(replacement.module)
         self.reason = None if calls_own else override(replacement.module, replacement.method, replacement.overrides)
         """Why the module's own method runs, or None if the new one does."""
         self.patched: list[Method] = []
@@ -62,11 +66,9 @@ class Method:
             if not self.unchecked:  # another thread was faster
                 return
             assert self.compare is not None
-            bare = _compare.bare(module)
-            bare_own = types.MethodType(own.__func__, bare)  # type: ignore[attr-defined]
             outcomes = []
             for function in self.functions:
-                outcome = _compare.run(self.compare, bare, bare_own, function, args, kwargs)
+                outcome = _compare.run(self.compare, module, own, function, args, kwargs, self.rounded)
                 if outcome.agrees is None:  # shapes without numbers
                     return
                 outcomes.append(outcome)
@@ -153,7 +155,9 @@ def install(replacements: Sequence[Replacement], precision: str, verify: bool) -
                 f"model is patched already, at {replacement.path or 'its root'}; restore() the earlier patch first "
                 "(tritonkern.integrations.find_patch(model) finds it)"
             )
-        methods.setdefault(replacement.module, {})[replacement.method] = Method(replacement, verify)
+        methods.setdefault(replacement.module, {})[replacement.method] = Method(
+            replacement, verify, rounded=precision != "float32"
+        )
     everything = [method for of_module in methods.values() for method in of_module.values()]
     for method in everything:
         method.patched, method.lock = everything, everything[0].lock
@@ -170,8 +174,9 @@ def find(modules: Iterable[nn.Module]) -> Patch | None:
     return Patch(patched, next(iter(patched.values()))._tritonkern_precision)
 
 
-def _subclass(own: type[nn.Module], methods: dict[str, Method], precision: str) -> Any:
+def _subclass(own: type[nn.Module], methods: dict[str, Method], precision: str) -> type[nn.Module]:
     """A class that calls `methods` where they are in force, and is `own` otherwise."""
+    patched: type[nn.Module]
 
     def replaced(name: str, method: Method) -> Callable[..., Any]:
         @functools.wraps(getattr(own, name))
@@ -189,15 +194,17 @@ def _subclass(own: type[nn.Module], methods: dict[str, Method], precision: str) 
         return call
 
     def reduce(self: nn.Module, protocol: Any) -> Any:
-        """Pickled, it is a module of its own class."""
-        made, arguments, *state = super(patched, self).__reduce_ex__(protocol)
-        return made, tuple(own if x is patched else x for x in arguments), *state
+        """Pickled, it is a module of its own class, made by a function of the standard library."""
+        made, arguments, *state = _reduced(super(patched, self), protocol)
+        if arguments != (patched,):  # a class derived from this one, or one that pickles itself in another way
+            return made, arguments, *state
+        return copyreg._reconstructor, (own, object, None), *state  # type: ignore[attr-defined]
 
     def copied(self: nn.Module, convert: Callable[[Any], Any], register: Callable[[Any], None]) -> Any:
-        made, arguments, *state = super(patched, self).__reduce_ex__(4)
+        made, arguments, state, *_ = _reduced(super(patched, self), 4)
         twin = made(*arguments)
         register(twin)
-        twin.__setstate__(convert(state[0]))
+        twin.__setstate__(convert(state))
         return twin
 
     def shallow(self: nn.Module) -> Any:
@@ -218,6 +225,10 @@ def _subclass(own: type[nn.Module], methods: dict[str, Method], precision: str) 
 
     patched = types.new_class(own.__name__, (own,), exec_body=fill)
     return patched
+
+
+def _reduced(thing: Any, protocol: Any) -> Any:
+    return thing.__reduce_ex__(protocol)
 
 
 def _patched_class(cls: type) -> Any:
@@ -253,7 +264,16 @@ def override(module: nn.Module, name: str, known: frozenset[str] = frozenset()) 
         return f"the module has an attribute {name} of its own, {_described(vars(module)[name])}"
     definitions = (base for base in type(module).__mro__ if name in vars(base) and not _made_here(base, name))
     first, *others = (base for base in definitions if base.__module__.partition(".")[0] != "torch")
-    return f"{first.__name__} overrides the method of {others[0].__name__}" if others and first.__name__ not in known else None
+    return (
+        f"{first.__name__} overrides the method of {others[0].__name__}"
+        if others and first.__name__ not in known
+        else None
+    )
+
+
+def only_calls(module: nn.Module) -> bool:
+    """Whether calling `module` is calling the `forward` of its class: no hooks and no override are left out."""
+    return not has_hooks(module) and override(module, "forward") is None
 
 
 def _made_here(cls: type, name: str) -> bool:

@@ -10,20 +10,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 _KNOWN = {
-    Tensor.shape.__get__,
-    Tensor.dtype.__get__,
-    Tensor.device.__get__,
-    Tensor.layout.__get__,
-    Tensor.ndim.__get__,
-    Tensor.requires_grad.__get__,
-    Tensor.is_cuda.__get__,
-    Tensor.is_leaf.__get__,
-    Tensor.grad_fn.__get__,
-    Tensor.size,
-    Tensor.dim,
-    Tensor.numel,
-    Tensor.__len__,
-    Tensor.is_floating_point,
+    *(getattr(Tensor, name) for name in ("size", "dim", "numel", "__len__", "is_floating_point")),
+    *(
+        getattr(Tensor, name).__get__
+        for name in ("shape", "dtype", "device", "layout", "ndim", "requires_grad", "grad_fn", "is_leaf", "is_cuda")
+    ),
 }
 """What can be said of a promise without its numbers."""
 
@@ -48,10 +39,15 @@ class Promise(Tensor):
         return _Connect.apply(cls, tuple(shape), compute, *inputs)
 
     def numbers(self) -> Tensor:
-        """The real tensor. It is kept for as long as the promise, with or without a graph as gradients were enabled."""
-        if self._numbers is None or (torch.is_grad_enabled() and self.requires_grad and not self._numbers.requires_grad):
-            self._numbers = self.compute(*self.inputs)
+        """The real tensor, without gradients. It is kept for as long as the promise."""
+        if self._numbers is None:
+            with torch.no_grad():
+                self._numbers = self.compute(*self.inputs)
         return self._numbers
+
+    def real(self) -> Tensor:
+        """The real tensor, through which gradients flow to the promise and from there to `inputs`."""
+        return _Real.apply(self) if torch.is_grad_enabled() and self.requires_grad else self.numbers()
 
     def shortcut(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         """The result of `function` if there is a faster way to it, else NotImplemented."""
@@ -69,11 +65,13 @@ class Promise(Tensor):
                     result = promise.shortcut(function, args, kwargs)
                     if result is not NotImplemented:
                         return result
-        args, kwargs = tree_map_only(Promise, Promise.numbers, (args, kwargs))
+        args, kwargs = tree_map_only(Promise, Promise.real, (args, kwargs))
         return function(*args, **kwargs)
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
         # Below autograd, which has seen the promise itself and will ask `_Connect` for its gradient
         with torch.no_grad():
             args, kwargs = tree_map_only(Promise, Promise.numbers, (args, kwargs or {}))
@@ -106,3 +104,15 @@ class _Connect(torch.autograd.Function):
         wanted = [x for x, need in zip(inputs, needed, strict=True) if need]
         found = iter(torch.autograd.grad(result, wanted, grad))
         return None, None, None, *(next(found) if need else None for need in needed)
+
+
+class _Real(torch.autograd.Function):
+    """A promise -> its numbers. Saves nothing, so that `torch.utils.checkpoint` sees the same graph again."""
+
+    @staticmethod
+    def forward(ctx: Any, promise: Promise) -> Tensor:
+        return promise.numbers().detach()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad

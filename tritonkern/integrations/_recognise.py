@@ -61,7 +61,7 @@ def lacking(module: Any, parts: Iterable[Part]) -> list[str]:
 
 
 def resemblances(model: nn.Module, repositories: Mapping[str, Sequence[Part]]) -> Iterator[str]:
-    """For each repository the submodule that has most of its model's parts, at least half of them, and what it lacks."""
+    """For each repository the submodule with most of its model's parts, at least half of them, and what it lacks."""
     for repository, parts in repositories.items():
         candidates = [(lacking(module, parts), path, module) for path, module in model.named_modules()]
         lacks, path, module = min(candidates, key=lambda candidate: len(candidate[0]))

@@ -1,6 +1,6 @@
 """The official repository of Chrono (github.com/cvlab-kaist/Chrono, read at commit 153b2f2, Apache-2.0).
 
-Its model class is still called `LocoTrack`; it is recognised by its parts. The patch replaces the temporal adapters with
+Its model class is still called `LocoTrack`; it is recognised by its parts. The patch replaces the temporal adapters and
 the hooks that add them to DINOv2 (their attention, from xformers, has kernels only for float16 and bfloat16 on NVIDIA
 GPUs from Ampere on), the matching head with its chunks of queries, and on CPUs the attention of DINOv2.
 """
@@ -8,7 +8,6 @@ GPUs from Ampere on), the matching head with its chunks of queries, and on CPUs 
 from __future__ import annotations
 
 import importlib.machinery
-import inspect
 import sys
 import threading
 import types
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from tritonkern.functional import temporal_window_attention
 from tritonkern.functional._full_attention import full_attention
 from tritonkern.integrations import _compare, _recognise
-from tritonkern.integrations._patch import Replacement, in_force, override
+from tritonkern.integrations._patch import Replacement, in_force, only_calls
 from tritonkern.integrations._precision import Precision
 from tritonkern.nn import TemporalAdapter, TemporalWindowAttention
 from tritonkern.nn._plain import has_hooks
@@ -96,11 +95,14 @@ def replacements(path: str, tracker: Any, precision: Precision) -> Iterator[Repl
         if _is_attention(attention):
             # xformers' form of it overrides the eager one.
             known = frozenset({"MemEffAttention"})
-            yield Replacement(name, attention, "forward", (_attention_forward,), _few_tokens, known)
+            yield Replacement(name, attention, "forward", (_attention_forward,), _few_tokens, overrides=known)
     yield Replacement(path, tracker, "forward_dino", (_forward_dino,), _small_images)
     yield Replacement(path, tracker, "tracks_from_cost_volume", (_tracks_from_cost_volume,), _one_query)
-    yield Replacement(path, tracker, "estimate_trajectories", (_estimate_trajectories,))
+    yield Replacement(path, tracker, "estimate_trajectories", (_estimate_trajectories,), calls_own=True)
 
+
+_POOL = 4
+"""Side, in tokens, of the patches that share one temporal attention sequence."""
 
 PARTS = (
     *_recognise.methods("forward_dino", "get_query_features", "estimate_trajectories", "tracks_from_cost_volume"),
@@ -127,24 +129,25 @@ def _extras(attention: Any) -> str | None:
     return None
 
 
-def _twin(adapter: Any) -> TemporalAdapter | None:
-    """Our adapter around the layers of an official one, or None if calling its attention does more than ours.
+def _twin(adapter: Any, dim: int) -> TemporalAdapter | None:
+    """Our adapter for `dim` channels around the layers of an official one, or None if that does more than ours.
 
     It is made at each call, of the layers that are there then: those of a copy are its own. No constructor runs, as it
     would draw random numbers.
     """
     twin, attention, own = TemporalAdapter.__new__(TemporalAdapter), adapter.attn_temp, TemporalWindowAttention
     parts = [child for name, child in attention.named_children() if name not in ("qkv", "proj")]
-    if _extras(attention) or override(attention, "forward") or any(map(has_hooks, (attention, *parts))):
+    stride, width = getattr(adapter.conv_pool, "stride", ()), getattr(attention.proj, "in_features", 0)
+    if _extras(attention) or not only_calls(attention) or any(map(has_hooks, parts)) or not (stride and width):
         return None
     nn.Module.__init__(twin)
     for name in ("norm", "conv1", "conv_pool", "norm2", "conv_upsample", "conv2"):
         setattr(twin, name, getattr(adapter, name))
-    twin.dim, twin.pool = adapter.norm.num_channels, adapter.conv_pool.stride[0]
+    twin.dim, twin.pool = dim, stride[0]
     twin.attn_temp = own.__new__(own)
     nn.Module.__init__(twin.attn_temp)
     twin.attn_temp.num_heads = attention.num_heads
-    twin.attn_temp.head_dim = attention.proj.in_features // attention.num_heads
+    twin.attn_temp.head_dim = width // attention.num_heads
     twin.attn_temp.window = (attention.bias.window_left, attention.bias.window_right)
     twin.attn_temp.qkv, twin.attn_temp.proj = attention.qkv, attention.proj
     for name in ("q_norm", "k_norm", "proj_drop"):  # which do nothing in the official one either
@@ -166,14 +169,13 @@ def _few_tokens(module: Any, own: Any, function: Any, x: Tensor, *args: Any, **k
 
 def _adapter_forward(self: Any, own: Any, x: Tensor) -> Tensor:
     """Replaces `TemporalAdapter.forward`: `[B, C, T, h, w]` -> the same shape."""
-    twin = _twin(self)
+    twin = _twin(self, x.shape[1])
     return own(x) if twin is None else twin(x.movedim(1, -1)).movedim(-1, 1)
 
 
 def _few_cells(module: Any, own: Any, function: Any, x: Tensor) -> Any:
     """Two frames of the patches of two queries of the temporal attention."""
-    pool = module.conv_pool.stride[0]
-    return _compare.arguments(module, own, function, _compare.random((1, x.shape[1], 2, pool, 2 * pool), x))
+    return _compare.arguments(module, own, function, _compare.random((1, x.shape[1], 2, _POOL, 2 * _POOL), x))
 
 
 def _forward_dino(self: Any, own: Any, video: Tensor, use_bfloat16: bool = True, img_mult: int = 64) -> Any:
@@ -203,13 +205,14 @@ def _forward_dino(self: Any, own: Any, video: Tensor, use_bfloat16: bool = True,
     tokens = rearrange(tokens, "(b t) (h w) c -> b t h w c", t=frames, h=cells)
     tokens = tokens / tokens.square().sum(-1, keepdim=True).clamp(min=1e-6).sqrt()
     # The repository's own tuple, whatever the name under which its file was imported.
-    grids = inspect.unwrap(own.__func__).__globals__["FeatureGrids"]
+    files = (sys.modules[base.__module__] for base in type(self).__mro__)
+    grids = next(file.FeatureGrids for file in files if hasattr(file, "FeatureGrids"))
     return grids((tokens,), (), (), ((256, 256),))
 
 
 def _add(adapter: Any, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
     """All tokens `[B, T, prefix + h * w, C]` of a block, with what the adapter adds to the patches."""
-    twin = _twin(adapter) if in_force(adapter, "forward") else None
+    twin = _twin(adapter, tokens.shape[-1]) if in_force(adapter, "forward") else None
     if twin is not None:
         return twin.add_to(tokens, grid)
     prefix, patches = tokens.split((tokens.shape[2] - grid[0] * grid[1], grid[0] * grid[1]), 2)
@@ -219,7 +222,7 @@ def _add(adapter: Any, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
 
 def _small_images(module: Any, own: Any, function: Any, video: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Two frames of 8 x 8 tokens; each of the two computations has the adapters that are in force for it."""
-    module.__dict__["img_mult"] = 2 * module.adapter[0].conv_pool.stride[0] if len(module.adapter) else 8
+    module.__dict__["img_mult"] = 2 * _POOL
     return _compare.arguments(module, own, function, _compare.random((1, 2, 32, 32, 3), video), *args, **kwargs)
 
 
@@ -242,9 +245,7 @@ def _estimate_trajectories(
 ) -> Any:
     """Replaces the method of that name: all queries at once, as no cost volume is stored."""
     queries = max(1, query_features.lowres[0].shape[1])
-    return own(
-        video_size, is_training, feature_grids, query_features, query_points_in_video, queries, *args, **kwargs
-    )
+    return own(video_size, is_training, feature_grids, query_features, query_points_in_video, queries, *args, **kwargs)
 
 
 def _tracks_from_cost_volume(

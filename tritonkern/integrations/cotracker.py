@@ -57,11 +57,11 @@ def replacements(path: str, tracker: Any, precision: Precision) -> Iterator[Repl
     yield Replacement(path, tracker, "get_correlation_feat", functions, _in_a_corner)
     if callable(getattr(tracker, "init_video_online_processing", None)):
         kept = _KeptFeatures()
-        yield Replacement(path, tracker, "forward", (kept.track,))
-        yield Replacement(path, tracker, "init_video_online_processing", (kept.forget,))
-        yield Replacement(f"{prefix}fnet", tracker.fnet, "forward", (kept.encode,), _one_image)
+        yield Replacement(path, tracker, "forward", (kept.track,), calls_own=True)
+        yield Replacement(path, tracker, "init_video_online_processing", (kept.forget,), calls_own=True)
+        yield Replacement(f"{prefix}fnet", tracker.fnet, "forward", (kept.encode,), _one_image, calls_own=True)
     else:
-        yield Replacement(f"{prefix}fnet", tracker.fnet, "forward", (_encode,))
+        yield Replacement(f"{prefix}fnet", tracker.fnet, "forward", (_encode,), calls_own=True)
 
 
 def _promise_patches(

@@ -1,10 +1,10 @@
 """TAPIR and BootsTAPIR in PyTorch (github.com/google-deepmind/tapnet, read at commit c2cbab8, Apache-2.0).
 
-Replaced are the mixing over time in the blocks of the refinement (offline and online), the correlation of each point
-with the features around it, and the soft-argmax of the first guess. Backbone and linear layers stay as they are.
+The patch replaces the mixing over time in the blocks of the refinement (offline and online), the correlation of each
+point with the features around it, and the soft-argmax of the first guess.
 
 The official code divides both coordinates by the height of a feature map before it samples, so that on maps that are
-not square its samples do not lie one cell apart; there its own sampling runs, as results are to stay what they are.
+not square its samples are not one cell apart; its own sampling runs there, as results must not change.
 """
 
 from __future__ import annotations
@@ -17,48 +17,47 @@ import torch
 from torch import Tensor, nn
 
 from tritonkern.functional import local_correlation, soft_argmax_2d, temporal_mixer
+from tritonkern.integrations import _compare, _recognise
+from tritonkern.integrations._patch import Replacement
 from tritonkern.integrations._precision import Precision
+from tritonkern.nn._plain import is_plain
 from tritonkern.nn.correlation import put_queries, scaled
 
-
-def replacements(model: nn.Module, precision: Precision) -> Iterator[tuple[str, nn.Module, str, Any]]:
-    """What `tritonkern.patch` replaces in `model`: path, module, method, function."""
-    for path, tracker in model.named_modules():
-        if not _is_tracker(tracker):
-            continue
-        prefix = f"{path}." if path else ""
-        for index, block in enumerate(tracker.torch_pips_mixer.blocks):
-            if _is_block(block):
-                yield f"{prefix}torch_pips_mixer.blocks.{index}", block, "forward", _block_forward
-        yield path, tracker, "get_feature_grids", _get_feature_grids
-        yield path, tracker, "refine_pips", partial(_refine_pips, precision=precision)
-        yield path, tracker, "tracks_from_cost_volume", _tracks_from_cost_volume
+PARTS = (
+    *_recognise.methods("get_feature_grids", "refine_pips", "tracks_from_cost_volume"),
+    *(_recognise.child(f"torch_cost_volume_track_mods.{name}") for name in ("hid1", "hid2", "hid3", "hid4", "occ_out")),
+    _recognise.child("torch_pips_mixer.blocks", nn.ModuleList),
+    _recognise.value("softmax_temperature", int, float),
+    _recognise.value("highres_dim", int),
+)
 
 
-def _is_tracker(module: nn.Module) -> bool:
-    methods = ("get_feature_grids", "refine_pips", "tracks_from_cost_volume")
-    heads, mixer = (getattr(module, name, None) for name in ("torch_cost_volume_track_mods", "torch_pips_mixer"))
-    return (
-        all(callable(getattr(module, name, None)) for name in methods)
-        and isinstance(heads, nn.ModuleDict)
-        and {"hid1", "hid2", "hid3", "hid4", "occ_out"} <= set(heads)
-        and isinstance(getattr(mixer, "blocks", None), nn.ModuleList)
-        and isinstance(getattr(module, "softmax_temperature", None), int | float)
-        and isinstance(getattr(module, "highres_dim", None), int)
-    )
+def replacements(path: str, tracker: Any, precision: Precision) -> Iterator[Replacement]:
+    """What `tritonkern.patch` replaces in a model that has `PARTS`."""
+    prefix = f"{path}." if path else ""
+    for index, block in enumerate(tracker.torch_pips_mixer.blocks):
+        if _is_block(block):
+            name = f"{prefix}torch_pips_mixer.blocks.{index}"
+            yield Replacement(name, block, "forward", (_block_forward,), _first)
+    yield Replacement(path, tracker, "get_feature_grids", (_get_feature_grids,), calls_own=True)
+    yield Replacement(path, tracker, "refine_pips", (partial(_refine_pips, precision),), _one_point)
+    yield Replacement(path, tracker, "tracks_from_cost_volume", (_tracks_from_cost_volume,), _one_query)
 
 
 def _is_block(block: Any) -> bool:
-    """Whether it is built of what `temporal_mixer` computes: kernels of 3 frames, four channels for one."""
+    """Whether it has what `temporal_mixer` computes, in plain layers: kernels of 3 frames, each channel made four."""
     norm, first, second = (getattr(block, name, None) for name in ("layer_norm", "mlp1_up", "mlp1_up_1"))
-    if not (isinstance(norm, nn.LayerNorm) and isinstance(first, nn.Conv1d) and isinstance(second, nn.Conv1d)):
+    if not isinstance(norm, nn.LayerNorm) or len(norm.normalized_shape) != 1:
         return False
     (channels,) = norm.normalized_shape
-    shape = (4 * channels, 1, 3)
+    kernel: dict[str, Any] = dict(kernel_size=(3,), stride=(1,), padding=(0,), dilation=(1,), out_channels=4 * channels)
     return (
-        norm.weight is not None
+        is_plain(norm, nn.LayerNorm)
+        and norm.weight is not None
         and norm.bias is None
-        and all(conv.weight.shape == shape and conv.bias is not None for conv in (first, second))
+        and is_plain(first, nn.Conv1d, **kernel, in_channels=channels, groups=channels)
+        and is_plain(second, nn.Conv1d, **kernel, in_channels=4 * channels, groups=4 * channels)
+        and all(conv.bias is not None for conv in (first, second))
         and all(
             hasattr(block, name) for name in ("layer_norm_1", "conv_channels_mixer", "use_causal_conv", "block_name")
         )
@@ -66,9 +65,11 @@ def _is_block(block: Any) -> bool:
 
 
 def _block_forward(
-    self: Any, x: Tensor, causal_context: dict[str, Tensor] | None = None, get_causal_context: bool = False
+    self: Any, own: Any, x: Tensor, causal_context: dict[str, Tensor] | None = None, get_causal_context: bool = False
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Takes the place of `PIPsConvBlock.forward`: `[N, T, C]` -> the same shape, and the state after it."""
+    """Replaces `PIPsConvBlock.forward`: `[N, T, C]` -> the same shape, and the state after it."""
+    if not _is_block(self):  # no longer
+        return own(x, causal_context, get_causal_context)
     parameters = (
         self.layer_norm.weight,
         self.mlp1_up.weight,
@@ -86,15 +87,23 @@ def _block_forward(
         trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters, *state))
         # What `temporal_mixer` does not carry on: gradients, and the frames of a mixer that is not causal.
         if trained or not self.use_causal_conv or any(t.shape[-2] != 2 or t.dtype != x.dtype for t in state):
-            return type(self).forward(self, x, causal_context, get_causal_context)
+            return own(x, causal_context, get_causal_context)
         result, after = temporal_mixer(x, *parameters, causal=True, state=state, eps=self.layer_norm.eps)
         context = dict(zip(names, after, strict=True))
     return result + self.conv_channels_mixer(self.layer_norm_1(result)), context
 
 
-def _get_feature_grids(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Takes the place of the method of that name: maps with adjacent channels, which every iteration reads in place."""
-    grids = type(self).get_feature_grids(self, *args, **kwargs)
+def _first(
+    module: Any, own: Any, function: Any, x: Tensor, causal_context: dict[str, Tensor] | None = None, *args: Any
+) -> Any:
+    """The first sequence."""
+    context = None if causal_context is None else {name: state[:1] for name, state in causal_context.items()}
+    return _compare.arguments(module, own, function, x[:1], context, *args)
+
+
+def _get_feature_grids(self: Any, own: Any, *args: Any, **kwargs: Any) -> Any:
+    """Replaces the method of that name: maps with adjacent channels, which every iteration reads in place."""
+    grids = own(*args, **kwargs)
     contiguous: dict[int, Tensor] = {}
     # Resolutions that are equal share their maps.
     for grid in (*grids.lowres, *grids.hires):
@@ -105,7 +114,9 @@ def _get_feature_grids(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _refine_pips(
+    precision: Precision,
     self: Any,
+    own: Any,
     target_feature: list[Tensor],
     frame_features: None,
     pyramid: list[Tensor],
@@ -118,13 +129,11 @@ def _refine_pips(
     resize_hw: tuple[int, int] | None = None,
     causal_context: dict[str, Tensor] | None = None,
     get_causal_context: bool = False,
-    *,
-    precision: Precision,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, dict[str, Tensor]]:
-    """Takes the place of the method of that name: one iteration of the refinement, `[B, N, T, ...]` throughout."""
+    """Replaces the method of that name: one iteration of the refinement, `[B, N, T, ...]` throughout."""
     if resize_hw is None or any(grid.shape[2] != grid.shape[3] for grid in pyramid):
-        return type(self).refine_pips(
-            self, target_feature, frame_features, pyramid, pos_guess, occ_guess, expd_guess, orig_hw, last_iter,
+        return own(
+            target_feature, frame_features, pyramid, pos_guess, occ_guess, expd_guess, orig_hw, last_iter,
             mixer_iter, resize_hw, causal_context, get_causal_context,
         )  # fmt: skip
     batch, points, frames = occ_guess.shape
@@ -152,15 +161,53 @@ def _refine_pips(
     return moved, result[..., 2] + occ_guess, result[..., 3] + expd_guess, result[..., 4:] + features, after
 
 
+def _one_point(
+    module: Any,
+    own: Any,
+    function: Any,
+    target_feature: list[Tensor],
+    frame_features: None,
+    pyramid: list[Tensor],
+    pos_guess: Tensor,
+    occ_guess: Tensor,
+    expd_guess: Tensor,
+    orig_hw: tuple[int, int],
+    last_iter: Tensor | None = None,
+    mixer_iter: float = 0.0,
+    resize_hw: tuple[int, int] | None = None,
+    causal_context: dict[str, Tensor] | None = None,
+    get_causal_context: bool = False,
+) -> Any:
+    """One point in at most two frames, of which a part of the patch is outside of the maps."""
+    frames = min(2, pos_guess.shape[2])
+    return _compare.arguments(
+        module,
+        own,
+        function,
+        [_compare.random((1, 1, x.shape[-1]), x) for x in target_feature],
+        None,
+        [_compare.map_of_features((1, frames, *x.shape[2:]), x) for x in pyramid],
+        pos_guess.new_tensor([[[[0.7, orig_hw[0] - 3.3], [3.9, orig_hw[0] - 8.6]][:frames]]]),
+        _compare.random((1, 1, frames), occ_guess),
+        _compare.random((1, 1, frames), expd_guess),
+        orig_hw,
+        None if last_iter is None else last_iter[:1, :1, :frames],
+        mixer_iter,
+        resize_hw,
+        None if causal_context is None else {name: x[:1, :1] for name, x in causal_context.items()},
+        get_causal_context,
+    )
+
+
 def _rescaled(points: Tensor, size: Any, new_size: Any) -> Tensor:
     """(x, y) in a raster of one (height, width) -> in another."""
     return points if tuple(size) == tuple(new_size) else scaled(points, new_size[1] / size[1], new_size[0] / size[0])
 
 
 def _tracks_from_cost_volume(
-    self: Any, interp_feature: Tensor, feature_grid: Tensor, query_points: Tensor | None, im_shp: Any = None
+    self: Any, own: Any, interp_feature: Tensor, feature_grid: Tensor, query_points: Tensor | None, im_shp: Any = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Takes the place of the method of that name: the first guess of points, occlusion and expected distance."""
+    """Replaces the method of that name: the first guess of points, occlusion and expected distance."""
     heads = self.torch_cost_volume_track_mods
     cost = torch.einsum("bnc,bthwc->tbnhw", interp_feature, feature_grid)
     frames, batch, points, rows, columns = cost.shape
@@ -174,3 +221,19 @@ def _tracks_from_cost_volume(
     hidden = heads["hid3"](nn.functional.pad(hidden, (0, 2, 0, 2))).relu().mean((-2, -1))
     logits = heads["occ_out"](heads["hid4"](hidden).relu()).view(frames, batch, points, 2).permute(3, 1, 2, 0)
     return found, logits[0], logits[1]
+
+
+def _one_query(
+    module: Any,
+    own: Any,
+    function: Any,
+    interp_feature: Tensor,
+    feature_grid: Tensor,
+    query_points: Tensor | None,
+    im_shp: Any = None,
+) -> Any:
+    """One query in one frame."""
+    grid = _compare.map_of_features((1, 1, *feature_grid.shape[2:]), feature_grid)
+    # Asked for in another frame
+    points = None if query_points is None else query_points.new_tensor([[[9.0, 1.0, 2.0]]])
+    return _compare.arguments(module, own, function, grid[:, 0, -2, 1:2], grid, points, (1, 1, *im_shp[2:]))
