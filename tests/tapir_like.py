@@ -29,8 +29,9 @@ class Block(nn.Module):
         super().__init__()
         self.use_causal_conv, self.block_name = causal, f"block_{index}"
         self.layer_norm, self.layer_norm_1 = nn.LayerNorm(dim, bias=False), nn.LayerNorm(dim, bias=False)
-        self.mlp1_up = nn.Conv1d(dim, multiplier * dim, 3, groups=dim)
-        self.mlp1_up_1 = nn.Conv1d(multiplier * dim, multiplier * dim, 3, groups=multiplier * dim)
+        padding = 0 if causal else 1
+        self.mlp1_up = nn.Conv1d(dim, multiplier * dim, 3, padding=padding, groups=dim)
+        self.mlp1_up_1 = nn.Conv1d(multiplier * dim, multiplier * dim, 3, padding=padding, groups=multiplier * dim)
         self.multiplier = multiplier
         self.conv_channels_mixer = Channels(dim)
 
@@ -40,8 +41,7 @@ class Block(nn.Module):
         def convolved(conv, rows, number):
             """Zeros, or the context, before the frames."""
             if causal_context is None:
-                padding = (2, 0) if self.use_causal_conv else (1, 1)
-                return conv(F.pad(rows.mT, padding)).mT
+                return conv(F.pad(rows.mT, (2, 0)) if self.use_causal_conv else rows.mT).mT
             name = f"{self.block_name}_causal_{number}"
             rows = torch.cat([causal_context[name], rows], 1)
             after[name] = rows[:, -2:]
@@ -217,8 +217,9 @@ class Tracker(nn.Module):
             features = torch.cat(target_feature[:2], -1)[:, :, None].expand(-1, -1, occ_guess.shape[2], -1)
         tokens = [torch.zeros_like(pos_guess), occ_guess[..., None], expd_guess[..., None], features, *found]
         tokens = torch.cat(tokens, -1)
-        context = None if causal_context is None else {name: x.flatten(0, 1) for name, x in causal_context.items()}
-        out, after = self.torch_pips_mixer(tokens.flatten(0, 1).float(), context, get_causal_context)
+        for name in causal_context or ():  # in place, as the official code has it
+            causal_context[name] = causal_context[name].flatten(0, 1)
+        out, after = self.torch_pips_mixer(tokens.flatten(0, 1).float(), causal_context, get_causal_context)
         out = out.unflatten(0, tokens.shape[:2])
         after = {name: x.unflatten(0, tokens.shape[:2]) for name, x in after.items()}
         moved = out[..., :2] * size / torch.tensor(resize_hw[::-1])

@@ -128,7 +128,7 @@ def test_handle_lists_what_it_replaced(tracker):
 
 def test_replaced_methods_run(tracker, monkeypatch):
     video, queries = clip()
-    with tritonkern.patch(tracker):
+    with tritonkern.patch(tracker, verify=False):
         for method in ("refine_pips", "tracks_from_cost_volume"):
             monkeypatch.setattr(Tracker, method, None)
         monkeypatch.setattr(Block, "forward", None)

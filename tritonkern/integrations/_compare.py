@@ -6,13 +6,14 @@ import copy
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from types import MethodType
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_map
 
 Comparison = Callable[..., tuple[Callable[[], Any], Callable[[], Any]]]
 """``comparison(module, own, function, *args, **kwargs)`` of the arguments of the first call returns two functions that
@@ -34,7 +35,13 @@ class Outcome(NamedTuple):
 
 def arguments(module: nn.Module, own: Any, function: Any, *args: Any, **kwargs: Any) -> Any:
     """A `Comparison` of the arguments as they are."""
-    return lambda: function(module, own, *args, **kwargs), lambda: own(*args, **kwargs)
+
+    def call(method: Callable[..., Any]) -> Any:
+        # Lists and dictionaries of its own: TAPIR writes into the state that it is given.
+        mine, named = tree_map(lambda x: x, (args, kwargs))
+        return method(*mine, **named)
+
+    return lambda: call(partial(function, module, own)), lambda: call(own)
 
 
 def random(shape: Sequence[int], like: Tensor) -> Tensor:

@@ -50,7 +50,10 @@ def _is_block(block: Any) -> bool:
     if not isinstance(norm, nn.LayerNorm) or len(norm.normalized_shape) != 1:
         return False
     (channels,) = norm.normalized_shape
-    kernel: dict[str, Any] = dict(kernel_size=(3,), stride=(1,), padding=(0,), dilation=(1,), out_channels=4 * channels)
+    padding = (0,) if getattr(block, "use_causal_conv", False) else (1,)
+    kernel: dict[str, Any] = dict(
+        kernel_size=(3,), stride=(1,), padding=padding, padding_mode="zeros", dilation=(1,), out_channels=4 * channels
+    )
     return (
         is_plain(norm, nn.LayerNorm)
         and norm.weight is not None
