@@ -192,6 +192,32 @@ def test_offline_predictor():
     assert torch.equal(visible, visible_now)
 
 
+@pytest.mark.parametrize(("sequences", "frames", "fused"), [(64, 16, True), (64, 25, False), (8, 16, False)])
+def test_attention_over_time_in_one_window_where_that_is_faster(sequences, frames, fused, monkeypatch):
+    """Forward and backward, with the scale of the layer."""
+    from tritonkern.integrations import _attention
+
+    calls, window = [], _attention.temporal_window_attention
+    monkeypatch.setattr(
+        _attention, "temporal_window_attention", lambda *args, **kw: calls.append(1) or window(*args, **kw)
+    )
+    tracker, x = Offline(), torch.randn(sequences, frames, 16, requires_grad=True)
+    attention = tracker.updateformer.time
+    attention.scale = 0.7
+
+    def run():
+        x.grad = None
+        result = attention(x)
+        result.square().sum().backward()
+        return result.detach(), x.grad
+
+    expected = run()
+    with tritonkern.patch(tracker, verify=False):
+        actual = run()
+    assert bool(calls) == fused
+    torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
+
+
 def test_foreign_models():
     with pytest.raises(ValueError, match="facebookresearch/co-tracker"):
         tritonkern.patch(nn.Linear(2, 2))

@@ -45,7 +45,7 @@ class Promise(Tensor):
                 self._numbers = self.compute(*self.inputs)
         return self._numbers
 
-    def real(self) -> Tensor:
+    def realised(self) -> Tensor:
         """The real tensor, through which gradients flow to the promise and from there to `inputs`."""
         return _Real.apply(self) if torch.is_grad_enabled() and self.requires_grad else self.numbers()
 
@@ -65,7 +65,7 @@ class Promise(Tensor):
                     result = promise.shortcut(function, args, kwargs)
                     if result is not NotImplemented:
                         return result
-        args, kwargs = tree_map_only(Promise, Promise.real, (args, kwargs))
+        args, kwargs = tree_map_only(Promise, Promise.realised, (args, kwargs))
         return function(*args, **kwargs)
 
     @classmethod

@@ -63,8 +63,8 @@ def report() -> str:
     lines = [f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads"]
     if torch.cuda.is_available():
         lines.append(f"GPU: {torch.cuda.get_device_name()}")
-    strict = "raise (TRITONKERN_STRICT=1)" if strict() else "warn once"
-    lines.append(f"calls that fall back to the slow reference {strict}")
+    fallback = "raise (TRITONKERN_STRICT=1)" if strict() else "warn once"
+    lines.append(f"calls that fall back to the slow reference {fallback}")
     rooms = importlib.import_module("tritonkern.ops").__path__
     for operation in (module.name for module in pkgutil.iter_modules(rooms) if module.ispkg):
         lines.append(f"\n{operation}")
