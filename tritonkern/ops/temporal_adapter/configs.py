@@ -26,8 +26,10 @@ class Tile(NamedTuple):
 
 
 def tile(channels: int, dtype: torch.dtype) -> Tile:
-    """Sixteen numbers per thread (eight in float64). Blocks divide the channels where that leaves 64 or more; wider ones
-    spilled on sm_80."""
+    """Sixteen numbers per thread (eight in float64).
+
+    Blocks divide the channels where that leaves 64 or more; wider ones spilled on sm_80.
+    """
     block = math.gcd(channels, 128)
     if block < 64:
         block = min(128, max(16, 1 << (channels - 1).bit_length()))

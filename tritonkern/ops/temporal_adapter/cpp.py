@@ -15,7 +15,7 @@ def adapter_in_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.adapter_in_forward`. The normalised tokens are never stored."""
     compute = hidden_dtype(tokens.device, dtype)
-    hidden = tokens.new_empty(hidden_shape(*tokens.shape[:2], grid, len(conv.weight)), dtype=compute)
+    hidden = tokens.new_empty(hidden_shape(tokens, grid, len(conv.weight)), dtype=compute)
     mean, rstd = (tokens.new_zeros(len(tokens), dtype=torch.float64) for _ in range(2))
     if hidden.numel():
         patches, threads = _patches(adjacent_channels(tokens), grid), torch.get_num_threads()
@@ -149,7 +149,7 @@ def _affine(norm: Norm, mean: Tensor, rstd: Tensor, dtype: torch.dtype) -> tuple
 
 def _coefficients(
     norm: Norm, mean: Tensor, rstd: Tensor, sums: Tensor, moments: Tensor, count: int, dtype: torch.dtype
-) -> list[Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """slope `[B, C]`, scale `[B]` and shift `[B]` of grad_x = slope grad + scale x + shift; `count` = T h w C.
 
     With xhat = (x - mean) rstd: grad_x = rstd (weight grad - mean(weight grad) - xhat mean(weight grad xhat)).
@@ -158,7 +158,7 @@ def _coefficients(
     along = (moments * factor).sum(1) * rstd**3 / count
     slope = rstd[:, None] * factor
     shift = mean * along - rstd * (sums * factor).sum(1) / count
-    return [x.to(dtype) for x in (slope, -along, shift)]
+    return slope.to(dtype), (-along).to(dtype), shift.to(dtype)
 
 
 def _patches(tokens: Tensor, grid: Grid) -> Tensor:

@@ -50,10 +50,10 @@ def hidden_dtype(device: torch.device, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if device.type == "cpu" and dtype in HALF else dtype
 
 
-def hidden_shape(batch: int, frames: int, grid: Grid, channels: int) -> tuple[int, int, int, int]:
-    """`[B, T, h/p * w/p, p * p * O]`"""
+def hidden_shape(like: Tensor, grid: Grid, channels: int) -> tuple[int, int, int, int]:
+    """`[B, T, h/p * w/p, p * p * O]` for `like`, which is `[B, T, ...]`."""
     rows, columns, pool = grid
-    return batch, frames, rows * columns // pool**2, pool**2 * channels
+    return like.shape[0], like.shape[1], rows * columns // pool**2, pool**2 * channels
 
 
 @operator(NAME, "adapter_in_forward")
@@ -65,11 +65,9 @@ def adapter_in_fwd(
     `dtype` says how precise the convolution is.
     """
     _check_in(tokens, norm, conv, grid, dtype)
-    batch, frames = tokens.shape[:2]
+    batch = tokens.shape[0]
     return lambda: (
-        tokens.new_empty(
-            hidden_shape(batch, frames, grid, conv.weight.shape[0]), dtype=hidden_dtype(tokens.device, dtype)
-        ),
+        tokens.new_empty(hidden_shape(tokens, grid, conv.weight.shape[0]), dtype=hidden_dtype(tokens.device, dtype)),
         tokens.new_empty((batch,), dtype=torch.float64),
         tokens.new_empty((batch,), dtype=torch.float64),
     )
@@ -93,7 +91,7 @@ def adapter_in_bwd(
     `needs_grad`: of the tokens, of the norm, of the convolution. A result that is not needed has shape `[0]`.
     """
     _check_in(tokens, norm, Conv(conv_weight, None), grid, dtype)
-    shape = hidden_shape(*tokens.shape[:2], grid, conv_weight.shape[0])
+    shape = hidden_shape(tokens, grid, conv_weight.shape[0])
     stored = hidden_dtype(tokens.device, dtype)
     expected: dict = {name: (x, shape, stored) for name, x in (("grad_hidden", grad_hidden), ("hidden", hidden))}
     expected |= {name: (x, tokens.shape[:1], torch.float64) for name, x in (("mean", mean), ("rstd", rstd))}
@@ -208,7 +206,7 @@ def _check_out(hidden: Tensor, conv: Conv, tokens: Tensor | None, grid: Grid, dt
     if weight.dim() != 4 or weight.shape[2:] != (3, 3) or weight.numel() == 0:
         raise ValueError(f"weight must have shape [C, O, 3, 3], got {tuple(weight.shape)}")
     batch, frames = hidden.shape[:2]
-    _check_shape("hidden", hidden, hidden_shape(batch, frames, grid, weight.shape[1]))
+    _check_shape("hidden", hidden, hidden_shape(hidden, grid, weight.shape[1]))
     if conv.bias is not None:
         _check_shape("bias", conv.bias, (weight.shape[0],))
     if tokens is not None:

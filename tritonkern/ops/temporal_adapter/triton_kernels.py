@@ -21,13 +21,13 @@ def adapter_in_forward(
     """As `reference.adapter_in_forward`."""
     compute = hidden_dtype(tokens.device, dtype)
     if not tokens.numel():
-        hidden = tokens.new_empty(hidden_shape(*tokens.shape[:2], grid, len(conv.weight)), dtype=compute)
+        hidden = tokens.new_empty(hidden_shape(tokens, grid, len(conv.weight)), dtype=compute)
         mean, rstd = (tokens.new_zeros(len(tokens), dtype=torch.float64) for _ in range(2))
         return hidden, mean, rstd
     tokens = adjacent_channels(tokens)
     mean, rstd = _statistics(tokens, grid.rows * grid.columns, norm.eps)
     image = _convolved(_normalised(tokens, norm, mean, rstd, grid, compute), conv.weight)
-    return _to_hidden(image, tokens.shape[:2], grid, conv.bias), mean, rstd
+    return _to_hidden(image, tokens, grid, conv.bias), mean, rstd
 
 
 def adapter_in_backward(
@@ -124,7 +124,7 @@ def adapter_out_backward(
         grad = grad.view(batch * frames, grid.rows, grid.columns, channels)
         grad_image, grad_conv = _convolution_backward(grad, image, conv_weight, of_hidden, of_conv)
         if of_hidden:
-            grad_hidden = _to_hidden(grad_image, hidden.shape[:2], grid, gate=hidden)
+            grad_hidden = _to_hidden(grad_image, hidden, grid, gate=hidden)
         if of_conv:
             grad_weight = grad_conv
     return grad_hidden, grad_weight, grad_bias
@@ -192,10 +192,10 @@ def _normalised(tokens: Tensor, norm: Norm, mean: Tensor, rstd: Tensor, grid: Gr
 
 
 def _to_hidden(
-    image: Tensor, leading: torch.Size, grid: Grid, bias: Tensor | None = None, gate: Tensor | None = None
+    image: Tensor, like: Tensor, grid: Grid, bias: Tensor | None = None, gate: Tensor | None = None
 ) -> Tensor:
     """`[B * T, h, w, O]` + bias -> `[B, T, h/p * w/p, p * p * O]`, zero where that or `gate` is not positive."""
-    hidden = image.new_empty(hidden_shape(*leading, grid, image.shape[3]))
+    hidden = image.new_empty(hidden_shape(like, grid, image.shape[3]))
     _rectify(image, bias, gate, hidden, grid, True)
     return hidden
 
