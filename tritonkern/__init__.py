@@ -5,6 +5,7 @@ Importing this package loads neither Triton nor a device; a backend is loaded at
 
 from tritonkern.functional import (
     Match,
+    correlation_pyramid,
     correlation_soft_argmax,
     local_correlation,
     local_correlation_linear,
@@ -26,6 +27,7 @@ __all__ = [
     "TemporalWindowAttention",
     "Tracktention",
     "__version__",
+    "correlation_pyramid",
     "correlation_soft_argmax",
     "local_correlation",
     "local_correlation_linear",

@@ -8,6 +8,7 @@ from tritonkern.functional.attention import (
 from tritonkern.functional.blocks import temporal_mixer
 from tritonkern.functional.matching import (
     Match,
+    correlation_pyramid,
     correlation_soft_argmax,
     local_correlation,
     local_correlation_linear,
@@ -16,6 +17,7 @@ from tritonkern.functional.matching import (
 
 __all__ = [
     "Match",
+    "correlation_pyramid",
     "correlation_soft_argmax",
     "local_correlation",
     "local_correlation_linear",

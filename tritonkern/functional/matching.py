@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tritonkern.functional._arguments import autocast, real, refuse_forward_mode
@@ -203,6 +205,87 @@ def local_correlation_linear(
     _local_op.check_linear(features, support, weight, bias, radius)
     refuse_forward_mode("local_correlation_linear", *(x for x in (weight, bias) if x is not None))
     return _local_op.local_correlation_linear_fwd(features, support, position, weight, bias, *options, backend)
+
+
+def correlation_pyramid(
+    features: Tensor,
+    targets: Tensor,
+    flow: Tensor,
+    levels: int = 4,
+    radius: int = 4,
+    *,
+    padding: str = "zeros",
+    backend: str | None = None,
+) -> Tensor:
+    """Correlations of every cell of a map with the cells around its flow, on several resolutions of each target frame.
+
+    On level l, target frames are averaged over 2 x 2 cells l times (an odd last row or column is dropped), and cell i
+    of the source is compared with the ``(2 radius + 1)^2`` samples around ``(i + flow[i]) / 2^l``::
+
+        out[b, t, i, l, p] = features[b, i] . targets_l[b, t]((i + flow[b, t, i]) / 2^l + offset[p]) / sqrt(C)
+
+    The correlations of all pairs of cells are never stored; beside the result, memory grows with the maps alone. The
+    first derivative is supported; a second one raises RuntimeError.
+
+    Args:
+        features: ``[B, h, w, C]``, the source frame of each clip. float64, float32, bfloat16 or float16.
+        targets: ``[B, T, H, W, C]``, of features' dtype and device; H and W at least ``2^(levels - 1)``.
+        flow: ``[B, T, h, w, 2]`` (x, y), the displacement of each cell in cells of the finest level, floating point.
+            Gradients reach it where asked; RAFT and AllTracker pass it detached.
+        levels: number of resolutions, positive.
+        radius: from 0 to 15.
+        padding: what is outside of a map: ``"zeros"`` as in RAFT, or ``"border"``, which repeats its edge, as in
+            AllTracker.
+        backend: as in `local_correlation`.
+
+    Returns:
+        ``[B, T, h, w, levels * (2 radius + 1)^2]`` in the inputs' dtype, level after level; within a level
+        ``p = (dx + radius) * (2 radius + 1) + dy + radius``.
+
+    Raises:
+        TypeError, ValueError, NotImplementedError: as `local_correlation`; `levels` does not fit the maps.
+
+    It is the correlation block of RAFT (Teed and Deng, ECCV 2020) and its successors, and of AllTracker (Harley et al.,
+    ICCV 2025).
+    """
+    if isinstance(levels, bool) or not isinstance(levels, int):
+        raise TypeError(f"levels must be an int, got {type(levels).__name__}")
+    for name, tensor, dims in (("features", features, 4), ("targets", targets, 5), ("flow", flow, 5)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+        if tensor.ndim != dims:
+            raise ValueError(f"{name} must have {dims} dimensions, got shape {list(tensor.shape)}")
+    batch, rows, columns, channels = features.shape
+    frames = targets.shape[1]
+    if targets.shape[0] != batch or targets.shape[4] != channels:
+        raise ValueError(f"targets must be [{batch}, T, H, W, {channels}], got {list(targets.shape)}")
+    if flow.shape != (batch, frames, rows, columns, 2):
+        raise ValueError(f"flow must be {[batch, frames, rows, columns, 2]}, got {list(flow.shape)}")
+    if not flow.is_floating_point():
+        raise TypeError(f"flow must be floating point, got {flow.dtype}")
+    if levels < 1 or min(targets.shape[2:4]) < 2 ** (levels - 1):
+        raise ValueError(
+            f"levels must be positive, and H and W at least 2^(levels - 1), got levels={levels} and targets of shape "
+            f"{list(targets.shape)}"
+        )
+    features, targets = autocast(features, targets)
+    y, x = torch.meshgrid(
+        *(torch.arange(n, device=flow.device, dtype=accumulator(features.dtype)) for n in (rows, columns)),
+        indexing="ij",
+    )
+    coords = (flow + torch.stack([x, y], -1)).flatten(2, 3)  # [B, T, h * w, 2]
+    support = (features * channels**-0.5).flatten(1, 2).unsqueeze(2)  # [B, h * w, 1, C]
+    found = []
+    for level in range(levels):
+        if level:
+            # [B * T, C, H, W] with adjacent channels, as the maps are
+            pooled = F.avg_pool2d(targets.flatten(0, 1).movedim(-1, 1), 2).movedim(1, -1)
+            targets = pooled.unflatten(0, (batch, frames))
+        correlation = local_correlation(
+            targets, support, coords / 2**level, radius=radius, padding=padding, align_corners=True, backend=backend
+        )
+        found.append(correlation.squeeze(-1).unflatten(2, (rows, columns)))
+    return torch.cat(found, -1)
 
 
 def _local_correlation(
