@@ -1,11 +1,15 @@
-// Softmax attention of every query to all keys, forward, on blocks of kQueries x kKeys scores:
+// Softmax attention of every query to all keys, forward:
+//
+//   lse_i = log sum_j exp(scale * q_i . k_j),   out_i = sum_j exp(scale * q_i . k_j - lse_i) v_j
+//
+// on blocks of kQueries x kKeys scores:
 //
 //   key    --columns--> panels --product--> scores, panel by panel --exp--> weights, row by row
 //   value  --rows-----> panels ------------------------------------product--> result, panel by panel
 //
-// A task owns a stretch of queries of one head. It lays out all keys and values of the head once, in panels as wide as a block
-// of registers; block after block of queries then meets all of them. The maximum of a row is followed from block to block, and
-// what was added under an older one is scaled down. What a query gets does not depend on which others share its block.
+// A task owns a stretch of queries of one head. It copies all keys and values of the head once, into panels as wide as a block
+// of registers; block after block of queries then meets all of them. The maximum of a row is updated from block to block, and
+// what was added under an earlier one is scaled down. The result of a query does not depend on which others share its block.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -15,13 +19,13 @@
 #include "common/strided.h"
 #include "full_attention/call.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::full_attention {
 namespace {
 
 // Scores and weights of a block, and the keys and values that make them, share the second-level cache.
 constexpr int64_t kQueries = 48, kKeys = 256;
 constexpr int64_t kPitch = kKeys + 16;  // of a row of weights: a power of two would put rows on the same cache sets
-constexpr int64_t kStretch = 512;       // queries at least: laying out the keys again then costs a hundredth
+constexpr int64_t kStretch = 512;       // queries at least: copying the keys again then costs a hundredth
 
 template <class A>
 class Kernel {
@@ -80,14 +84,15 @@ class Kernel {
     }
 
     void lay_out(int64_t b, int64_t h, const Scratch& s) const {
-        const auto at = [&](const int64_t (&stride)[3], int64_t j) {
-            return b * stride[0] + j * stride[1] + h * stride[2];
+        const auto at = [&](const TensorView& x, int64_t j) {
+            return b * x.stride[0] + j * x.stride[1] + h * x.stride[2];
         };
+        // Invariant: the keys and values before j are laid out in panels.
         for (int64_t j = 0; j < call.S; j += kWide) {
             const int64_t count = min<int64_t>(kWide, call.S - j);
-            fetch(call.key, at(call.key_stride, j), call.key_stride[1], count, s.rows);
+            fetch(call.key.data, at(call.key, j), call.key.stride[1], count, s.rows);
             transpose_rows<A>({s.rows, padded}, count, padded, s.key + j * padded, kWide);
-            fetch(call.value, at(call.value_stride, j), call.value_stride[1], count, s.rows);
+            fetch(call.value.data, at(call.value, j), call.value.stride[1], count, s.rows);
             for (int64_t p = 0; p < value_panels; ++p)
                 for (int64_t r = 0; r < count; ++r)
                     std::copy_n(s.rows + r * padded + p * kWide, kWide, s.value + (p * keys + j + r) * kWide);
@@ -102,10 +107,10 @@ class Kernel {
     }
 
     void block(int64_t b, int64_t h, int64_t q, int64_t rows, const Scratch& s) const {
-        const int64_t from = b * call.query_stride[0] + q * call.query_stride[1] + h * call.query_stride[2];
-        // kRows queries side by side, channel after channel, so that a product walks through memory once.
+        const int64_t *stride = call.query.stride, from = b * stride[0] + q * stride[1] + h * stride[2];
+        // kRows adjacent queries, channel after channel, so that a product reads memory in order.
         for (int64_t r = 0; r < round_up(rows, int64_t(kRows)); ++r) {
-            if (r < rows) read_row(call.dtype, call.query, from + r * call.query_stride[1], call.D, s.rows);
+            if (r < rows) read_row(call.dtype, call.query.data, from + r * stride[1], call.D, s.rows);
             A* const to = s.query + r / kRows * kRows * padded + r % kRows;
             for (int64_t c = 0; c < call.D; ++c) to[c * kRows] = s.rows[c] * A(call.scale);
         }
@@ -113,6 +118,8 @@ class Kernel {
         // Finite, so that the first block never computes -inf - -inf where it sees only -inf.
         std::fill_n(s.highest, rows, std::numeric_limits<A>::lowest());
         std::fill_n(s.total, rows, A(0));
+        // Invariant: over the keys before j, highest is the maximum of a row's scores, total the sum of exp(score - highest), and
+        // out that of exp(score - highest) * value.
         for (int64_t j = 0; j < call.S; j += kKeys) {
             const int64_t count = min(kKeys, call.S - j);
             for (int64_t p = 0; p < ceil_div(count, int64_t(kWide)); ++p)
@@ -134,7 +141,7 @@ class Kernel {
         }
     }
 
-    // Scores of row r -> weights under the highest score up to here; total and result are brought down to it.
+    // Scores of row r -> weights exp(score - highest so far); total and result are scaled to the new maximum.
     void weigh(int64_t r, int64_t count, const Scratch& s) const {
         const A* const scores = s.scores + r * kWide;
         A* const weights = s.weights + r * kPitch;
@@ -158,12 +165,12 @@ class Kernel {
         }
         const A sum = detail::fold<A, L / 2>(low + high, Sum{})[0];
         if (highest != s.highest[r]) {
-            const A fade = std::exp(s.highest[r] - highest);
-            s.highest[r] = highest, s.total[r] *= fade;
+            const A decay = std::exp(s.highest[r] - highest);
+            s.highest[r] = highest, s.total[r] *= decay;
             for (int64_t p = 0; p < value_panels; ++p)
                 for (int64_t c = 0; c < kWide; c += L) {
                     A* const out = s.out + (p * kQueries + r) * kWide + c;
-                    store(out, load(out) * fade);
+                    store(out, load(out) * decay);
                 }
         }
         s.total[r] += sum;
@@ -172,9 +179,9 @@ class Kernel {
 
 }  // namespace
 
-void full_attention_forward(const FullAttention& call) {
+void forward(const FullAttention& call) {
     if (call.dtype == DType::kFloat64) return Kernel<double>(call).run();
     Kernel<float>(call).run();
 }
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::full_attention

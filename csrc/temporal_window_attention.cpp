@@ -2,15 +2,15 @@
 //
 //   out_i = sum_j p_ij v_j,   p_i = softmax over i - left <= j <= i + right of scale * q_i . k_j,   0 <= j < T
 //
-// The weights are kept by diagonals, one row for each place in the window, so that all lanes of a vector do the same:
+// The weights are stored by diagonals, one row per offset in the window, so that all lanes of a vector do the same:
 //
 //             keys ->
-//   queries   0 1 2 . . .          scores: lanes are queries. Place o of eight queries meets eight neighbouring keys, one
+//   queries   0 1 2 . . .          scores: lanes are queries. Offset o of eight queries meets eight adjacent keys, one
 //             . 0 1 2 . .          unaligned load from a transposed copy; the softmax runs in each lane by itself.
-//             . . 0 1 2 .          products with weights: lanes are channels, rows are read as they lie, and four rows of the
-//             . . . 0 1 2          result share the loads. A gradient of keys reads the same weights along columns.
+//             . . 0 1 2 .          products with weights: lanes are channels, rows are read where they are stored, and four
+//             . . . 0 1 2          rows of the result share the loads. A gradient of keys reads the same weights along columns.
 //
-// Tasks (a stretch of time of some sequences) share nothing, and what they compute does not depend on who runs them.
+// Tasks (a stretch of time of some sequences) share nothing, and their results do not depend on the thread that runs them.
 #include "temporal_window_attention/backward.h"
 #include "temporal_window_attention/forward.h"
 

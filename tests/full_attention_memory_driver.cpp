@@ -1,5 +1,5 @@
 // Runs full attention of one instruction set on buffers that end exactly where their tensors end, for AddressSanitizer and
-// UndefinedBehaviorSanitizer to watch. Shapes cover tails of queries, keys and channels; rows lie apart or side by side.
+// UndefinedBehaviorSanitizer to watch. Shapes cover tails of queries, keys and channels; rows are adjacent or have gaps between them.
 #include <cstdio>
 #include <vector>
 
@@ -27,12 +27,16 @@ int main() {
                 call.dtype = static_cast<DType>(dtype);
                 call.B = s[0], call.L = s[1], call.S = s[2], call.H = s[3], call.D = s[4];
                 call.scale = 0.5, call.num_threads = 2;
-                call.query = query.data(), call.key = key.data(), call.value = value.data();
+                const auto view = [&](std::vector<unsigned char>& x, int64_t rows) {
+                    TensorView result;
+                    result.data = x.data(), result.rank = 4;
+                    const int64_t shape[] = {s[0], rows, s[3], s[4]}, stride[] = {rows * row, row, s[4], 1};
+                    for (int i = 0; i < 4; ++i) result.shape[i] = shape[i], result.stride[i] = stride[i];
+                    return result;
+                };
+                call.query = view(query, s[1]), call.key = view(key, s[2]), call.value = view(value, s[2]);
                 call.out = out.data(), call.lse = lse.data();
-                call.query_stride[0] = s[1] * row, call.key_stride[0] = call.value_stride[0] = s[2] * row;
-                call.query_stride[1] = call.key_stride[1] = call.value_stride[1] = row;
-                call.query_stride[2] = call.key_stride[2] = call.value_stride[2] = s[4];
-                TRITONKERN_ISA::full_attention_forward(call);
+                TRITONKERN_ISA::full_attention::forward(call);
                 ++calls;
             }
         }

@@ -24,6 +24,11 @@ def native_backends(operation):
         yield pytest.param((backend, device), id=backend, marks=marks)
 
 
+def fast_backends(operation):
+    """As `native_backends`, without the reference: the textbook loop and one gradcheck are what tests that."""
+    return [where for where in native_backends(operation) if where.values[0][0] != "reference"]
+
+
 def random_inputs(*shape, dtype=torch.float32, device="cpu"):
     """query, key, value and a cotangent."""
     return [torch.randn(shape, dtype=torch.float64).to(device, dtype) for _ in range(4)]

@@ -1,5 +1,6 @@
 // Runs the CPU kernels of one instruction set on buffers that end exactly where their tensors end, for AddressSanitizer and
-// UndefinedBehaviorSanitizer to watch. Compiled by test_cpp_build.py; shapes cover tails of time, head dim and window.
+// UndefinedBehaviorSanitizer to watch. Compiled by test_cpp_build.py; shapes cover tails of time, head dim and
+// window, and a window so wide that the backward pass goes by blocks.
 #include <cstdio>
 #include <cstring>
 #include <vector>
@@ -34,8 +35,8 @@ struct Buffer {
 
 int main() {
     const int64_t elements[] = {8, 4, 2, 2};
-    const int64_t shapes[][5] = {{2, 24, 1, 4, 32},  {1, 1, 1, 1, 8},   {1, 5, 2, 1, 24},
-                                 {1, 150, 1, 1, 64}, {1, 33, 3, 2, 40}, {1, 9, 1, 1, 256}};
+    const int64_t shapes[][5] = {{2, 24, 1, 4, 32}, {1, 1, 1, 1, 8},   {1, 5, 2, 1, 24}, {1, 150, 1, 1, 64},
+                                 {1, 33, 3, 2, 40}, {1, 9, 1, 1, 256}, {1, 400, 1, 1, 8}};
     const int64_t windows[][2] = {{6, 6}, {0, 0}, {3, 1}, {1000, 1000}};
     int calls = 0;
     for (int dtype = 0; dtype < 4; ++dtype) {

@@ -9,6 +9,7 @@ from oracle import native_backends
 from torch.autograd import forward_ad
 
 from tritonkern import temporal_window_attention
+from tritonkern.ops.full_attention import op as full_op
 from tritonkern.ops.temporal_window_attention import op as window_op
 
 torch.manual_seed(0)
@@ -22,10 +23,15 @@ def window_operator(x, backend):
     return window_op.temporal_window_attention_fwd(x, x.cos(), x.sin(), 1, 1, 0.3, backend)[0]
 
 
+def full_operator(x, backend):
+    return full_op.full_attention_fwd(x, x.cos(), x.sin(), 0.3, backend)[0]
+
+
 # Per operation: a function of one tensor that needs a gradient, that tensor, the folder of the operation.
 CASES = {
     "temporal_window_attention": (window_attention, torch.randn(1, 5, 2, 8), window_op.NAME),
     "temporal_window_attention_fwd": (window_operator, torch.randn(1, 5, 1, 2, 8), window_op.NAME),
+    "full_attention_fwd": (full_operator, torch.randn(1, 5, 2, 8), full_op.NAME),
 }
 
 
@@ -34,6 +40,7 @@ CASES = {
         pytest.param((name, *where.values[0]), id=f"{name}-{where.values[0][0]}", marks=where.marks)
         for name, case in CASES.items()
         for where in native_backends(case[2])
+        if where.id != "triton" or case[2] != full_op.NAME  # which has no Triton kernel
     ]
 )
 def case(request):

@@ -5,19 +5,18 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_as_exact_as_eager, native_backends
+from oracle import assert_as_exact_as_eager, fast_backends
 
 from tritonkern.functional import _full_attention as module
 from tritonkern.functional._full_attention import full_attention
-from tritonkern.ops._contract import DTYPES
+from tritonkern.ops._dtypes import DTYPES
 from tritonkern.ops.full_attention import op
 
-BACKENDS = [p for p in native_backends(op.NAME) if p.id != "triton"]
 # B, L, S, H, D: one of everything, ragged blocks of queries, keys and channels, whole blocks.
 SHAPES = [(1, 1, 1, 1, 1), (2, 5, 7, 3, 8), (1, 49, 257, 2, 17), (1, 96, 512, 1, 64)]
 
 
-@pytest.fixture(params=BACKENDS)
+@pytest.fixture(params=[where for where in fast_backends(op.NAME) if where.id != "triton"])
 def backend(request):
     return request.param[0]
 
@@ -52,6 +51,19 @@ def results(function, inputs):
     leaves = [x.detach().requires_grad_() for x in inputs[:3]]
     out = function(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, inputs[3])]
+
+
+def test_reference_is_the_textbook_loop():
+    torch.manual_seed(7)
+    inputs = random_inputs((2, 5, 7, 3, 8), torch.float64)
+    found = results(lambda *x: full_attention(*x, backend="reference"), inputs)
+    for actual, truth in zip(found, results(textbook, inputs), strict=True):
+        torch.testing.assert_close(actual, truth, rtol=1e-12, atol=1e-13)
+
+
+def test_gradcheck_of_the_reference():
+    leaves = [x.clone().requires_grad_() for x in random_inputs((1, 4, 5, 2, 3), torch.float64)[:3]]
+    assert torch.autograd.gradcheck(lambda *x: full_attention(*x, backend="reference"), leaves)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -101,11 +113,11 @@ def test_scale_and_log_sum_exp(backend):
 def test_scores_far_apart_and_not_finite(backend):
     torch.manual_seed(2)
     query, key, value, _ = random_inputs((1, 50, 600, 1, 8), torch.float32)
-    # The first 300 scores are 100 below the others, so that all that their blocks brought must fade to nothing.
+    # The first 300 scores are 100 below the others, so that what their blocks added must decay to nothing.
     query[..., 0], key[:, :300, :, 0], key[:, 300:, :, 0] = 10.0, -20.0, 10.0
     out = full_attention(query, key, value, backend=backend)
     assert torch.allclose(out, full_attention(query, key[:, 300:], value[:, 300:], backend="reference"), atol=1e-5)
-    # No weight at all for keys of -inf, as in PyTorch, wherever they lie; NaN for a query of NaN, and for no other.
+    # No weight at all for keys of -inf, as in PyTorch, wherever they are; NaN for a query of NaN, and for no other.
     key[:, :300, :, 0] = -torch.inf
     assert torch.allclose(full_attention(query, key, value, backend=backend), out, atol=1e-5)
     query[:, 7] = torch.nan
@@ -131,6 +143,12 @@ def test_operator():
     torch.manual_seed(4)
     leaves = [x.clone().requires_grad_() for x in random_inputs((1, 9, 11, 2, 8), torch.float32)[:3]]
     torch.library.opcheck(op.full_attention_fwd, (*leaves, 0.5, "cpp"))
+    query, key, value = (x.detach() for x in leaves)
+    out, lse = op.full_attention_fwd(query, key, value, 0.5, "cpp")
+    for backend in ("cpp", "reference"):
+        torch.library.opcheck(op.full_attention_bwd, (out, query, key, value, out, lse, 0.5, backend))
+    with pytest.raises(ValueError, match="lse must be torch.float32 of shape"):
+        op.full_attention_bwd(out, query, key, value, out, lse[:, 1:], 0.5)
 
 
 @pytest.fixture

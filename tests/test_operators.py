@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import gradients, native_backends, random_inputs, run_python
+from oracle import fast_backends, gradients, random_inputs, run_python
 from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
@@ -23,7 +23,7 @@ LAYOUTS = {
 }
 
 
-@pytest.fixture(params=native_backends(op.NAME))
+@pytest.fixture(params=fast_backends(op.NAME))
 def where(request):
     return request.param
 
@@ -154,7 +154,7 @@ def test_a_dispatch_mode_sees_one_operator(where):
     assert ours == [FWD, BWD]
 
 
-@pytest.mark.parametrize("backend", [p for p in native_backends(op.NAME) if p.values[0][0] == "cpp"])
+@pytest.mark.parametrize("backend", [p for p in fast_backends(op.NAME) if p.values[0][0] == "cpp"])
 def test_set_num_threads_is_obeyed(backend):
     output = run_python(
         """

@@ -8,6 +8,7 @@ _Tensor = tuple[int, Sequence[int]]
 
 def isa() -> str: ...
 def isas() -> list[str]: ...
+def view(x: Tensor) -> tuple[str, tuple[int, ...], tuple[int, ...]]: ...
 def temporal_window_attention_forward(
     query: Tensor,
     key: Tensor,
@@ -157,16 +158,7 @@ def local_correlation_backward(
 ) -> None: ...
 def is_amd() -> bool: ...
 def full_attention_forward(
-    dtype: int,
-    shape: Sequence[int],
-    scale: float,
-    num_threads: int,
-    query: tuple[int, Sequence[int]],
-    key: tuple[int, Sequence[int]],
-    value: tuple[int, Sequence[int]],
-    out: int,
-    lse: int,
-    /,
+    query: Tensor, key: Tensor, value: Tensor, scale: float, num_threads: int, out: Tensor, lse: Tensor
 ) -> None: ...
 def temporal_mixer_tasks(shape: Sequence[int], /) -> int: ...
 def temporal_mixer_forward(

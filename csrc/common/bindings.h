@@ -97,6 +97,13 @@ inline void expect_contiguous(const char* name, const TensorView& x) {
                                         text_of(x.rank, x.stride));
 }
 
+inline void expect_adjacent_channels(const char* name, const TensorView& x) {
+    if (x.stride[x.rank - 1] != 1)
+        throw std::invalid_argument(std::string(name) +
+                                    " must have adjacent numbers along its last axis, got strides " +
+                                    text_of(x.rank, x.stride));
+}
+
 }  // namespace tritonkern
 
 namespace pybind11::detail {

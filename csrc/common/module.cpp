@@ -82,6 +82,14 @@ PYBIND11_MODULE(_cpp, m) {
             return names;
         },
         "The instruction sets that this machine can use, best first.");
+    m.def(
+        "view",
+        [](const TensorView& x) {
+            py::list shape, strides;
+            for (int i = 0; i < x.rank; ++i) shape.append(x.shape[i]), strides.append(x.stride[i]);
+            return py::make_tuple(name_of(x.dtype), py::tuple(shape), py::tuple(strides));
+        },
+        py::arg("x"), "Data type, shape and strides of a tensor as the kernels see them.");
     m.def("is_amd", is_amd, "Whether AMD made this processor.");
     for (const Bindings* bindings = Bindings::first(); bindings; bindings = bindings->next) bindings->define(m);
 }

@@ -1,37 +1,41 @@
-// The Python face of softmax attention.
+// Bindings of softmax attention.
 #include "common/bindings.h"
-
-#include <pybind11/stl.h>
-
-#include <array>
 
 #include "full_attention/call.h"
 
 namespace tritonkern {
+namespace {
+
+void forward(const TensorView& query, const TensorView& key, const TensorView& value, double scale, int num_threads,
+             const TensorView& out, const TensorView& lse) {
+    expect_rank("query", query, 4);
+    expect_floating("query", query);
+    expect_rank("key", key, 4);
+    FullAttention call{};
+    call.dtype = query.dtype;
+    call.B = query.shape[0], call.L = query.shape[1], call.S = key.shape[1], call.H = query.shape[2];
+    call.D = query.shape[3];
+    expect("key", key, call.dtype, {call.B, call.S, call.H, call.D});
+    expect_like("value", value, key);
+    expect_adjacent_channels("query", query);
+    expect_adjacent_channels("key", key);
+    expect_adjacent_channels("value", value);
+    expect_like("out", out, query);
+    expect_contiguous("out", out);
+    expect("lse", lse, accumulator(call.dtype), {call.B, call.L, call.H});
+    expect_contiguous("lse", lse);
+    call.scale = scale, call.num_threads = num_threads;
+    call.query = query, call.key = key, call.value = value;
+    call.out = out.data, call.lse = lse.data;
+    TRITONKERN_KERNEL(full_attention, forward)(call);
+}
+
+}  // namespace
 
 TRITONKERN_BINDINGS(m) {
-    using Rows = std::pair<uintptr_t, std::array<int64_t, 3>>;  // address, strides of batch, row and head
-    // (B, L, S, H, D)
-    m.def(
-        "full_attention_forward",
-        [=](int dtype, const std::array<int64_t, 5>& shape, double scale, int num_threads, const Rows& query,
-            const Rows& key, const Rows& value, uintptr_t out, uintptr_t lse) {
-            FullAttention call{};
-            call.dtype = static_cast<DType>(dtype);
-            call.B = shape[0], call.L = shape[1], call.S = shape[2], call.H = shape[3], call.D = shape[4];
-            call.scale = scale, call.num_threads = num_threads;
-            call.query = reinterpret_cast<const void*>(query.first);
-            call.key = reinterpret_cast<const void*>(key.first);
-            call.value = reinterpret_cast<const void*>(value.first);
-            for (int i = 0; i < 3; ++i) {
-                call.query_stride[i] = query.second[i];
-                call.key_stride[i] = key.second[i];
-                call.value_stride[i] = value.second[i];
-            }
-            call.out = reinterpret_cast<void*>(out), call.lse = reinterpret_cast<void*>(lse);
-            TRITONKERN_OLD_KERNEL(full_attention_forward)(call);
-        },
-        py::call_guard<py::gil_scoped_release>());
+    using py::arg;
+    m.def("full_attention_forward", forward, arg("query"), arg("key"), arg("value"), arg("scale"), arg("num_threads"),
+          arg("out"), arg("lse"), Unlocked());
 }
 
 }  // namespace tritonkern

@@ -1,29 +1,22 @@
-// The call of softmax attention, as the bindings hand it to the kernels of one instruction set.
+// The call of softmax attention, as its bindings pass it to the kernel.
 #pragma once
 
+#include "common/kernel.h"
 #include "common/tensor.h"
 
 namespace tritonkern {
 
-// query [B, L, H, D], key and value [B, S, H, D] with adjacent channels; strides are those of B, L or S, and H.
+// query [B, L, H, D], key and value [B, S, H, D] with adjacent channels.
 struct FullAttention {
     DType dtype;
     int64_t B, L, S, H, D;
     double scale;
     int num_threads;
-    const void *query, *key, *value;
-    int64_t query_stride[3], key_stride[3], value_stride[3];
+    TensorView query, key, value;
     void* out;  // [B, L, H, D], contiguous
     void* lse;  // [B, L, H], contiguous, of the accumulator's type
 };
 
-#define TRITONKERN_DECLARE(isa)                             \
-    namespace isa {                                         \
-    void full_attention_forward(const FullAttention& call); \
-    }
-TRITONKERN_DECLARE(baseline)
-TRITONKERN_DECLARE(avx2)
-TRITONKERN_DECLARE(avx512)
-#undef TRITONKERN_DECLARE
+TRITONKERN_DECLARE_KERNEL(full_attention, forward, FullAttention)
 
 }  // namespace tritonkern

@@ -1,4 +1,6 @@
-// Output and log-sum-exp of temporal window attention.
+// Output and log-sum-exp of temporal window attention, with s_ij = scale * q_i . k_j:
+//
+//   lse_i = log sum_j exp(s_ij),   out_i = sum_j exp(s_ij - lse_i) v_j
 #pragma once
 
 #include <limits>
@@ -64,7 +66,7 @@ class Forward {
         const int64_t first_key = max<int64_t>(task.begin - left, 0), last_key = min(task.end + right, call.T);
         const int64_t frames = task.end - task.begin;
 
-        // Column 0 is key task.begin - left, which may lie before the clip.
+        // Column 0 is key task.begin - left, which may be before the clip.
         const Rows<A> keys = view(call.key).rows(first_key, last_key, scratch.rows);
         transpose_rows(keys, last_key - first_key, call.D, scratch.key_columns + (first_key - (task.begin - left)),
                        plan.key_columns);
@@ -81,8 +83,9 @@ class Forward {
         for (int64_t t = 0; t < frames; ++t) lse[t * call.N * call.H] = scratch.lse[t];
 
         const Rows<A> values = view(call.value).rows(first_key, last_key, scratch.rows);
-        gather_frames(plan, task, {scratch.weights, 1 - plan.pitch, plan.pitch}, values, task.begin - left - first_key,
-                      last_key - first_key, view(call.out), streams, scratch.out);
+        gather_frames<S>(plan.window, plan.padded_dim, task.begin, task.end,
+                         {scratch.weights, 1 - plan.pitch, plan.pitch}, values, task.begin - left - first_key,
+                         last_key - first_key, view(call.out), streams, scratch.out);
     }
 };
 

@@ -1,4 +1,4 @@
-// How temporal window attention is cut into tasks, and what makes their way through memory fast.
+// How temporal window attention is cut into tasks, and how the tasks read and write memory.
 #pragma once
 
 #include <initializer_list>
@@ -8,13 +8,16 @@
 
 namespace tritonkern::TRITONKERN_ISA::temporal_window_attention {
 
-// How the work is cut. A task is a stretch of time of a few sequences that are neighbours in memory: `group` of the N * H
-// sequences of one batch entry. Reading such a group frame by frame is what memory does best.
+// How the work is cut. A task is a stretch of time of a few sequences that are adjacent in memory: `group` of the N * H
+// sequences of one batch entry. Such a group is read frame by frame, in long runs.
 template <class S>
 struct Plan {
     using A = Accumulator<S>;
 
-    int64_t chunk, chunks, group, groups, tasks, grain, window, padded_dim, pitch, key_columns;
+    int64_t chunk, chunks, group, groups, tasks, grain, window, padded_dim, key_columns;
+    int64_t queries;  // per task, rounded up
+    int64_t block,
+        pitch;  // queries whose weights exist at a time, and their number rounded up: the pitch of a diagonal
     int threads;
 
     Plan(const TemporalWindowAttention& call, int64_t left, int64_t right, int64_t longest, int64_t queries_around) {
@@ -30,8 +33,13 @@ struct Plan {
         window = left + right + 1;
         padded_dim = round_up(call.D, kLanes<A>);
         // Odd numbers of vectors: a power of two would put all rows of a column into the same cache sets.
-        pitch = round_up(round_up(min(call.T, chunk + queries_around), kBlock), kLanes<A>) | kLanes<A>;
-        key_columns = (pitch + round_up(window - 1, kLanes<A>) + kLanes<A>) | kLanes<A>;
+        queries = round_up(round_up(min(call.T, chunk + queries_around), kBlock), kLanes<A>) | kLanes<A>;
+        key_columns = (queries + round_up(window - 1, kLanes<A>) + kLanes<A>) | kLanes<A>;
+        // Where the weights of a task would grow with the square of the window, they are made block by block.
+        constexpr int64_t most_weights = 1 << 16, queries_per_block = 64;
+        const bool in_blocks = queries > queries_per_block + kBlock && window * queries > most_weights;
+        block = in_blocks ? queries_per_block : queries;
+        pitch = in_blocks ? round_up(block + kBlock, kLanes<A>) | kLanes<A> : queries;
         // Waking a thread costs some microseconds; give it at least that much work.
         const int64_t work = call.B * call.T * sequences * (left + right + kBlock) * call.D;
         threads = int(max<int64_t>(1, min<int64_t>(call.num_threads, work >> 17)));
@@ -52,8 +60,8 @@ struct Task {
     }
 };
 
-// Whether a result is so large that it leaves the caches before anyone reads it. Then it is written past them, in whole cache
-// lines: an ordinary write of a line that is not in a cache reads it first.
+// Whether a result is so large that it leaves the caches before it is read. Then it is written past them, in whole cache lines:
+// an ordinary write of a line that is not in a cache reads the line first.
 template <class S>
 inline bool worth_streaming(const TensorView& result, const TemporalWindowAttention& call) {
     constexpr int64_t large = 32 << 20;
@@ -62,8 +70,8 @@ inline bool worth_streaming(const TensorView& result, const TemporalWindowAttent
            call.B * call.T * call.N * call.H * row >= large;
 }
 
-// Brings the frames of a coming task closer while another one computes, in the order in which they lie in memory. Rows of one
-// sequence alone would be a pattern with large steps, which hardware does not foresee.
+// Prefetches the frames of the next task while the current one computes, in memory order. The rows of one sequence alone would
+// be a pattern with large steps, which the hardware does not predict.
 template <class S>
 class Prefetcher {
   public:
@@ -80,7 +88,7 @@ class Prefetcher {
         const bool spans = (coming.first_sequence + sequences - 1) / call.H != n;
         for (const Target* target = targets.begin(); target < targets.end() - left_out; ++target) {
             const TensorView& x = *target->tensor;
-            // Heads, and positions if there are several, that do not lie side by side are left to the hardware.
+            // Heads, and positions if there are several, that are not adjacent are left to the hardware.
             const bool dense = x.stride[3] == call.D && (!spans || x.stride[2] == call.H * call.D);
             const int64_t element = sizeof(S), bytes = (dense ? sequences : 1) * call.D * element;
             const char* first = reinterpret_cast<const char*>(Sequence<S>(x, call.D, coming.b, n, h).row(0));
@@ -88,7 +96,7 @@ class Prefetcher {
         }
     }
 
-    // `rows` rows of one sequence have been computed: as many of the coming task are due.
+    // `rows` rows of one sequence have been computed: as many of the next task are due.
     TRITONKERN_INLINE void fetch_rows(int64_t rows) {
         for (due += rows; due >= sequences && t < end; due -= sequences, ++t) {
             for (int i = 0; i < count; ++i) {
@@ -150,20 +158,19 @@ TRITONKERN_INLINE Vec<A> softmax(A* weights, int64_t pitch, int64_t window, cons
     return top + log<A>(total);
 }
 
-// Writes the task's frames of one result: the product of the weights with x, of which `count` rows exist. The first frame sees
+// Writes frames begin..end-1 of one result: the product of the weights with x, of which `count` rows exist. Frame `begin` sees
 // the rows first..first+window-1.
 template <class S, class A = Accumulator<S>>
-void gather_frames(const Plan<S>& plan, const Task& task, Diagonals<A> weights, Rows<A> x, int64_t first, int64_t count,
-                   const Sequence<S>& result, bool streams, A* scratch) {
+void gather_frames(int64_t window, int64_t padded_dim, int64_t begin, int64_t end, Diagonals<A> weights, Rows<A> x,
+                   int64_t first, int64_t count, const Sequence<S>& result, bool streams, A* scratch) {
     const bool direct = result.usable_in_place() && !streams;
-    for (int64_t t = task.begin; t < task.end; t += kBlock) {
+    for (int64_t t = begin; t < end; t += kBlock) {
         A* target[kBlock];
         for (int r = 0; r < kBlock; ++r)
-            target[r] =
-                direct && t + r < task.end ? reinterpret_cast<A*>(result.row(t + r)) : scratch + r * plan.padded_dim;
-        band_gather<A>(Band(first, plan.window, count), weights, x, target, plan.padded_dim);
+            target[r] = direct && t + r < end ? reinterpret_cast<A*>(result.row(t + r)) : scratch + r * padded_dim;
+        band_gather<A>(Band(first, window, count), weights, x, target, padded_dim);
         if (!direct) {
-            for (int64_t r = 0; r < min<int64_t>(kBlock, task.end - t); ++r) result.write(t + r, target[r], streams);
+            for (int64_t r = 0; r < min<int64_t>(kBlock, end - t); ++r) result.write(t + r, target[r], streams);
         }
         first += kBlock;
         weights.data += kBlock * (weights.row + weights.entry);

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonkern.functional._arguments import autocast, real, refuse_forward_mode
+from tritonkern.functional._arguments import autocast, real
 from tritonkern.ops import _backends
-from tritonkern.ops.full_attention import op as _full_op
+from tritonkern.ops.full_attention import op
 
 
 def full_attention(
@@ -42,32 +42,31 @@ def full_attention(
     """
     _backends.check_name(backend)
     query, key, value = autocast(query, key, value)
-    _full_op.check(query, key, value)
+    op.check(query, key, value)
     scale = query.shape[-1] ** -0.5 if scale is None else real("scale", scale)
     if backend is None:
         if not _own_kernel(query, key):
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
             return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
         backend = "cpp"
-    refuse_forward_mode("full_attention", query, key, value)
-    return _full_op.full_attention_fwd(query, key, value, scale, backend)[0]
+    return op.full_attention_fwd(query, key, value, scale, backend)[0]
 
 
 def _own_kernel(query: Tensor, key: Tensor) -> bool:
     """Whether the package's kernel is the faster one for this call."""
-    # A graph must run elsewhere and at other lengths as well; transforms of functions need rules of their own.
+    # A graph must run on other machines and at other lengths as well; the operator has no rules for torch.func.
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
         return False
     if query.device.type != "cpu" or torch.autograd.forward_ad._current_level >= 0:
         return False
-    # Shorter sequences gain nothing; each thread holds the keys and values of a head.
+    # Shorter sequences gain nothing; each thread copies the keys and values of a head.
     return min(query.shape[1], key.shape[1]) >= 1024 and key.shape[1] <= 1 << 16 and _pytorch_is_slower()
 
 
 @functools.cache
 def _pytorch_is_slower() -> bool:
-    """Whether this is a CPU whose matrix library leaves room, with the package's kernels at hand."""
-    if _backends.unavailable(_full_op.NAME, "cpp", torch.device("cpu")) is not None:
+    """Whether this is a CPU on which the package's kernel was measured to be faster, and the kernel was built."""
+    if _backends.unavailable(op.NAME, "cpp", torch.device("cpu")) is not None:
         return False
     from tritonkern import _cpp
 

@@ -65,13 +65,13 @@ def temporal_window_attention(
     left, right = window_extent(window)
     _backends.check_name(backend)
     query, key, value = autocast(query, key, value)
-    _window_op.check_tensors(query, key, value)
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    else:
-        scale = real("scale", scale)
-    refuse_forward_mode("temporal_window_attention", query, key, value)
-
+    for name, x in (("query", query), ("key", key), ("value", value)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if x.dim() not in (4, 5):
+            raise ValueError(f"{name} must have shape [B, T, H, D] or [B, T, N, H, D], got {tuple(x.shape)}")
+    # The operator refuses a head dimension of 0.
+    scale = max(query.shape[-1], 1) ** -0.5 if scale is None else real("scale", scale)
     attend = _window_op.temporal_window_attention_fwd
     if query.dim() == 5:
         return attend(query, key, value, left, right, scale, backend)[0]

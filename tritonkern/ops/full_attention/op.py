@@ -1,11 +1,12 @@
-"""Contract, operator and gradient of softmax attention."""
+"""Checks, operators and gradient of softmax attention."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from tritonkern.ops import _backends, _registry
-from tritonkern.ops._contract import accumulator, check_dense
+from tritonkern.ops._checks import check_dense, check_saved
+from tritonkern.ops._dtypes import accumulator
+from tritonkern.ops._registry import Results, differentiable, operator
 
 NAME = "full_attention"
 
@@ -26,42 +27,37 @@ def check(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("key", key), ("value", value)):
         if tensor.shape != (batch, key.shape[1], heads, dim):
             raise ValueError(
-                f"{name} must have shape {(batch, key.shape[1], heads, dim)} beside this query and key, "
+                f"{name} must have shape {(batch, key.shape[1], heads, dim)} for this query and key, "
                 f"got {tuple(tensor.shape)}"
             )
 
 
-def _forward(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
+@operator(NAME, "forward")
+def full_attention_fwd(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Results[tuple[Tensor, Tensor]]:
+    """Output `[B, L, H, D]` and log-sum-exp of the scores `[B, L, H]`, both contiguous."""
     check(query, key, value)
-    return _backends.load(NAME, query.device, backend).forward(query, key, value, scale)
+    return lambda: (query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=accumulator(query.dtype)))
 
 
-def _forward_fake(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, backend: str | None = None
-) -> tuple[Tensor, Tensor]:
+@operator(NAME, "backward")
+def full_attention_bwd(
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
+) -> Results[tuple[Tensor, Tensor, Tensor]]:
+    """Gradients of query, key and value, contiguous."""
     check(query, key, value)
-    return query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=accumulator(query.dtype))
+    of_query, of_lse = (query.shape, query.dtype), (query.shape[:3], accumulator(query.dtype))
+    check_saved({"grad_out": (grad_out, *of_query), "out": (out, *of_query), "lse": (lse, *of_lse)}, query.device)
+    return lambda: (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))
 
 
-full_attention_fwd = _registry.define(
-    "full_attention_fwd(Tensor query, Tensor key, Tensor value, float scale, str? backend=None) -> (Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-)
-
-
-def _setup_context(ctx, inputs, output):
-    query, key, value, ctx.scale, ctx.backend = inputs
+def _save(ctx, inputs, output):
+    query, key, value, *ctx.options = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(query, key, value, *output)
 
 
 def _gradient(ctx, grad_out, _):
-    saved = ctx.saved_tensors
-    kernels = _backends.load(NAME, grad_out.device, ctx.backend)
-    return (*kernels.backward(grad_out, *saved, ctx.scale), None, None)
+    return full_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.options)
 
 
-_registry.attach_gradient(full_attention_fwd, _setup_context, _gradient)
+differentiable(full_attention_fwd, _save, _gradient)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonkern.ops._contract import accurate, full_precision
+from tritonkern.ops._dtypes import accurate, full_precision
 
 
 @full_precision
@@ -22,10 +22,10 @@ def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Te
 def backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value."""
+    """Gradients of query, key and value, contiguous; out and lse are what `forward` returned."""
     grad, q, k, v, result = (accurate(x).transpose(1, 2) for x in (grad_out, query, key, value, out))
     weights = (q @ k.transpose(-1, -2) * scale - lse.transpose(1, 2)[..., None]).exp()
     grad_scores = weights * (grad @ v.transpose(-1, -2) - (grad * result).sum(-1, keepdim=True)) * scale
     grads = (grad_scores @ k, grad_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad)
-    query_grad, key_grad, value_grad = (x.transpose(1, 2).to(query.dtype) for x in grads)
-    return query_grad, key_grad, value_grad
+    grad_query, grad_key, grad_value = (x.transpose(1, 2).to(query.dtype).contiguous() for x in grads)
+    return grad_query, grad_key, grad_value

@@ -1,12 +1,12 @@
 """Tile sizes and warps of the Triton kernels by (head dim, window, dtype, architecture), and their limits.
 
-Estimate, not measured: no GPU was at hand. Known from ahead-of-time compilation (tests/test_triton_aot.py, Triton 3.9)
+Estimated, not measured on a GPU. Known from ahead-of-time compilation (tests/test_triton_aot.py, Triton 3.9)
 is that nothing spills on sm_80, sm_90, sm_100 and gfx942. The tiles are the largest of those tried that do not spill,
 but narrow windows take 32 rows of key and value at a time: 64 + 12 rows then cost 96 columns of scores, not 128.
 
 Estimates for query `[B * N = 4096, T = 64, H = 8, D = 64]` in bfloat16, which is 2.1 million rows of 128 bytes:
 forward reads 3 and writes 1 tensor and 4 bytes of log-sum-exp a row, 1.08 GB, 0.23 ms at 4.8 TB/s; backward reads 5 and
-writes 3, 2.16 GB, 0.45 ms. Tiles of 64 rows lie exactly on clips of 64 frames, so there is no halo. Other lengths read
+writes 3, 2.16 GB, 0.45 ms. Tiles of 64 rows coincide with clips of 64 frames, so there is no halo. Other lengths read
 up to 12 rows of key and value more for every 64, from L2 where a neighbour has just brought them. On sm_90 the forward
 kernel takes 94 registers and 24 KiB of shared memory, five programs on a multiprocessor with up to 24 KiB under way
 each; 4.8 TB/s and a latency of 800 ns ask for 29 KiB in all. The backward kernel takes 160 registers, three programs.

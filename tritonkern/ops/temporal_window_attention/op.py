@@ -14,12 +14,18 @@ MAX_HEAD_DIM = 256
 MAX_WINDOW_COUNT = 2**30
 
 
-def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
-    """Raise TypeError or ValueError unless the three tensors fit together. Takes 4-D calls too."""
+def check_window(left: int, right: int) -> None:
+    """Raise ValueError unless both inclusive counts are in range."""
+    for side, count in (("left", left), ("right", right)):
+        if not 0 <= count <= MAX_WINDOW_COUNT:
+            raise ValueError(f"window must have a {side} count from 0 to 2**30 frames, got {count}")
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, left: int, right: int) -> None:
     for name, x in (("query", query), ("key", key), ("value", value)):
         check_dense(name, x)
-        if x.dim() not in (4, 5):
-            raise ValueError(f"{name} must have shape [B, T, H, D] or [B, T, N, H, D], got {tuple(x.shape)}")
+        if x.dim() != 5:
+            raise ValueError(f"{name} must have shape [B, T, N, H, D] here, got {tuple(x.shape)}; use unsqueeze(2)")
     for name, x in (("key", key), ("value", value)):
         if x.shape != query.shape:
             raise ValueError(
@@ -36,20 +42,7 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor) -> None:
             f"query must have a head dimension (last axis) that is a multiple of 8 from 8 to {MAX_HEAD_DIM}, "
             f"got {head_dim}; pad query, key and value with zeros to the next multiple and pass scale explicitly"
         )
-
-
-def check_window(left: int, right: int) -> None:
-    """Raise ValueError unless both inclusive counts are in range."""
-    for side, count in (("left", left), ("right", right)):
-        if not 0 <= count <= MAX_WINDOW_COUNT:
-            raise ValueError(f"window must have a {side} count from 0 to 2**30 frames, got {count}")
-
-
-def _check(query: Tensor, key: Tensor, value: Tensor, left: int, right: int) -> None:
-    check_tensors(query, key, value)
     check_window(left, right)
-    if query.dim() != 5:
-        raise ValueError(f"query must have shape [B, T, N, H, D] here, got {tuple(query.shape)}; use unsqueeze(2)")
 
 
 @operator(NAME, "forward")

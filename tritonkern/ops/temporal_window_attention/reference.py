@@ -1,4 +1,4 @@
-"""Eager PyTorch, the plainest correct form; in float64 it is what the tests believe.
+"""Eager PyTorch, the plainest correct form; in float64 the tests compare with it.
 
 Query i meets key i + offset, one offset of the window after the other. Frames outside the window are never touched,
 so a NaN in one of them cannot reach the result.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonkern.ops._contract import accurate
+from tritonkern.ops._dtypes import accurate
 
 
 def forward(query: Tensor, key: Tensor, value: Tensor, left: int, right: int, scale: float) -> tuple[Tensor, Tensor]:
@@ -63,7 +63,7 @@ def backward(
 
 
 def _offsets(frames: int, left: int, right: int) -> range:
-    """Distances in frames from a query to the keys of its window, where the clip has such a pair at all."""
+    """Distances in frames from a query to the keys of its window, as far as the clip has such pairs."""
     return range(-min(left, max(frames - 1, 0)), min(right, max(frames - 1, 0)) + 1)
 
 

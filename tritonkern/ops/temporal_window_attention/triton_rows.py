@@ -1,8 +1,8 @@
-"""Rows of flattened time: which frame of which sequence they are, and where they lie in memory.
+"""Rows of flattened time: which frame of which sequence they are, and their addresses.
 
-Sequences (batch, position, head) are laid end to end, head fastest, and row `sequence * T + frame` of that line is one
-vector of D numbers. Row numbers inside a program count from the first frame of the sequence that holds its first row.
-`T`, `N` and `H` are what `divisor` makes of these sizes, and a tensor is its pointer and four strides.
+Sequences (batch, position, head) follow each other, head fastest, and row `sequence * T + frame` is one vector of D
+numbers. Row numbers inside a program count from the first frame of the sequence that holds its first row. `T`, `N` and
+`H` are what `divisor` makes of these sizes, and a tensor is its pointer and four strides in UNITs.
 """
 
 import functools
@@ -77,7 +77,7 @@ def contiguous(pointer, T, N, H, D: tl.constexpr):
 
 @triton.jit
 def number(row, place):
-    """Place of each row in a contiguous `[B, T, N, H]` tensor."""
+    """Index of each row in a contiguous `[B, T, N, H]` tensor."""
     b, n, h, t = locate(row, place)
     return ((b * place[0][0] + t) * place[1][0] + n) * place[2][0] + h
 

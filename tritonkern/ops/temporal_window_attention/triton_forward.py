@@ -1,0 +1,115 @@
+"""The forward kernel of temporal window attention.
+
+lse_i = log sum_j exp(scale * q_i . k_j)                   i - left <= j <= i + right,   0 <= j < T
+out_i = sum_j exp(scale * q_i . k_j - lse_i) v_j
+"""
+
+import triton
+import triton.language as tl
+
+from tritonkern.ops._triton import kernel
+from tritonkern.ops.temporal_window_attention import triton_rows as flat
+
+
+@triton.jit
+def poisoned(tile):
+    """True if any entry is not finite."""
+    # One sum over both axes: a sum of row sums crashes Triton 3.6 on sm_100.
+    return tl.sum(tile * 0.0) != 0.0
+
+
+@triton.jit
+def _forward_by_tile(
+    tensors, t0, count, place, left, right, scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_OTHERS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Attention of all `count` rows from row t0 on. Returns False and stores nothing if a result is not finite."""
+    query, key, value, out, lse = tensors
+    row = t0 + tl.arange(0, BLOCK_ROWS)
+    present = row < t0 + count
+    q = flat.load(query, row, present, place, D, BLOCK_D)
+    first, last = flat.window(row, place[0], left, right)
+    total = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
+    weights = tl.zeros([BLOCK_ROWS], tl.float32)
+    # Finite, so that no exponent is -inf - -inf where a row sees nothing of the first tile.
+    highest = tl.full([BLOCK_ROWS], -3.4028234663852886e38, tl.float32)
+    start, stop = flat.reach(t0, count, place[0], left, right)
+    # Invariant: over the keys before `begin`, highest = max(score), weights = sum exp(score - highest), and total is
+    # the sum of exp(score - highest) * value.
+    for begin in tl.range(start, stop, BLOCK_OTHERS, num_stages=STAGES):
+        other = begin + tl.arange(0, BLOCK_OTHERS)
+        k = flat.load(key, other, other < stop, place, D, BLOCK_D)
+        v = flat.load(value, other, other < stop, place, D, BLOCK_D)
+        score = tl.where(flat.visible(other, first, last), tl.dot(q, tl.trans(k)) * scale, float("-inf"))
+        new_highest = tl.maximum(highest, tl.max(score, 1))
+        weight = tl.exp(score - new_highest[:, None])
+        decay = tl.exp(highest - new_highest)
+        highest = new_highest
+        weights = weights * decay + tl.sum(weight, 1)
+        total = tl.dot(weight.to(v.dtype), v, total * decay[:, None])
+    finite = not poisoned(total)
+    if finite:
+        flat.store(out, row, total * (1.0 / weights)[:, None], present, place, D, BLOCK_D)
+        tl.store(lse + flat.number(row, place), highest + tl.log(weights), mask=present)
+    return finite
+
+
+@triton.jit
+def _forward_by_distance(tensors, row, present, place, left, right, scale, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Attention of the rows `row` that are `present`, one frame distance after the other."""
+    query, key, value, out, lse = tensors
+    ACC: tl.constexpr = scale.dtype
+    LOWEST: tl.constexpr = -1.7976931348623157e308 if ACC == tl.float64 else -3.4028234663852886e38
+    first, last = flat.window(row, place[0], left, right)
+    q = flat.load(query, row, present, place, D, BLOCK_D).to(ACC)
+    total = tl.zeros(q.shape, ACC)
+    weights = tl.zeros(row.shape, ACC)
+    highest = tl.full(row.shape, LOWEST, ACC)
+    # Invariant: as in _forward_by_tile, over the keys at smaller distances.
+    for distance in tl.range(-left, right + 1, num_stages=1):
+        other = row + distance
+        visible = present & (other >= first) & (other <= last)
+        k = flat.load(key, other, visible, place, D, BLOCK_D).to(ACC)
+        v = flat.load(value, other, visible, place, D, BLOCK_D).to(ACC)
+        score = tl.where(visible, tl.sum(q * k, 1) * scale, float("-inf"))
+        new_highest = tl.maximum(highest, score)
+        weight = tl.exp(score - new_highest)
+        decay = tl.exp(highest - new_highest)
+        highest = new_highest
+        weights = weights * decay + weight
+        total = total * decay[:, None] + weight[:, None] * v
+    flat.store(out, row, total / weights[:, None], present, place, D, BLOCK_D)
+    tl.store(lse + flat.number(row, place), highest + tl.log(weights), mask=present)
+
+
+@kernel
+def temporal_window_attention_fwd_kernel(
+    query, key, value, out, lse,
+    T: tl.int32, T_multiplier: tl.uint32, T_shift: tl.uint32,  # a size and what divides by it, see flat.divisor
+    N: tl.int32, N_multiplier: tl.uint32, N_shift: tl.uint32,
+    H: tl.int32, H_multiplier: tl.uint32, H_shift: tl.uint32,
+    rows: tl.int32, left: tl.int32, right: tl.int32, scale: tl.float64,  # rows = B * T * N * H; left, right in frames
+    stride_qb: tl.int32, stride_qt: tl.int32, stride_qn: tl.int32, stride_qh: tl.int32,  # in UNITs
+    stride_kb: tl.int32, stride_kt: tl.int32, stride_kn: tl.int32, stride_kh: tl.int32,
+    stride_vb: tl.int32, stride_vt: tl.int32, stride_vn: tl.int32, stride_vh: tl.int32,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, TENSOR_CORES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+    BLOCK_OTHERS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """out and lse of BLOCK_ROWS consecutive rows of flattened time."""
+    first = tl.program_id(0) * BLOCK_ROWS
+    count = tl.minimum(rows - first, BLOCK_ROWS)
+    t0, place = flat.origin(first, (T, T_multiplier, T_shift), (N, N_multiplier, N_shift), (H, H_multiplier, H_shift))
+    scale = tl.full([], scale, lse.dtype.element_ty)
+    query = (query, stride_qb, stride_qt, stride_qn, stride_qh)
+    key = (key, stride_kb, stride_kt, stride_kn, stride_kh)
+    value = (value, stride_vb, stride_vt, stride_vn, stride_vh)
+    tensors = (query, key, value, flat.contiguous(out, T, N, H, D), lse)
+    done = False
+    if TENSOR_CORES:
+        done = _forward_by_tile(
+            tensors, t0, count, place, left, right, scale, D, BLOCK_D, BLOCK_ROWS, BLOCK_OTHERS, STAGES
+        )
+    if not done:
+        for begin in tl.range(0, count, ROWS, num_stages=1):
+            row = t0 + begin + tl.arange(0, ROWS)
+            _forward_by_distance(tensors, row, row < t0 + count, place, left, right, scale, D, BLOCK_D)
