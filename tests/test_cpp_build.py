@@ -160,7 +160,7 @@ def test_the_stub_declares_what_is_bound():
     for node in ast.parse((ROOT / "tritonkern" / "_cpp.pyi").read_text()).body:
         if isinstance(node, ast.FunctionDef):
             arguments = [*node.args.posonlyargs, *node.args.args]
-            declared[node.name] = [(a.arg, ast.unparse(a.annotation) == "Tensor") for a in arguments]
+            declared[node.name] = [(a.arg, ast.unparse(a.annotation) in ("Tensor", "Tensor | None")) for a in arguments]
     bound = {}
     for name, function in vars(_cpp).items():
         if callable(function) and not isinstance(function, type):
