@@ -90,7 +90,7 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peaks, plan.steps, pct_start=0.05)
     first = 0
     if checkpoint.exists():
-        saved = _read_checkpoint(checkpoint)
+        saved = read_checkpoint(checkpoint, {"plan", "step", "model", "optimiser", "schedule"})
         if saved["plan"] != asdict(plan):
             raise ValueError(f"{checkpoint} belongs to another plan ({saved['plan']}); delete it or give another --out")
         model.load_state_dict(saved["model"])
@@ -134,11 +134,12 @@ def train(
         save_file(weights, part, metadata)
 
 
-def _read_checkpoint(path: Path) -> dict[str, Any]:
+def read_checkpoint(path: Path, keys: set[str]) -> dict[str, Any]:
+    """What a training run saved. Raises `ValueError` if the file is damaged or lacks one of `keys`."""
     try:
         saved = read_pytorch(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged, so that the run cannot continue: delete it to start anew") from error
-    if not isinstance(saved, dict) or not saved.keys() >= {"plan", "step", "model", "optimiser", "schedule"}:
+    if not isinstance(saved, dict) or not saved.keys() >= keys:
         raise ValueError(f"{path} is no checkpoint of a training run: delete it, or give another --out")
     return saved

@@ -1,0 +1,281 @@
+"""nano: chrono-nano's matches, refined by local correlation at three scales and by mixing along time."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from tritonkern.functional import correlation_soft_argmax, local_correlation_linear, temporal_mixer
+from tritonkern.models.checkpoints import load_strict, read_state_dict
+from tritonkern.models.chrono_nano import ChronoNano
+from tritonkern.nn import TemporalWindowAttention
+from tritonkern.nn.correlation import TrackerOutput, put_queries, sample_features
+
+_RADIUS = 3
+_SIDE = 2 * _RADIUS + 1
+_CELLS = _SIDE**2
+_STRIDES = (2, 4, 8)
+"""Pixels per cell of the three maps."""
+_SCALARS = 29
+
+
+class Maps(NamedTuple):
+    """Feature maps of unit norm `[B, T, h, w, C]`, finest first."""
+
+    fine: Tensor
+    cells: Tensor
+    blocks: Tensor
+
+
+class Step(NamedTuple):
+    """A `TrackerOutput`, and what it came from."""
+
+    output: TrackerOutput
+    start: Tensor
+    """[B, N, T, 2] positions before the step, in pixels."""
+    logits: Tensor
+    """[B, N, T, 3, 49] of the displacement at each scale, in whole cells from -3 to 3 in y and x (x varies fastest)."""
+
+
+class Nano(ChronoNano):
+    """`ChronoNano`, and a refiner that improves its positions and decides which are visible.
+
+    Each of `steps` iterations correlates 7x7 supports around the query with 7x7 samples around the present position,
+    on a convolutional map of 128x128 cells, on chrono-nano's 64x64 cells and on their 2x2 averages
+    (`local_correlation`). At every scale the correlations of equal displacement are averaged, and their soft-argmax
+    proposes a step. All this, the last two frames' motion, the similarity of the global match and whether it leads back
+    to the query enter a network of `temporal_mixer`, `TemporalWindowAttention` and perceptrons for each point, which
+    weighs the proposals, adds a correction, and updates the two logits.
+
+    `features(video)`: float `[B, T, 256, 256, 3]` in [-1, 1] -> float32 `[B, T, 64, 64, 256]`: chrono-nano's 128
+    channels, then 2x2 cells of the fine map with 32 each.
+
+    Local 4-D correlation: Cho et al., "Local All-Pair Correspondence for Point Tracking", ECCV 2024; temporal mixing:
+    Doersch et al., "TAPIR", ICCV 2023; start: Kim et al., CVPR 2025.
+    """
+
+    steps = 4
+
+    def __init__(self, dim: int = 192, depth: int = 4, num_heads: int = 4, local_dim: int = 64, out_dim: int = 128):
+        super().__init__(dim, depth, num_heads, local_dim, out_dim)
+        self.fine = FineFeatures()
+        self.refiner = Refiner()
+
+    @classmethod
+    def from_checkpoint(cls, path: str | Path) -> Nano:
+        """The model with the weights that `tritonkern train --model nano` wrote to `path`, in float32.
+
+        Raises `FileNotFoundError` if there is no such file, `ValueError` if it does not hold this model's weights.
+        """
+        model = cls()
+        load_strict(model, {name: tensor.float() for name, tensor in read_state_dict(path).items()}, str(path))
+        return model.eval()
+
+    def cells(self, video: Tensor) -> Tensor:
+        """chrono-nano's features `[B, T, 64, 64, 128]`."""
+        return super().features(video)
+
+    def features(self, video: Tensor) -> Tensor:
+        fine = rearrange(self.fine(video), "b t (h r) (w s) c -> b t h w (r s c)", r=2, s=2)
+        return torch.cat([self.cells(video), fine], -1)
+
+    def track(self, features: Tensor, queries: Tensor) -> TrackerOutput:
+        """Tracks of `queries` `[B, N, 3]` (t, y, x), of `features` as the method of this name returns them."""
+        width = self.head.out_features
+        fine = rearrange(features[..., width:], "b t h w (r s c) -> b t (h r) (w s) c", r=2, s=2)
+        maps = make_maps(fine, features[..., :width])
+        return self.refine(maps, queries)[-1].output
+
+    def refine(self, maps: Maps, queries: Tensor) -> list[Step]:
+        """The result of every step."""
+        start = super().track(maps.cells, queries)
+        with torch.no_grad():
+            evidence = self._evidence(maps.cells, queries, start)
+            start = TrackerOutput(*(x.detach() for x in start))
+        supports = [_supports(grid, queries, stride) for grid, stride in zip(maps, _STRIDES, strict=True)]
+        steps: list[Step] = []
+        guess = start
+        for _ in range(self.steps):
+            guess = TrackerOutput(*(x.detach() for x in guess))
+            step = self.refiner(maps, supports, evidence, start.tracks, guess)
+            guess = step.output._replace(tracks=put_queries(step.output.tracks, queries))
+            steps.append(step._replace(output=guess))
+        return steps
+
+    def _evidence(self, cells: Tensor, queries: Tensor, start: TrackerOutput) -> Tensor:
+        """`[B, N, T, 4]`: similarities at the global match, and how far from the query its own match lies."""
+        frames = cells.shape[1]
+        query = self.query_features(cells, queries)
+        match = correlation_soft_argmax(query, cells, temperature=self.temperature, radius=self.radius)
+        back = torch.stack([self._way_back(*item) for item in zip(cells, queries, start.tracks, strict=True)])
+        distance = (back - queries[:, :, None, [2, 1]]).norm(dim=-1)
+        assert distance.shape[2] == frames
+        return torch.stack([match.mean, match.max, match.min, (1 + distance).log() / 2], -1)
+
+    def _way_back(self, cells: Tensor, queries: Tensor, tracks: Tensor) -> Tensor:
+        """Where `[N, T, 2]` the features at `tracks` are found in the frames of `queries` `[N, 3]`, in pixels."""
+        number, frames = tracks.shape[:2]
+        scale = self.resolution[0] / cells.shape[1]
+        t = torch.arange(frames, device=tracks.device).expand(number, -1).to(tracks.dtype)
+        x, y = (tracks / scale).unbind(-1)
+        there = sample_features(cells[None], *(a.reshape(1, -1) for a in (t, y, x))).view(number, frames, -1)
+        back = torch.empty_like(tracks)
+        own = queries[:, 0].round().long().clamp(0, frames - 1)
+        for frame in own.unique().tolist():
+            mine = own == frame
+            found = correlation_soft_argmax(
+                there[mine].flatten(0, 1)[None],
+                cells[None, frame : frame + 1],
+                temperature=self.temperature,
+                radius=self.radius,
+            )
+            back[mine] = found.points.view(-1, frames, 2) * scale
+        return back
+
+
+class FineFeatures(nn.Module):
+    """`[B, T, 256, 256, 3]` in [-1, 1] -> unit-norm `[B, T, 128, 128, 32]`, each frame on its own."""
+
+    def __init__(self, dim: int = 32):
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, dim, 7, 2, 3)
+        self.norm1 = nn.GroupNorm(8, dim)
+        self.conv2 = nn.Conv2d(dim, dim, 3, 1, 1)
+        self.norm2 = nn.GroupNorm(8, dim)
+        self.head = nn.Conv2d(2 * dim, dim, 1)
+
+    def forward(self, video: Tensor) -> Tensor:
+        images = video.flatten(0, 1).movedim(-1, 1)
+        edges = F.relu(self.norm1(self.conv1(images)))
+        shapes = F.relu(self.norm2(self.conv2(edges)))
+        features = self.head(torch.cat([edges, shapes], 1)).movedim(1, -1)
+        return F.normalize(features.float(), dim=-1).unflatten(0, video.shape[:2])
+
+
+def make_maps(fine: Tensor, cells: Tensor) -> Maps:
+    """The three maps of a fine one and chrono-nano's."""
+    pooled = F.avg_pool2d(cells.flatten(0, 1).movedim(-1, 1), 2).movedim(1, -1)
+    return Maps(fine, cells, F.normalize(pooled, dim=-1).unflatten(0, cells.shape[:2]))
+
+
+class Refiner(nn.Module):
+    """One step of refinement: `(maps, supports, evidence, match, guess) -> Step`.
+
+    `supports` of each map `[B, N, 49, C]`, `evidence` `[B, N, T, 4]`, `match` the positions of the global match
+    `[B, N, T, 2]` in pixels, `guess` the present positions and logits.
+    """
+
+    pairs: Tensor
+    offsets: Tensor
+
+    def __init__(self, dim: int = 128, depth: int = 2, codes: int = 96, rank: int = 16):
+        super().__init__()
+        scales = len(_STRIDES)
+        # Which pairs (sample p, support s) belong to displacement d: p = s + d. [49, 49, 49]
+        along = torch.arange(-_RADIUS, _RADIUS + 1)
+        line = along[:, None, None] == along[None, :, None] - along[None, None, :]
+        pairs = line[:, None, :, None, :, None] & line[None, :, None, :, None, :]
+        self.register_buffer("pairs", pairs.reshape(_CELLS, _CELLS, _CELLS).float(), persistent=False)
+        y, x = torch.meshgrid(along, along, indexing="ij")
+        self.register_buffer("offsets", torch.stack([x, y], -1).flatten(0, 1).float(), persistent=False)
+
+        distance = (self.offsets.square().sum(-1) / (2 * 1.5**2)).expand(scales, -1)
+        self.window = nn.Parameter(-distance.clone())
+        self.sharpness = nn.Parameter(torch.full((scales,), 3.0))
+        self.support_code = nn.Parameter(torch.randn(rank, _CELLS) / _SIDE)
+        self.pair_code = nn.Parameter(torch.randn(codes, _CELLS, rank) / _SIDE)
+        self.code_bias = nn.Parameter(torch.zeros(scales, codes))
+        self.input = nn.Linear(scales * (_CELLS + codes) + _SCALARS, dim)
+        self.blocks = nn.ModuleList(RefinerBlock(dim) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim)
+        self.output = nn.Linear(dim, 4 + 1 + scales)
+        nn.init.zeros_(self.output.weight)
+        with torch.no_grad():
+            self.output.bias.copy_(torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, -1.0]))
+
+    def forward(
+        self, maps: Maps, supports: Sequence[Tensor], evidence: Tensor, match: Tensor, guess: TrackerOutput
+    ) -> Step:
+        tracks, occlusion, expected_distance = guess
+        pair_weights = torch.einsum("kpr,rs->kps", self.pair_code, self.support_code)
+        sharpness = self.sharpness.exp()
+        logits, inputs, proposals = [], [], []
+        for level, (grid, support, stride) in enumerate(zip(maps, supports, _STRIDES, strict=True)):
+            window = self.pairs * self.window[level].exp()
+            window = window / window.sum((1, 2), keepdim=True)
+            weight = torch.cat([window, pair_weights]).flatten(1)
+            read = local_correlation_linear(
+                grid,
+                support,
+                (tracks / stride).transpose(1, 2),
+                weight,
+                radius=_RADIUS,
+                padding="zeros",
+                align_corners=False,
+                axis_order="yx",
+            ).transpose(1, 2)
+            # [B, N, T, 49] and [B, N, T, codes]
+            cost, code = read.split([_CELLS, read.shape[-1] - _CELLS], -1)
+            logits.append(sharpness[level] * cost)
+            chance = logits[-1].softmax(-1)
+            proposals.append(chance @ self.offsets)
+            inputs += [cost, F.gelu(code + self.code_bias[level]), proposals[-1], chance.amax(-1, keepdim=True)]
+
+        step = tracks[..., 1:, :] - tracks[..., :-1, :]
+        motion = torch.cat([F.pad(-step, (0, 0, 0, 1)), F.pad(step, (0, 0, 1, 0)), match - tracks], -1)
+        inputs += [
+            evidence,
+            (occlusion / 4).tanh()[..., None],
+            (expected_distance / 4).tanh()[..., None],
+            (motion / 4).tanh(),
+            (motion / 32).tanh(),
+            (tracks / 128 - 1).clamp(-1.5, 1.5),
+        ]
+        hidden = self.input(torch.cat(inputs, -1)).flatten(0, 1)
+        for block in self.blocks:
+            hidden = block(hidden)
+        update = self.output(self.norm(hidden)).unflatten(0, tracks.shape[:2])
+
+        strides = update.new_tensor(_STRIDES)
+        shares = update[..., 4:].softmax(-1)[..., 1:] * strides
+        moved = tracks + 2 * update[..., :2] + (torch.stack(proposals, -2) * shares[..., None]).sum(-2)
+        output = TrackerOutput(
+            moved.clamp(-128, 384), occlusion + 2 * update[..., 2], expected_distance + 2 * update[..., 3]
+        )
+        return Step(output, tracks, torch.stack(logits, -2))
+
+
+class RefinerBlock(nn.Module):
+    """Temporal mixing, window attention and a perceptron over `[M, T, C]`, each with its own residual."""
+
+    def __init__(self, dim: int, num_heads: int = 4, reach: int = 24, wide: int = 3):
+        super().__init__()
+        self.mix_norm = nn.Parameter(torch.ones(dim))
+        self.conv1 = nn.Conv1d(dim, 4 * dim, 3, groups=dim)
+        self.conv2 = nn.Conv1d(4 * dim, 4 * dim, 3, groups=4 * dim)
+        self.attention_norm = nn.LayerNorm(dim)
+        self.attention = TemporalWindowAttention(dim, num_heads, (reach, reach), qkv_bias=True)
+        self.norm = nn.LayerNorm(dim)
+        self.mlp = nn.Sequential(nn.Linear(dim, wide * dim), nn.GELU(), nn.Linear(wide * dim, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        conv1, conv2 = self.conv1, self.conv2
+        x = temporal_mixer(x, self.mix_norm, conv1.weight, conv1.bias, conv2.weight, conv2.bias)  # type: ignore[arg-type]
+        x = x + self.attention(self.attention_norm(x))
+        return x + self.mlp(self.norm(x))
+
+
+def _supports(grid: Tensor, queries: Tensor, stride: int) -> Tensor:
+    """`[B, N, 49, C]` (y, x) around the queries."""
+    t, y, x = queries.unbind(-1)
+    offset = torch.arange(-_RADIUS, _RADIUS + 1, device=queries.device)
+    y = (y / stride)[..., None, None] + offset[:, None]
+    x = (x / stride)[..., None, None] + offset
+    y, x, t = torch.broadcast_tensors(y, x, t[..., None, None])
+    return sample_features(grid, *(place.flatten(1) for place in (t, y, x))).unflatten(1, (-1, _CELLS))
