@@ -22,7 +22,11 @@ _SIDE = 2 * _RADIUS + 1
 _CELLS = _SIDE**2
 _STRIDES = (2, 4, 8)
 """Pixels per cell of the three maps."""
-_SCALARS = 29
+_NEIGHBOURS = (1.5, 5.0)
+"""Frames in which the weight of a neighbouring frame falls to 1 / e, of the two proposals from neighbours."""
+_SCALARS = 39
+_CERTAIN = 8.0
+"""Logit of what is known."""
 
 
 class Maps(NamedTuple):
@@ -39,8 +43,9 @@ class Step(NamedTuple):
     output: TrackerOutput
     start: Tensor
     """[B, N, T, 2] positions before the step, in pixels."""
-    logits: Tensor
-    """[B, N, T, 3, 49] of the displacement at each scale, in whole cells from -3 to 3 in y and x (x varies fastest)."""
+    logits: Tensor | None
+    """[B, N, T, 3, 49] of the displacement at each scale, in whole cells from -3 to 3 in y and x (x varies fastest);
+    None of the match."""
 
 
 class Nano(ChronoNano):
@@ -93,29 +98,32 @@ class Nano(ChronoNano):
         return self.refine(maps, queries)[-1].output
 
     def refine(self, maps: Maps, queries: Tensor) -> list[Step]:
-        """The result of every step."""
-        start = super().track(maps.cells, queries)
+        """The match, and the result of every step."""
         with torch.no_grad():
-            evidence = self._evidence(maps.cells, queries, start)
-            start = TrackerOutput(*(x.detach() for x in start))
+            match = super().track(maps.cells, queries).tracks
+            evidence = self._evidence(maps.cells, queries, match)
+        guess = self._at_queries(TrackerOutput(match, *self.refiner.first_logits(evidence)), queries)
         supports = [_supports(grid, queries, stride) for grid, stride in zip(maps, _STRIDES, strict=True)]
-        steps: list[Step] = []
-        guess = start
+        steps = [Step(guess, match, None)]
         for _ in range(self.steps):
             guess = TrackerOutput(*(x.detach() for x in guess))
-            step = self.refiner(maps, supports, evidence, start.tracks, guess)
-            guess = step.output._replace(tracks=put_queries(step.output.tracks, queries))
+            step = self.refiner(maps, supports, evidence, match, guess)
+            guess = self._at_queries(step.output, queries)
             steps.append(step._replace(output=guess))
         return steps
 
-    def _evidence(self, cells: Tensor, queries: Tensor, start: TrackerOutput) -> Tensor:
+    def _at_queries(self, output: TrackerOutput, queries: Tensor) -> TrackerOutput:
+        """`output` that is certain of the queries, in their own frames."""
+        own = queries[..., :1].round() == torch.arange(output.tracks.shape[2], device=queries.device)
+        logits = (torch.where(own, -_CERTAIN, x) for x in output[1:])
+        return TrackerOutput(put_queries(output.tracks, queries), *logits)
+
+    def _evidence(self, cells: Tensor, queries: Tensor, tracks: Tensor) -> Tensor:
         """`[B, N, T, 4]`: similarities at the global match, and how far from the query its own match lies."""
-        frames = cells.shape[1]
         query = self.query_features(cells, queries)
         match = correlation_soft_argmax(query, cells, temperature=self.temperature, radius=self.radius)
-        back = torch.stack([self._way_back(*item) for item in zip(cells, queries, start.tracks, strict=True)])
+        back = torch.stack([self._way_back(*item) for item in zip(cells, queries, tracks, strict=True)])
         distance = (back - queries[:, :, None, [2, 1]]).norm(dim=-1)
-        assert distance.shape[2] == frames
         return torch.stack([match.mean, match.max, match.min, (1 + distance).log() / 2], -1)
 
     def _way_back(self, cells: Tensor, queries: Tensor, tracks: Tensor) -> Tensor:
@@ -148,13 +156,13 @@ class FineFeatures(nn.Module):
         self.norm1 = nn.GroupNorm(8, dim)
         self.conv2 = nn.Conv2d(dim, dim, 3, 1, 1)
         self.norm2 = nn.GroupNorm(8, dim)
-        self.head = nn.Conv2d(2 * dim, dim, 1)
+        self.head = nn.Linear(2 * dim, dim)
 
     def forward(self, video: Tensor) -> Tensor:
         images = video.flatten(0, 1).movedim(-1, 1)
         edges = F.relu(self.norm1(self.conv1(images)))
         shapes = F.relu(self.norm2(self.conv2(edges)))
-        features = self.head(torch.cat([edges, shapes], 1)).movedim(1, -1)
+        features = self.head(torch.cat([edges, shapes], 1).movedim(1, -1))
         return F.normalize(features.float(), dim=-1).unflatten(0, video.shape[:2])
 
 
@@ -194,10 +202,17 @@ class Refiner(nn.Module):
         self.input = nn.Linear(scales * (_CELLS + codes) + _SCALARS, dim)
         self.blocks = nn.ModuleList(RefinerBlock(dim) for _ in range(depth))
         self.norm = nn.LayerNorm(dim)
-        self.output = nn.Linear(dim, 4 + 1 + scales)
+        self.first = nn.Sequential(nn.Linear(4, 32), nn.GELU(), nn.Linear(32, 2))
+        # Two of position, two logits, and the shares of staying, of the scales and of the neighbours.
+        self.output = nn.Linear(dim, 4 + 1 + scales + len(_NEIGHBOURS))
         nn.init.zeros_(self.output.weight)
         with torch.no_grad():
-            self.output.bias.copy_(torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, -1.0]))
+            self.output.bias.copy_(torch.tensor([0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 1.0, -1.0, -1.0, -1.0]))
+
+    def first_logits(self, evidence: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits `[B, N, T]` of the global match: hidden, and far off."""
+        occlusion, expected_distance = self.first(evidence).unbind(-1)
+        return occlusion, expected_distance
 
     def forward(
         self, maps: Maps, supports: Sequence[Tensor], evidence: Tensor, match: Tensor, guess: TrackerOutput
@@ -205,6 +220,7 @@ class Refiner(nn.Module):
         tracks, occlusion, expected_distance = guess
         pair_weights = torch.einsum("kpr,rs->kps", self.pair_code, self.support_code)
         sharpness = self.sharpness.exp()
+        confidence = ((1 - occlusion.sigmoid()) * (1 - expected_distance.sigmoid())).square()
         logits, inputs, proposals = [], [], []
         for level, (grid, support, stride) in enumerate(zip(maps, supports, _STRIDES, strict=True)):
             window = self.pairs * self.window[level].exp()
@@ -224,11 +240,16 @@ class Refiner(nn.Module):
             cost, code = read.split([_CELLS, read.shape[-1] - _CELLS], -1)
             logits.append(sharpness[level] * cost)
             chance = logits[-1].softmax(-1)
-            proposals.append(chance @ self.offsets)
-            inputs += [cost, F.gelu(code + self.code_bias[level]), proposals[-1], chance.amax(-1, keepdim=True)]
+            ahead = chance @ self.offsets
+            proposals.append(stride * ahead)
+            inputs += [cost, F.gelu(code + self.code_bias[level]), ahead, chance.amax(-1, keepdim=True)]
 
         step = tracks[..., 1:, :] - tracks[..., :-1, :]
         motion = torch.cat([F.pad(-step, (0, 0, 0, 1)), F.pad(step, (0, 0, 1, 0)), match - tracks], -1)
+        for reach in _NEIGHBOURS:
+            proposal, known = _from_neighbours(tracks, confidence, reach)
+            proposals.append(proposal)
+            inputs += [(proposal / 4).tanh(), (proposal / 32).tanh(), known[..., None]]
         inputs += [
             evidence,
             (occlusion / 4).tanh()[..., None],
@@ -242,8 +263,7 @@ class Refiner(nn.Module):
             hidden = block(hidden)
         update = self.output(self.norm(hidden)).unflatten(0, tracks.shape[:2])
 
-        strides = update.new_tensor(_STRIDES)
-        shares = update[..., 4:].softmax(-1)[..., 1:] * strides
+        shares = update[..., 4:].softmax(-1)[..., 1:]
         moved = tracks + 2 * update[..., :2] + (torch.stack(proposals, -2) * shares[..., None]).sum(-2)
         output = TrackerOutput(
             moved.clamp(-128, 384), occlusion + 2 * update[..., 2], expected_distance + 2 * update[..., 3]
@@ -269,6 +289,24 @@ class RefinerBlock(nn.Module):
         x = temporal_mixer(x, self.mix_norm, conv1.weight, conv1.bias, conv2.weight, conv2.bias)  # type: ignore[arg-type]
         x = x + self.attention(self.attention_norm(x))
         return x + self.mlp(self.norm(x))
+
+
+def _from_neighbours(tracks: Tensor, confidence: Tensor, reach: float) -> tuple[Tensor, Tensor]:
+    """Steps `[B, N, T, 2]` from `tracks` to where the other frames put the points, and the weight of those frames.
+
+    The place of frame t is that of the straight line through the positions of frames s, weighted by `confidence`
+    `[B, N, T]` times exp(-|s - t| / reach); its slope is drawn to zero, the more so the fewer frames there are.
+    """
+    time = torch.arange(tracks.shape[2], device=tracks.device, dtype=tracks.dtype)
+    apart = time[None, :] - time[:, None]
+    kernel = (-apart.abs() / reach).exp() * (apart != 0)
+    moments = torch.stack([kernel, kernel * apart, kernel * apart.square()])
+    # [3, B, N, T]
+    s0, s1, s2 = torch.einsum("kts,bns->kbnt", moments, confidence)
+    q0, q1 = torch.einsum("kts,bnsc->kbntc", moments[:2], confidence[..., None] * tracks)
+    s0, s2 = s0 + 1e-4, s2 + 0.5 * s0 + 1e-4
+    place = (s2[..., None] * q0 - s1[..., None] * q1) / (s0 * s2 - s1.square())[..., None]
+    return torch.where((s0 > 1e-2)[..., None], place - tracks, 0), s0 / (1 + s0)
 
 
 def _supports(grid: Tensor, queries: Tensor, stride: int) -> Tensor:

@@ -30,13 +30,14 @@ class EncodedClip:
 
 
 class ClipCache:
-    """Clip `i` of `training_clip((seed, i))`, from a file of `folder`, which is written if it is missing.
+    """Clip `i` of `training_clip((seed, i), soft=i >= soft_from)`, from a file of `folder`, written if it is missing.
 
-    The content of a file is a function of `seed`, its number and `encode`; a folder belongs to one of each.
+    The content of a file is a function of `seed`, its number, `soft_from` and `encode`; a folder belongs to one of
+    each.
     """
 
-    def __init__(self, folder: Path, seed: int, encode: Callable[[Tensor], Tensor]):
-        self.folder, self.seed, self.encode = folder, seed, encode
+    def __init__(self, folder: Path, seed: int, soft_from: int, encode: Callable[[Tensor], Tensor]):
+        self.folder, self.seed, self.soft_from, self.encode = folder, seed, soft_from, encode
 
     def path(self, index: int) -> Path:
         return self.folder / f"{self.seed}-{index:05d}.safetensors"
@@ -45,7 +46,7 @@ class ClipCache:
         """The file of clip `index`, made now if there is none."""
         path = self.path(index)
         if not path.exists():
-            clip = training_clip((self.seed, index), frames=CLIP_FRAMES)
+            clip = training_clip((self.seed, index), frames=CLIP_FRAMES, soft=index >= self.soft_from)
             video = torch.from_numpy(clip.video)
             with torch.inference_mode():
                 features = self.encode(video[None].float() / 127.5 - 1)[0]

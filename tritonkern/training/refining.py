@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,20 +28,23 @@ from tritonkern.training.losses import cell_targets
 class RefiningPlan:
     """Everything that decides the result of a run.
 
-    Step i reads one clip of the first `first_clips + i * clips_per_step`, at most `clips`: 12 frames of it, or the
-    whole 24 in the share `long` of the steps after `long_from`. The learning rate is constant up to the last `decay`
-    steps, in which it falls to zero; so a run can be prolonged as long as it has not begun to fall.
+    A step averages the gradients of `batch` examples. Those of step i are taken from the first
+    `first_clips + i * clips_per_step` clips, at most `clips`: 12 frames of one, or the whole 24 in the share `long` of
+    the examples after step `long_from`. Clips from number `soft_from` on have surfaces that are partly out of focus. The learning rate is constant up to the last `decay` steps, in which it falls
+    to zero; so a run can be prolonged as long as it has not begun to fall.
     """
 
     steps: int = 4000
     decay: int = 1000
     warmup: int = 100
-    first_clips: int = 32
-    clips_per_step: float = 0.25
+    first_clips: int = 280
+    clips_per_step: float = 0.2
     clips: int = 800
+    soft_from: int = 280
+    batch: int = 2
     points: int = 96
     iterations: int = 3
-    long_from: int = 1500
+    long_from: int = 300
     long: float = 0.5
     learning_rate: float = 1e-3
     weight_decay: float = 1e-4
@@ -71,13 +75,14 @@ class Examples(Dataset):
         self.plan, self.cache = plan, cache
 
     def __len__(self) -> int:
-        return self.plan.steps
+        return self.plan.steps * self.plan.batch
 
     def __getitem__(self, index: int) -> Example:
         plan, rng = self.plan, np.random.default_rng((self.plan.seed, 77, index))
-        pool = min(plan.clips, plan.first_clips + int(index * plan.clips_per_step))
+        step = index // plan.batch
+        pool = min(plan.clips, plan.first_clips + int(step * plan.clips_per_step))
         number = int(rng.integers(pool))
-        whole = index >= plan.long_from and rng.random() < plan.long
+        whole = step >= plan.long_from and rng.random() < plan.long
         length = CLIP_FRAMES if whole else CLIP_FRAMES // 2
         # Half of the short ones leave every other frame out, which doubles the speed.
         pace = 1 if whole or rng.random() < 0.5 else 2
@@ -110,7 +115,7 @@ def refining_loss(steps: list[Step], queries: Tensor, points: Tensor, occluded: 
     """Losses of one batch, each a scalar; their weighted sum is `total`.
 
     `steps` from `Nano.refine`, `queries` `[B, N, 3]` (t, y, x), true `points` `[B, N, T, 2]` xy in pixels and
-    `occluded` `[B, N, T]`. With e the error in pixels of a step: `points` is log(1 + e) + e / 20 up to e = 16, on
+    `occluded` `[B, N, T]`. With e the error in pixels of a step: `points` is log(1 + e) + e / 20 up to e = 64, on
     visible frames, which weighs the thresholds of TAP-Vid (powers of two) alike, and a tenth of it on hidden ones;
     `cells` is the cross-entropy of the displacement at each scale, where the true one is within reach;
     `occlusion` and `distance` are as in `tracking_loss`. Later steps weigh more.
@@ -124,30 +129,30 @@ def refining_loss(steps: list[Step], queries: Tensor, points: Tensor, occluded: 
     weight = share + 0.1 * (occluded & counted & near).float() / visible.sum().clamp(min=1)
     every = counted.float() / counted.sum()
     losses: dict[str, Tensor] = {name: points.new_zeros(()) for name in ("points", "cells", "occlusion", "distance")}
-    total = 0.0
+    weights = 0.0
     for index, step in enumerate(steps):
         factor = 0.8 ** (len(steps) - 1 - index)
-        total += factor
+        weights += factor
         output = step.output
         error = (output.tracks - points).square().sum(-1).add(1e-4).sqrt()
-        losses["points"] += factor * ((error.log1p() + error.clamp(max=16) / 20) * weight).sum()
+        losses["points"] += factor * ((error.log1p() + error.clamp(max=64) / 20) * weight).sum()
         hidden = F.binary_cross_entropy_with_logits(output.occlusion, occluded.float(), reduction="none")
         losses["occlusion"] += factor * (hidden * every).sum()
         far = F.binary_cross_entropy_with_logits(output.expected_distance, (error > 6).float(), reduction="none")
         losses["distance"] += factor * (far * share).sum()
-        for level, stride in enumerate((2, 4, 8)):
+        for level, stride in enumerate((2, 4, 8) if step.logits is not None else ()):
             ahead = (points - step.start) / stride
             reach = visible & (ahead.abs() < 3).all(-1)
             cells, shares = cell_targets(ahead + 3.5, 7, 7)
             logits = step.logits[..., level, :]
             surprise = logits.logsumexp(-1) - (logits.gather(-1, cells) * shares).sum(-1)
             losses["cells"] += factor * (surprise * reach).sum() / reach.sum().clamp(min=1)
-    losses = {name: loss / total for name, loss in losses.items()}
+    losses = {name: loss / weights for name, loss in losses.items()}
     losses["total"] = losses["points"] + 0.1 * losses["cells"] + losses["occlusion"] + 0.5 * losses["distance"]
     error = (steps[-1].output.tracks - points).norm(dim=-1)
     for limit in (1, 4):
         losses[f"within{limit}"] = ((error < limit).float() * share).sum()
-    losses["start1"] = (((steps[0].start - points).norm(dim=-1) < 1).float() * share).sum()
+    losses["start1"] = (((steps[0].output.tracks - points).norm(dim=-1) < 1).float() * share).sum()
     return losses
 
 
@@ -201,28 +206,36 @@ def train_nano(
         with atomic_path(output) as part:
             save_file(weights, part, {"model": "Nano", "plan": json.dumps(asdict(plan)), "step": str(step)})
 
-    examples = Examples(plan, ClipCache(clips, plan.seed, copy.deepcopy(model).cpu().eval().cells))
-    loader = DataLoader(
-        torch.utils.data.Subset(examples, range(done, plan.steps)), batch_size=1, num_workers=1, prefetch_factor=4
-    )
+    examples = Examples(plan, ClipCache(clips, plan.seed, plan.soft_from, copy.deepcopy(model).cpu().eval().cells))
+    wanted = torch.utils.data.Subset(examples, range(done * plan.batch, len(examples)))
+    loader = iter(DataLoader(wanted, batch_size=None, num_workers=1, prefetch_factor=8))
     device = next(model.parameters()).device
-    model.train()
-    for step, batch in enumerate(loader, start=done + 1):
-        video, features, queries, points, occluded = (tensor.to(device) for tensor in batch)
-        for group in optimiser.param_groups:
-            group["lr"] = plan.rate(step)
+    parameters = list(learnt.values())
+
+    def gradients(example: Example) -> tuple[tuple[Tensor, ...], dict[str, float]]:
+        video, features, queries, points, occluded = (tensor[None].to(device) for tensor in example)
         maps = make_maps(model.fine(video.float() / 127.5 - 1), features.float())
         losses = refining_loss(model.refine(maps, queries), queries, points, occluded)
-        optimiser.zero_grad(set_to_none=True)
-        losses["total"].backward()
-        torch.nn.utils.clip_grad_norm_(learnt.values(), 1.0)
-        optimiser.step()
-        keep = min(plan.averaging, step / (step + 10))
-        for name, parameter in learnt.items():
-            average[name].lerp_(parameter.detach(), 1 - keep)
-        report(step, {name: float(value.detach()) for name, value in losses.items()})
-        if step % save_every == 0 or step == plan.steps:
-            save(step)
+        found = torch.autograd.grad(losses["total"], parameters)
+        return found, {name: float(value.detach()) for name, value in losses.items()}
+
+    model.train()
+    # An example per thread: on a busy machine far faster than the threads of one, which would wait for each other.
+    with ThreadPoolExecutor(plan.batch) as pool:
+        for step in range(done + 1, plan.steps + 1):
+            for group in optimiser.param_groups:
+                group["lr"] = plan.rate(step)
+            results = list(pool.map(gradients, [Example(*next(loader)) for _ in range(plan.batch)]))
+            for parameter, *grads in zip(parameters, *(found for found, _ in results), strict=True):
+                parameter.grad = torch.stack(grads).mean(0)
+            torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+            optimiser.step()
+            keep = min(plan.averaging, step / (step + 10))
+            for name, parameter in learnt.items():
+                average[name].lerp_(parameter.detach(), 1 - keep)
+            report(step, {name: sum(losses[name] for _, losses in results) / plan.batch for name in results[0][1]})
+            if step % save_every == 0 or step == plan.steps:
+                save(step)
     model.eval()
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 from tritonkern.training.synthetic import Clip, Layer, Motion, render, true_tracks
 from tritonkern.training.textures import cut_out, procedural_texture
 
+Texture = Callable[[np.random.Generator, int], Tensor]
 _SIZE = 256
 _NEAREST = 0.15
 """Smallest depth, relative to that of the centre, at which a point of a plane in perspective is placed."""
@@ -72,8 +74,8 @@ class JointMotion:
         return self.outer.forward(self.inner.forward(texture))
 
 
-def training_clip(seed: int | tuple[int, ...], *, frames: int = 24, points: int = 256) -> Clip:
-    """One 256x256 clip to learn from, a pure function of its arguments.
+def training_clip(seed: int | tuple[int, ...], *, frames: int = 24, points: int = 256, soft: bool = False) -> Clip:
+    """One 256x256 clip to learn from, a pure function of its arguments. With `soft`, surfaces are out of focus in parts.
 
     A background and two to seven objects, each a plane that moves in perspective and may deform; half of the objects
     carry up to three parts that turn on them, and some are large or thin and hide others for long. A camera pans,
@@ -88,21 +90,22 @@ def training_clip(seed: int | tuple[int, ...], *, frames: int = 24, points: int 
     camera.deforms = False
 
     margin = 2 * _SIZE
-    ground = F.pad(procedural_texture(rng, margin), (0, 0, 0, 0, 0, 1), value=1.0)
+    texture = _partly_blurred if soft else procedural_texture
+    ground = F.pad(texture(rng, margin), (0, 0, 0, 0, 0, 1), value=1.0)
     centre = torch.full((2,), margin / 2, dtype=torch.float64)
     layers = [Layer(ground, JointMotion(camera, PlanarMotion(rng, frames, centre, middle, 0.4 * speed)))]
     for _ in range(int(rng.integers(2, 8))):
-        layers += _thing(rng, frames, camera, speed)
+        layers += _thing(rng, frames, camera, speed, texture)
     colour, shown = render(layers, frames, _SIZE)
     tracks, occluded = true_tracks(layers, shown, points, rng)
     return Clip(f"training-{seed}", disturb(colour, rng), tracks, occluded, shown.numpy())
 
 
-def _thing(rng: np.random.Generator, frames: int, camera: Motion, speed: float) -> list[Layer]:
+def _thing(rng: np.random.Generator, frames: int, camera: Motion, speed: float, texture: Texture) -> list[Layer]:
     side = int(rng.uniform(0.2, 0.8) * _SIZE)
     start = torch.from_numpy(rng.uniform(0.05 * _SIZE, 0.95 * _SIZE, 2))
     body = JointMotion(camera, PlanarMotion(rng, frames, _middle(side), start, speed * rng.uniform(0.3, 1.5)))
-    layers = [Layer(_sprite(rng, side), body)]
+    layers = [Layer(_sprite(rng, side, texture), body)]
     for _ in range(int(rng.integers(1, 4)) if rng.random() < 0.5 else 0):
         part = int(rng.uniform(0.3, 0.8) * side)
         # The part turns about a point near its upper edge, which is fixed to the body.
@@ -110,22 +113,36 @@ def _thing(rng: np.random.Generator, frames: int, camera: Motion, speed: float) 
         place = torch.from_numpy(rng.uniform(0.25 * side, 0.75 * side, 2))
         joint = PlanarMotion(rng, frames, pivot, place, speed, turn=rng.normal(0, 0.03), tilt=0.0)
         joint.centre = place.expand(frames, 2)
-        layers.append(Layer(_sprite(rng, part), JointMotion(body, joint)))
+        layers.append(Layer(_sprite(rng, part, texture), JointMotion(body, joint)))
     return layers
+
+
+def _partly_blurred(rng: np.random.Generator, size: int) -> Tensor:
+    """A procedural texture, of which a part without sharp borders is blurred, and the contrast of all is lowered."""
+    sharp = procedural_texture(rng, size)
+    coarse = max(4, int(size / rng.uniform(4, 24)))
+
+    def resize(image: Tensor, side: int) -> Tensor:
+        return F.interpolate(image[None], size=(side, side), mode="bilinear", antialias=True, align_corners=False)[0]
+
+    blurred = resize(resize(sharp, coarse), size)
+    where = resize(torch.from_numpy(rng.normal(0, 1, (1, 6, 6))).float(), size)
+    mixed = torch.lerp(sharp, blurred, (6 * (where + rng.uniform(-0.4, 0.4))).sigmoid())
+    return (0.5 + rng.uniform(0.4, 1.0) * (mixed - 0.5)).clamp(0, 1)
 
 
 def _middle(side: int) -> Tensor:
     return torch.full((2,), side / 2, dtype=torch.float64)
 
 
-def _sprite(rng: np.random.Generator, side: int) -> Tensor:
+def _sprite(rng: np.random.Generator, side: int, texture: Texture) -> Tensor:
     opacity = cut_out(rng, side)
     if rng.random() < 0.25:
         # A bar, as of a fence or a pole
         across = torch.arange(side) + 0.5 - side / 2
         opacity = (rng.uniform(0.06, 0.2) * side - across.abs() + 0.5).clamp(0, 1).float().expand(side, side).clone()
         opacity[:, 0] = opacity[:, -1] = 0
-    return torch.cat([procedural_texture(rng, side), opacity[None]])
+    return torch.cat([texture(rng, side), opacity[None]])
 
 
 def disturb(colour: Tensor, rng: np.random.Generator) -> np.ndarray:
