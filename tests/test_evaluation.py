@@ -14,7 +14,8 @@ from tritonkern import tracking
 from tritonkern.cli import app
 from tritonkern.models import ChronoNano
 from tritonkern.models.matching import MatchingTracker, TrackerOutput
-from tritonkern.tracking.evaluation import StandingStill, evaluate, save_scores
+from tritonkern.tracking.baselines import StandingStill
+from tritonkern.tracking.evaluation import evaluate, save_scores
 from tritonkern.tracking.tapvid import TapVidClip
 
 FRAMES = 6

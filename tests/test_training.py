@@ -8,9 +8,10 @@ from safetensors import safe_open
 
 from tritonkern.models.chrono_nano import ChronoNano
 from tritonkern.training import loop
+from tritonkern.training.held_out import photo_clips
 from tritonkern.training.loop import GeneratedClips, TrainingPlan, train
 from tritonkern.training.losses import cell_targets, tracking_loss
-from tritonkern.training.synthetic import Layer, Motion, generate_clip, photo_clips, render, true_tracks
+from tritonkern.training.synthetic import Layer, Motion, generate_clip, render, true_tracks
 
 SIZE = 96
 PLAN = TrainingPlan(steps=4, frames=3, points=16, bfloat16=False)

@@ -1,10 +1,10 @@
 """`tritonkern eval`: score a model with the TAP-Vid metrics."""
 
-import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich import box
@@ -13,13 +13,17 @@ from rich.table import Table
 
 from tritonkern.commands._terminal import Stages, one_line_errors, output_path, print_path, writable_folder
 
+if TYPE_CHECKING:
+    from tritonkern.tracking.evaluation import Evaluation
+    from tritonkern.training import Clip
+
 
 def evaluate(
     tapvid: Annotated[
         Path | None, typer.Option(help="TAP-Vid pickle, or folder of them (DAVIS, RGB-Stacking, Kinetics, RoboTAP).")
     ] = None,
     synthetic: Annotated[
-        bool, typer.Option("--synthetic", help="Generated clips of moving photographs instead, with baselines.")
+        bool, typer.Option("--synthetic", help="Generated clips of moving photographs instead.")
     ] = False,
     mode: Annotated[str, typer.Option(help="Queries: first, strided or both.")] = "both",
     model: Annotated[str, typer.Option(help="Name of the model.")] = "chrono-nano",
@@ -27,7 +31,7 @@ def evaluate(
     device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda if there is one]")] = None,
     out: Annotated[str | None, typer.Option(help="JSON file for all scores, video by video.")] = None,
 ) -> None:
-    """Score a model with the TAP-Vid metrics, in percent."""
+    """Score a model and the trackers to compare with, by the TAP-Vid metrics, in percent."""
     with one_line_errors():
         path = None if out is None else output_path("--out", out)
         with nullcontext() if path is None else writable_folder(path.parent):
@@ -46,43 +50,51 @@ def _evaluate(
     if synthetic == (tapvid is not None):
         raise ValueError("give either --tapvid PATH or --synthetic")
 
-    from tritonkern.models import ChronoNano
     from tritonkern.tracking import PointTracker
-    from tritonkern.tracking.evaluation import StandingStill, evaluate, query_modes, save_scores
+    from tritonkern.tracking.baselines import baselines
+    from tritonkern.tracking.evaluation import evaluate, query_modes, save_scores
     from tritonkern.tracking.tapvid import TapVidClip, read_tapvid
 
     query_modes(mode)
     tracker = PointTracker(model, weights, device)
-    contestants: dict[str, Any] = {model: tracker.model}
-    clips: Iterable[TapVidClip]
+    trackers: dict[str, Any] = {model: tracker.model}
+    for name, other in baselines(tracker.device).items():
+        trackers.setdefault(name, other)
+    sets: dict[str, Callable[[], Iterable[TapVidClip]]]
     if tapvid is not None:
-        clips = read_tapvid(tapvid)
+        sets = {tapvid.name: lambda: read_tapvid(tapvid)}
     else:
-        from tritonkern.training import photo_clips
+        from tritonkern.training import SETS
 
-        try:
-            clips = [TapVidClip(clip.name, clip.video, clip.points, clip.occluded) for clip in photo_clips()]
-        except ImportError as error:
-            raise ValueError(str(error)) from error
-        contestants["standing still"] = StandingStill().to(tracker.device)
-        if isinstance(tracker.model, ChronoNano):
-            frame_by_frame = copy.deepcopy(tracker.model)
-            frame_by_frame.temporal = False
-            contestants[f"{model}, temporal adapters off"] = frame_by_frame
+        def clips_of(make: Callable[[], Iterable["Clip"]]) -> list[TapVidClip]:
+            try:
+                return [TapVidClip(clip.name, clip.video, clip.points, clip.occluded) for clip in make()]
+            except ImportError as error:
+                raise ValueError(str(error)) from error
 
-    scores = {}
-    for name, contestant in contestants.items():
-        with Stages() as stages:
-            scores[name] = evaluate(contestant, clips, mode, progress=stages)
+        sets = {name: partial(clips_of, make) for name, make in SETS.items()}
 
-    columns = ("delta_avg", "AJ", "OA")
-    table = Table("tracker", "queries", box=box.SIMPLE)
-    for column in columns:
-        table.add_column(column, justify="right")
-    for name, modes in scores.items():
-        for queries, evaluation in modes.items():
-            table.add_row(name, queries, *(f"{evaluation.mean[column]:.1f}" for column in columns))
-    Console().print(table)
+    scores: dict[str, dict[str, dict[str, Evaluation]]] = {}
+    for title, read in sets.items():
+        # Generated clips are kept for all trackers; those of a file, which may be many, are read for each.
+        clips = [] if tapvid is not None else read()
+        results = scores[title] = {}
+        for name, contestant in trackers.items():
+            with Stages() as stages:
+                results[name] = evaluate(contestant, read() if tapvid is not None else clips, mode, progress=stages)
+        Console().print(_table(title, results))
     if out is not None:
         save_scores(out, scores)
         print_path(out)
+
+
+def _table(title: str, results: Mapping[str, Mapping[str, "Evaluation"]]) -> Table:
+    columns = ("delta_1", "delta_2", "delta_4", "delta_8", "delta_16", "delta_avg", "AJ", "OA")
+    table = Table("tracker", "queries", title=title, box=box.SIMPLE)
+    for column in (*columns, "ms / frame", "MiB"):
+        table.add_column(column.replace("delta", "d"), justify="right")
+    for name, modes in results.items():
+        for queries, evaluation in modes.items():
+            cost = f"{1000 * evaluation.seconds_per_frame:.0f}", f"{evaluation.peak_memory:.0f}"
+            table.add_row(name, queries, *(f"{evaluation.mean[column]:.1f}" for column in columns), *cost)
+    return table

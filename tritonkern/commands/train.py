@@ -1,5 +1,6 @@
-"""`tritonkern train`: train chrono-nano on generated videos."""
+"""`tritonkern train`: train a small tracker on generated videos."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -9,31 +10,56 @@ from tritonkern.commands._terminal import Stages, one_line_errors, output_path, 
 
 def train(
     out: Annotated[str, typer.Option(help="Weights to write (.safetensors).", show_default=False)],
-    steps: Annotated[int, typer.Option(help="Number of training clips.", min=1)] = 2400,
-    seed: Annotated[int, typer.Option(help="Seed of the clips and of the initial weights.", min=0)] = 0,
+    model: Annotated[
+        str, typer.Option(help="chrono-nano, or nano: a refiner on the packaged chrono-nano.")
+    ] = "chrono-nano",
+    steps: Annotated[
+        int | None, typer.Option(help="Number of steps.  [default: 2400 of chrono-nano, 4000 of nano]", min=1)
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Seed of the clips and initial weights.  [default: 0, of nano 1]", min=0)
+    ] = None,
+    clips: Annotated[
+        Path | None, typer.Option(help="Folder for rendered clips of nano, 28 MB each.  [default: clips, beside --out]")
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda if there is one]")] = None,
 ) -> None:
-    """Train chrono-nano from scratch on generated videos. An interrupted run continues when called again."""
+    """Train a tracker on generated videos. An interrupted run continues when called again."""
     with one_line_errors():
         path = output_path("--out", out)
         if path.suffix != ".safetensors":
             raise ValueError(f"--out must end in .safetensors, got {path}")
-        with writable_folder(path.parent):
-            import torch
-
-            from tritonkern.models import ChronoNano
-            from tritonkern.tracking.predictor import choose_device
-            from tritonkern.training import TrainingPlan
-            from tritonkern.training import train as run
-
-            torch.manual_seed(seed)
-            model = ChronoNano().to(choose_device(device))
-            with Stages() as stages:
-
-                def report(step: int, losses: dict[str, float]) -> None:
-                    stages("training", step, steps)
-                    if step % 50 == 0:
-                        stages.note(f"step {step}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
-
-                run(model, path, TrainingPlan(steps=steps, seed=seed), report=report)
+        if model not in ("chrono-nano", "nano"):
+            raise ValueError(f"--model must be chrono-nano or nano, got {model!r}")
+        with writable_folder(path.parent), Stages() as stages:
+            _train(path, model, steps, seed, clips or path.parent / "clips", device, stages)
             print_path(path)
+
+
+def _train(
+    path: Path, model: str, steps: int | None, seed: int | None, clips: Path, device: str | None, stages: Stages
+) -> None:
+    import torch
+
+    from tritonkern.models import ChronoNano, Nano, packaged
+    from tritonkern.tracking.predictor import choose_device
+    from tritonkern.training import RefiningPlan, TrainingPlan, train_nano
+    from tritonkern.training import train as run
+
+    def report(step: int, losses: dict[str, float]) -> None:
+        stages("training", step, plan.steps)
+        if step % 50 == 0:
+            stages.note(f"step {step}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
+
+    given = {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
+    plan: TrainingPlan | RefiningPlan
+    if model == "nano":
+        plan = RefiningPlan(**given)
+        torch.manual_seed(plan.seed)
+        train_nano(
+            Nano.from_chrono(packaged("chrono-nano")).to(choose_device(device)), path, clips, plan, report=report
+        )
+    else:
+        plan = TrainingPlan(**given)
+        torch.manual_seed(plan.seed)
+        run(ChronoNano().to(choose_device(device)), path, plan, report=report)

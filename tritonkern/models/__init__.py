@@ -12,6 +12,7 @@ from tritonkern.models.depth import DepthModel
 from tritonkern.models.dinov2 import DINOv2
 from tritonkern.models.locotrack import LocoTrackFeatures, LocoTrackRefiner
 from tritonkern.models.matching import MatchingTracker, TrackerOutput
+from tritonkern.models.nano import Nano
 from tritonkern.models.tracktention import TracktentionModel, insert_tracktention
 
 __all__ = [
@@ -23,6 +24,7 @@ __all__ = [
     "LocoTrackRefiner",
     "MODELS",
     "MatchingTracker",
+    "Nano",
     "TrackerOutput",
     "TracktentionModel",
     "build_model",
@@ -30,12 +32,14 @@ __all__ = [
 ]
 
 
-def _packaged_nano() -> Path:
-    return Path(str(resources.files("tritonkern") / "weights" / "chrono-nano.safetensors"))
+def packaged(name: str) -> Path:
+    """The file of the weights `name` ("nano", "chrono-nano") that ship with this package."""
+    return Path(str(resources.files("tritonkern") / "weights" / f"{name}.safetensors"))
 
 
 MODELS: dict[str, Callable[[Path | None], MatchingTracker]] = {
-    "chrono-nano": lambda weights: ChronoNano.from_checkpoint(_packaged_nano() if weights is None else weights),
+    "nano": lambda weights: Nano.from_checkpoint(packaged("nano") if weights is None else weights),
+    "chrono-nano": lambda weights: ChronoNano.from_checkpoint(packaged("chrono-nano") if weights is None else weights),
     "chrono-vits14": lambda weights: _official(weights, "vits14"),
     "chrono-vitb14": lambda weights: _official(weights, "vitb14"),
 }

@@ -4,9 +4,11 @@ It is the head of Chrono (Kim et al., CVPR 2025) and the initialisation of TAPIR
 convolutions. A backbone subclasses `MatchingTracker` and supplies `resolution` and `features`.
 """
 
+import torch
 from torch import Tensor
 
-from tritonkern.nn.correlation import CorrelationSoftArgmax, TrackerOutput
+from tritonkern.functional import correlation_soft_argmax
+from tritonkern.nn.correlation import CorrelationSoftArgmax, TrackerOutput, scaled
 
 
 class MatchingTracker(CorrelationSoftArgmax):
@@ -53,3 +55,35 @@ class MatchingTracker(CorrelationSoftArgmax):
     def track(self, features: Tensor, queries: Tensor) -> TrackerOutput:
         """Matches `queries` against features that are already computed: `CorrelationSoftArgmax.forward`."""
         return super().forward(features, queries)
+
+    def way_back(self, features: Tensor, queries: Tensor, tracks: Tensor) -> Tensor:
+        """Where the features at `tracks` are found in the frames of the queries: near the query, if a track is right.
+
+        Args:
+            features: `[B, T, h, w, C]`, as `features` returns them.
+            queries: `[B, N, 3]` rows (t, y, x), of which the nearest frame inside the clip counts.
+            tracks: `[B, N, T, 2]` (x, y) in pixels of the raster.
+
+        Returns:
+            `[B, N, T, 2]` (x, y) in pixels of the raster.
+        """
+        frames = features.shape[1]
+        number = torch.arange(frames, device=tracks.device).expand(tracks.shape[:3]).to(tracks.dtype)
+        places = torch.stack([number, tracks[..., 1], tracks[..., 0]], -1)
+        back = torch.empty_like(tracks)
+        own = queries[..., 0].round().long().clamp(0, frames - 1)
+        for batch in range(len(features)):
+            for frame in own[batch].unique().tolist():
+                rows = own[batch] == frame
+                found = self.query_features(features[batch : batch + 1], places[batch, rows].flatten(0, 1)[None])
+                match = correlation_soft_argmax(
+                    found.to(features.dtype),
+                    features[batch : batch + 1, frame : frame + 1],
+                    temperature=self.temperature,
+                    radius=self.radius,
+                )
+                cells = match.points.view(-1, frames, 2)
+                back[batch, rows] = scaled(
+                    cells, self.resolution[1] / features.shape[3], self.resolution[0] / features.shape[2]
+                ).to(back.dtype)
+        return back

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from tritonkern.functional import correlation_soft_argmax, local_correlation_linear, temporal_mixer
@@ -25,6 +25,8 @@ _STRIDES = (2, 4, 8)
 _NEIGHBOURS = (1.5, 5.0)
 """Frames in which the weight of a neighbouring frame falls to 1 / e, of the two proposals from neighbours."""
 _SCALARS = 39
+_POSITIONS = 16384
+"""Points times frames that are refined together."""
 _CERTAIN = 8.0
 """Logit of what is known."""
 
@@ -58,8 +60,8 @@ class Nano(ChronoNano):
     to the query enter a network of `temporal_mixer`, `TemporalWindowAttention` and perceptrons for each point, which
     weighs the proposals, adds a correction, and updates the two logits.
 
-    `features(video)`: float `[B, T, 256, 256, 3]` in [-1, 1] -> float32 `[B, T, 64, 64, 256]`: chrono-nano's 128
-    channels, then 2x2 cells of the fine map with 32 each.
+    `features(video)`: float `[B, T, 256, 256, 3]` in [-1, 1] -> `[B, T, 64, 64, 256]`: chrono-nano's 128 channels, then
+    2x2 cells of the fine map with 32 each; float16 where no gradient is recorded, as long clips fill the memory.
 
     Local 4-D correlation: Cho et al., "Local All-Pair Correspondence for Point Tracking", ECCV 2024; temporal mixing:
     Doersch et al., "TAPIR", ICCV 2023; start: Kim et al., CVPR 2025.
@@ -71,6 +73,18 @@ class Nano(ChronoNano):
         super().__init__(dim, depth, num_heads, local_dim, out_dim)
         self.fine = FineFeatures()
         self.refiner = Refiner()
+
+    @classmethod
+    def from_chrono(cls, path: str | Path) -> Nano:
+        """An untrained refiner on the chrono-nano of `path`, whose first convolution the fine map starts with.
+
+        Raises `FileNotFoundError` if there is no such file, `ValueError` if it does not hold chrono-nano's weights.
+        """
+        model, chrono = cls(), ChronoNano.from_checkpoint(path)
+        model.load_state_dict(chrono.state_dict(), strict=False)
+        model.fine.conv1.load_state_dict(chrono.stem[0].state_dict())
+        model.fine.norm1.load_state_dict(chrono.stem[1].state_dict())
+        return model
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> Nano:
@@ -88,14 +102,17 @@ class Nano(ChronoNano):
 
     def features(self, video: Tensor) -> Tensor:
         fine = rearrange(self.fine(video), "b t (h r) (w s) c -> b t h w (r s c)", r=2, s=2)
-        return torch.cat([self.cells(video), fine], -1)
+        features = torch.cat([self.cells(video), fine], -1)
+        return features if torch.is_grad_enabled() else features.half()
 
     def track(self, features: Tensor, queries: Tensor) -> TrackerOutput:
         """Tracks of `queries` `[B, N, 3]` (t, y, x), of `features` as the method of this name returns them."""
         width = self.head.out_features
         fine = rearrange(features[..., width:], "b t h w (r s c) -> b t (h r) (w s) c", r=2, s=2)
         maps = make_maps(fine, features[..., :width])
-        return self.refine(maps, queries)[-1].output
+        few = max(1, _POSITIONS // features.shape[1])
+        parts = [self.refine(maps, part)[-1].output for part in queries.split(few, 1)]
+        return TrackerOutput(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
 
     def refine(self, maps: Maps, queries: Tensor) -> list[Step]:
         """The match, and the result of every step."""
@@ -121,30 +138,10 @@ class Nano(ChronoNano):
     def _evidence(self, cells: Tensor, queries: Tensor, tracks: Tensor) -> Tensor:
         """`[B, N, T, 4]`: similarities at the global match, and how far from the query its own match lies."""
         query = self.query_features(cells, queries)
-        match = correlation_soft_argmax(query, cells, temperature=self.temperature, radius=self.radius)
-        back = torch.stack([self._way_back(*item) for item in zip(cells, queries, tracks, strict=True)])
+        match = correlation_soft_argmax(query.to(cells.dtype), cells, temperature=self.temperature, radius=self.radius)
+        back = self.way_back(cells, queries, tracks)
         distance = (back - queries[:, :, None, [2, 1]]).norm(dim=-1)
         return torch.stack([match.mean, match.max, match.min, (1 + distance).log() / 2], -1)
-
-    def _way_back(self, cells: Tensor, queries: Tensor, tracks: Tensor) -> Tensor:
-        """Where `[N, T, 2]` the features at `tracks` are found in the frames of `queries` `[N, 3]`, in pixels."""
-        number, frames = tracks.shape[:2]
-        scale = self.resolution[0] / cells.shape[1]
-        t = torch.arange(frames, device=tracks.device).expand(number, -1).to(tracks.dtype)
-        x, y = (tracks / scale).unbind(-1)
-        there = sample_features(cells[None], *(a.reshape(1, -1) for a in (t, y, x))).view(number, frames, -1)
-        back = torch.empty_like(tracks)
-        own = queries[:, 0].round().long().clamp(0, frames - 1)
-        for frame in own.unique().tolist():
-            mine = own == frame
-            found = correlation_soft_argmax(
-                there[mine].flatten(0, 1)[None],
-                cells[None, frame : frame + 1],
-                temperature=self.temperature,
-                radius=self.radius,
-            )
-            back[mine] = found.points.view(-1, frames, 2) * scale
-        return back
 
 
 class FineFeatures(nn.Module):
@@ -168,7 +165,7 @@ class FineFeatures(nn.Module):
 
 def make_maps(fine: Tensor, cells: Tensor) -> Maps:
     """The three maps of a fine one and chrono-nano's."""
-    pooled = F.avg_pool2d(cells.flatten(0, 1).movedim(-1, 1), 2).movedim(1, -1)
+    pooled = reduce(cells, "b t (h r) (w s) c -> (b t) h w c", "mean", r=2, s=2)
     return Maps(fine, cells, F.normalize(pooled, dim=-1).unflatten(0, cells.shape[:2]))
 
 
@@ -226,16 +223,20 @@ class Refiner(nn.Module):
             window = self.pairs * self.window[level].exp()
             window = window / window.sum((1, 2), keepdim=True)
             weight = torch.cat([window, pair_weights]).flatten(1)
-            read = local_correlation_linear(
-                grid,
-                support,
-                (tracks / stride).transpose(1, 2),
-                weight,
-                radius=_RADIUS,
-                padding="zeros",
-                align_corners=False,
-                axis_order="yx",
-            ).transpose(1, 2)
+            read = (
+                local_correlation_linear(
+                    grid,
+                    support,
+                    (tracks / stride).transpose(1, 2),
+                    weight.to(grid.dtype),
+                    radius=_RADIUS,
+                    padding="zeros",
+                    align_corners=False,
+                    axis_order="yx",
+                )
+                .transpose(1, 2)
+                .to(tracks.dtype)
+            )
             # [B, N, T, 49] and [B, N, T, codes]
             cost, code = read.split([_CELLS, read.shape[-1] - _CELLS], -1)
             logits.append(sharpness[level] * cost)
@@ -316,4 +317,5 @@ def _supports(grid: Tensor, queries: Tensor, stride: int) -> Tensor:
     y = (y / stride)[..., None, None] + offset[:, None]
     x = (x / stride)[..., None, None] + offset
     y, x, t = torch.broadcast_tensors(y, x, t[..., None, None])
-    return sample_features(grid, *(place.flatten(1) for place in (t, y, x))).unflatten(1, (-1, _CELLS))
+    samples = sample_features(grid, *(place.flatten(1) for place in (t, y, x)))
+    return samples.unflatten(1, (-1, _CELLS)).to(grid.dtype)

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import math
+import time
 from collections.abc import Iterable, Mapping, Sized
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from os import PathLike
+from pathlib import Path
 
+import numpy as np
 import torch
 
 from tritonkern.files import atomic_path
-from tritonkern.models.matching import MatchingTracker, TrackerOutput
+from tritonkern.models.matching import MatchingTracker
 from tritonkern.tracking.metrics import QUERY_MODES, mean_metrics, tapvid_metrics
 from tritonkern.tracking.predictor import Progress
 from tritonkern.tracking.tapvid import TapVidClip, tapvid_queries
@@ -21,31 +25,17 @@ from tritonkern.tracking.tapvid import TapVidClip, tapvid_queries
 class Evaluation:
     """Scores of one tracker in one query mode, as `tapvid_metrics` names them, in percent.
 
-    `mean` is the data set's score; `videos` has (clip name, scores) in the order of the data set.
+    `mean` is the data set's score; `videos` has (clip name, scores) in the order of the data set. `seconds_per_frame`
+    is the time of features and tracks over the number of frames. `peak_memory` is the largest resident memory of the
+    process in MiB while the tracker ran, PyTorch and the clips included; NaN where the system does not tell (it is read
+    from Linux's /proc).
     """
 
     mode: str
     mean: dict[str, float]
     videos: list[tuple[str, dict[str, float]]]
-
-
-class StandingStill(MatchingTracker):
-    """The tracker that predicts no motion: every point stays where it was asked for, and is always visible.
-
-    What a data set gives it is the score that takes no tracking at all.
-    """
-
-    resolution = (256, 256)
-
-    def features(self, video: torch.Tensor) -> torch.Tensor:
-        """The number of frames, in the shape of features `[B, T, 1, 1, 1]`; nothing is looked at."""
-        return video.new_ones(*video.shape[:2], 1, 1, 1)
-
-    def track(self, features: torch.Tensor, queries: torch.Tensor) -> TrackerOutput:
-        """The queries' positions in every frame."""
-        tracks = queries[:, :, None, [2, 1]].expand(-1, -1, features.shape[1], -1)
-        certain = torch.full_like(tracks[..., 0], -torch.inf)
-        return TrackerOutput(tracks, certain, certain)
+    seconds_per_frame: float = field(default=math.nan, compare=False)
+    peak_memory: float = field(default=math.nan, compare=False)
 
 
 def query_modes(mode: str) -> tuple[str, ...]:
@@ -83,65 +73,115 @@ def evaluate(
     modes = query_modes(mode)
     videos: dict[str, list[tuple[str, dict[str, float]]]] = {name: [] for name in modes}
     total = len(dataset) if isinstance(dataset, Sized) else None
+    seconds, frames = dict.fromkeys(modes, 0.0), 0
     was_training = model.training
     model.eval()
+    _forget_peak()
     try:
         for done, clip in enumerate(dataset, start=1):
-            for name, scores in _score(model, clip, modes).items():
+            frames += len(clip.video)
+            for name, (scores, taken) in _score(model, clip, modes).items():
                 videos[name].append((clip.name, scores))
+                seconds[name] += taken
             if progress is not None:
                 progress("evaluating", done, total)
     finally:
         model.train(was_training)
     if not videos[modes[0]]:
         raise ValueError("dataset holds no clip")
-    return {name: Evaluation(name, mean_metrics(scores for _, scores in rows), rows) for name, rows in videos.items()}
+    peak = _peak_memory()
+    return {
+        name: Evaluation(name, mean_metrics(scores for _, scores in rows), rows, seconds[name] / frames, peak)
+        for name, rows in videos.items()
+    }
 
 
-def save_scores(path: str | PathLike[str], scores: Mapping[str, Mapping[str, Evaluation]]) -> None:
-    """Writes evaluations by tracker and query mode as JSON, complete or not at all; NaN becomes null.
+def jump_share(tracks: np.ndarray, visibility: np.ndarray, size: tuple[int, int], distance: float = 12.0) -> float:
+    """The share of tracks that jump while they are visible.
 
-    The layout is `{tracker: {mode: {"mean": {metric: percent}, "videos": [{"name": ..., metric: percent}]}}}`.
+    A track jumps if it is visible in two frames in a row and its positions in them are more than `distance` pixels of a
+    256x256 raster apart. What is that fast on screen counts as a jump, too.
+
+    Args:
+        tracks: `[N, T, 2]` xy in pixels of the video.
+        visibility: `[N, T]` bool.
+        size: (width, height) of the video in pixels.
+        distance: in pixels of the raster.
+
+    Returns:
+        From 0 to 1, NaN where there is no track.
+    """
+    step = np.diff(tracks, axis=1) * (256 / np.asarray(size, dtype=np.float64))
+    jumps = (np.linalg.norm(step, axis=-1) > distance) & visibility[:, 1:] & visibility[:, :-1]
+    return float(jumps.any(axis=1).mean()) if len(jumps) else math.nan
+
+
+def save_scores(path: str | PathLike[str], scores: Mapping[str, Mapping[str, Mapping[str, Evaluation]]]) -> None:
+    """Writes evaluations by data set, tracker and query mode as JSON, complete or not at all; NaN becomes null.
+
+    The layout is `{set: {tracker: {mode: {"mean": {metric: percent}, "seconds_per_frame": ..., "peak_memory": ...,
+    "videos": [{"name": ..., metric: percent}]}}}}`.
     """
 
     def defined(values: Mapping[str, float]) -> dict[str, float | None]:
         return {metric: None if math.isnan(value) else value for metric, value in values.items()}
 
-    content = {
-        tracker: {
-            mode: {
-                "mean": defined(evaluation.mean),
-                "videos": [{"name": name, **defined(values)} for name, values in evaluation.videos],
-            }
-            for mode, evaluation in modes.items()
+    def row(evaluation: Evaluation) -> dict[str, object]:
+        return {
+            "mean": defined(evaluation.mean),
+            **defined({name: getattr(evaluation, name) for name in ("seconds_per_frame", "peak_memory")}),
+            "videos": [{"name": name, **defined(values)} for name, values in evaluation.videos],
         }
-        for tracker, modes in scores.items()
+
+    content = {
+        title: {
+            tracker: {mode: row(evaluation) for mode, evaluation in modes.items()}
+            for tracker, modes in trackers.items()
+        }
+        for title, trackers in scores.items()
     }
     with atomic_path(path) as part:
         part.write_text(json.dumps(content, indent=1))
 
 
 @torch.inference_mode()
-def _score(model: MatchingTracker, clip: TapVidClip, modes: tuple[str, ...]) -> dict[str, dict[str, float]]:
+def _score(
+    model: MatchingTracker, clip: TapVidClip, modes: tuple[str, ...]
+) -> dict[str, tuple[dict[str, float], float]]:
+    """Scores and seconds by mode."""
     if clip.video.shape[1:] != (*model.resolution, 3):
         raise ValueError(
             f"clip {clip.name!r} must be [T, {model.resolution[0]}, {model.resolution[1]}, 3] for this model, "
             f"got {list(clip.video.shape)}"
         )
-    device = model.occ_linear.weight.device
+    device = next(model.parameters()).device
     # [1, T, H, W, 3]
     video = torch.from_numpy(clip.video)[None].to(device).float() / 255 * 2 - 1
+    start = time.perf_counter()
     features = model.features(video)
-    scores = {}
+    encoding = time.perf_counter() - start
+    results = {}
     for mode in modes:
         queries, tracks = tapvid_queries(clip, mode)
-        output = model.track(features, torch.from_numpy(queries)[None].to(device, torch.float32))
-        scores[mode] = tapvid_metrics(
-            queries[:, 0],
-            clip.occluded[tracks],
-            clip.points[tracks],
-            (~output.visible[0]).cpu().numpy(),
-            output.tracks[0].double().cpu().numpy(),
-            mode,
-        )
-    return scores
+        points = torch.from_numpy(queries)[None].to(device, torch.float32)
+        start = time.perf_counter()
+        output = model.track(features, points)
+        positions, visible = output.tracks[0].double().cpu().numpy(), output.visible[0].cpu().numpy()
+        seconds = encoding + time.perf_counter() - start
+        scores = tapvid_metrics(queries[:, 0], clip.occluded[tracks], clip.points[tracks], ~visible, positions, mode)
+        results[mode] = scores, seconds
+    return results
+
+
+def _forget_peak() -> None:
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory() -> float:
+    """MiB since `_forget_peak`."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+    except OSError:
+        return math.nan
+    return next((int(line.split()[1]) / 1024 for line in lines if line.startswith("VmHWM")), math.nan)

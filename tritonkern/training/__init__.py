@@ -1,6 +1,8 @@
 """Training trackers from scratch on videos that are generated with exact tracks."""
 
+from tritonkern.training.held_out import SETS, photo_clips
 from tritonkern.training.loop import TrainingPlan, train
-from tritonkern.training.synthetic import Clip, generate_clip, photo_clips
+from tritonkern.training.refining import RefiningPlan, train_nano
+from tritonkern.training.synthetic import Clip, generate_clip
 
-__all__ = ["Clip", "TrainingPlan", "generate_clip", "photo_clips", "train"]
+__all__ = ["SETS", "Clip", "RefiningPlan", "TrainingPlan", "generate_clip", "photo_clips", "train", "train_nano"]

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tritonkern.files import atomic_path
-from tritonkern.training.scenes import training_clip
+from tritonkern.training.scenes import partly_blurred, training_clip
+from tritonkern.training.textures import procedural_texture
 
 CLIP_FRAMES = 24
 
@@ -30,10 +31,10 @@ class EncodedClip:
 
 
 class ClipCache:
-    """Clip `i` of `training_clip((seed, i), soft=i >= soft_from)`, from a file of `folder`, written if it is missing.
+    """Clip `i` of `training_clip((seed, i))`, from a file of `folder`, which is written if it is missing.
 
-    The content of a file is a function of `seed`, its number, `soft_from` and `encode`; a folder belongs to one of
-    each.
+    From number `soft_from` on the surfaces are `partly_blurred`. The content of a file is a function of `seed`, its
+    number, `soft_from` and `encode`; a folder belongs to one of each.
     """
 
     def __init__(self, folder: Path, seed: int, soft_from: int, encode: Callable[[Tensor], Tensor]):
@@ -46,7 +47,8 @@ class ClipCache:
         """The file of clip `index`, made now if there is none."""
         path = self.path(index)
         if not path.exists():
-            clip = training_clip((self.seed, index), frames=CLIP_FRAMES, soft=index >= self.soft_from)
+            texture = partly_blurred if index >= self.soft_from else procedural_texture
+            clip = training_clip((self.seed, index), frames=CLIP_FRAMES, texture=texture)
             video = torch.from_numpy(clip.video)
             with torch.inference_mode():
                 features = self.encode(video[None].float() / 127.5 - 1)[0]

@@ -30,8 +30,9 @@ class RefiningPlan:
 
     A step averages the gradients of `batch` examples. Those of step i are taken from the first
     `first_clips + i * clips_per_step` clips, at most `clips`: 12 frames of one, or the whole 24 in the share `long` of
-    the examples after step `long_from`. Clips from number `soft_from` on have surfaces that are partly out of focus. The learning rate is constant up to the last `decay` steps, in which it falls
-    to zero; so a run can be prolonged as long as it has not begun to fall.
+    the examples after step `long_from`. Clips from number `soft_from` on have surfaces that are partly out of focus.
+    The learning rate is constant up to the last `decay` steps, in which it falls to zero; so a run can be prolonged as
+    long as it has not begun to fall.
     """
 
     steps: int = 4000
@@ -118,7 +119,7 @@ def refining_loss(steps: list[Step], queries: Tensor, points: Tensor, occluded: 
     `occluded` `[B, N, T]`. With e the error in pixels of a step: `points` is log(1 + e) + e / 20 up to e = 64, on
     visible frames, which weighs the thresholds of TAP-Vid (powers of two) alike, and a tenth of it on hidden ones;
     `cells` is the cross-entropy of the displacement at each scale, where the true one is within reach;
-    `occlusion` and `distance` are as in `tracking_loss`. Later steps weigh more.
+    `occlusion` and `distance` are as in `tracking_loss`, but for e > 8. Later steps weigh more.
     """
     frames = torch.arange(points.shape[2], device=points.device)
     counted = frames != queries[..., :1].round()
@@ -138,7 +139,7 @@ def refining_loss(steps: list[Step], queries: Tensor, points: Tensor, occluded: 
         losses["points"] += factor * ((error.log1p() + error.clamp(max=64) / 20) * weight).sum()
         hidden = F.binary_cross_entropy_with_logits(output.occlusion, occluded.float(), reduction="none")
         losses["occlusion"] += factor * (hidden * every).sum()
-        far = F.binary_cross_entropy_with_logits(output.expected_distance, (error > 6).float(), reduction="none")
+        far = F.binary_cross_entropy_with_logits(output.expected_distance, (error > 8).float(), reduction="none")
         losses["distance"] += factor * (far * share).sum()
         for level, stride in enumerate((2, 4, 8) if step.logits is not None else ()):
             ahead = (points - step.start) / stride

@@ -25,7 +25,10 @@ _NEAREST = 0.15
 
 
 class PlanarMotion(Motion):
-    """A `Motion` seen in perspective: with v = matrix_t @ wave_t^-1(u - origin), screen = centre_t + v / (1 + p_t . v)."""
+    """A `Motion` seen in perspective: v = matrix_t @ wave_t^-1(u - origin), screen = centre_t + v / (1 + tilt_t . v).
+
+    `turn` is added to the rotation in every frame, in radians; `tilt` is the largest tilt, in 1 / pixels.
+    """
 
     def __init__(
         self,
@@ -42,7 +45,9 @@ class PlanarMotion(Motion):
         time = torch.arange(frames, dtype=torch.float64)
         # [T, 2], in 1 / pixels
         period, phase = (torch.from_numpy(rng.uniform(low, high, 2)) for low, high in ((15, 80), (0, 2 * math.pi)))
-        self.tilt = tilt * torch.from_numpy(rng.uniform(-1, 1, 2)) * (2 * math.pi * time[:, None] / period + phase).sin()
+        self.tilt = (
+            tilt * torch.from_numpy(rng.uniform(-1, 1, 2)) * (2 * math.pi * time[:, None] / period + phase).sin()
+        )
         angle = turn * time
         roll = torch.stack([angle.cos(), -angle.sin(), angle.sin(), angle.cos()], -1).view(-1, 2, 2)
         self.matrix = roll @ self.matrix
@@ -74,13 +79,21 @@ class JointMotion:
         return self.outer.forward(self.inner.forward(texture))
 
 
-def training_clip(seed: int | tuple[int, ...], *, frames: int = 24, points: int = 256, soft: bool = False) -> Clip:
-    """One 256x256 clip to learn from, a pure function of its arguments. With `soft`, surfaces are out of focus in parts.
+def training_clip(
+    seed: int | tuple[int, ...],
+    *,
+    frames: int = 24,
+    points: int = 256,
+    texture: Texture = procedural_texture,
+    objects: tuple[int, int] = (2, 8),
+) -> Clip:
+    """One 256x256 clip to learn from, a pure function of its arguments.
 
-    A background and two to seven objects, each a plane that moves in perspective and may deform; half of the objects
-    carry up to three parts that turn on them, and some are large or thin and hide others for long. A camera pans,
-    zooms and in a third of the clips rolls, so that points leave the frame and come back. Gain, gamma, colour, shadows,
-    blur, noise and JPEG compression change the picture after the tracks are known.
+    A background and `objects[0]` to `objects[1] - 1` objects with the surfaces of `texture(rng, size)`, each a plane
+    that moves in perspective and may deform; half of the objects carry up to three parts that turn on them, and some
+    are large or thin and hide others for long. A camera pans, zooms and in a third of the clips rolls, so that points
+    leave the frame and come back. Gain, gamma, colour, shadows, blur, noise and JPEG compression change the picture
+    after the tracks are known.
     """
     rng = np.random.default_rng(seed)
     speed = float(rng.uniform(0.15, 1.6))
@@ -90,11 +103,10 @@ def training_clip(seed: int | tuple[int, ...], *, frames: int = 24, points: int 
     camera.deforms = False
 
     margin = 2 * _SIZE
-    texture = _partly_blurred if soft else procedural_texture
     ground = F.pad(texture(rng, margin), (0, 0, 0, 0, 0, 1), value=1.0)
     centre = torch.full((2,), margin / 2, dtype=torch.float64)
     layers = [Layer(ground, JointMotion(camera, PlanarMotion(rng, frames, centre, middle, 0.4 * speed)))]
-    for _ in range(int(rng.integers(2, 8))):
+    for _ in range(int(rng.integers(*objects))):
         layers += _thing(rng, frames, camera, speed, texture)
     colour, shown = render(layers, frames, _SIZE)
     tracks, occluded = true_tracks(layers, shown, points, rng)
@@ -117,7 +129,7 @@ def _thing(rng: np.random.Generator, frames: int, camera: Motion, speed: float, 
     return layers
 
 
-def _partly_blurred(rng: np.random.Generator, size: int) -> Tensor:
+def partly_blurred(rng: np.random.Generator, size: int) -> Tensor:
     """A procedural texture, of which a part without sharp borders is blurred, and the contrast of all is lowered."""
     sharp = procedural_texture(rng, size)
     coarse = max(4, int(size / rng.uniform(4, 24)))
@@ -163,14 +175,18 @@ def disturb(colour: Tensor, rng: np.random.Generator) -> np.ndarray:
         coarse = torch.from_numpy(rng.normal(0, 1, (1, 1, 4, 4))).float()
         field = F.interpolate(coarse, size=(2 * height, 2 * width), mode="bicubic", align_corners=False)[0, 0]
         step = rng.uniform(-6, 6, 2)
-        top, left = ((2 * s - s) / 2 + v * (time.flatten() - frames / 2) for s, v in zip((height, width), step, strict=True))
+        top, left = (
+            (2 * s - s) / 2 + v * (time.flatten() - frames / 2) for s, v in zip((height, width), step, strict=True)
+        )
         shade = torch.stack(
             [field[int(y) : int(y) + height, int(x) : int(x) + width] for y, x in zip(top, left, strict=True)]
         )
         colour = colour * (1 + rng.uniform(0.05, 0.3) * shade[:, None].clamp(-2, 2))
     if rng.random() < 0.5:
         colour = _blur(colour, float(rng.uniform(0.3, 1.4)))
-    colour = colour + float(abs(rng.normal(0, 0.015))) * torch.from_numpy(rng.standard_normal(colour.shape, dtype=np.float32))
+    colour = colour + float(abs(rng.normal(0, 0.015))) * torch.from_numpy(
+        rng.standard_normal(colour.shape, dtype=np.float32)
+    )
     video = (colour.clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
     if rng.random() < 0.4:
         quality = int(rng.integers(25, 90))

@@ -11,7 +11,7 @@ Coordinates are xy in pixels, and the centre of pixel i lies at i + 0.5.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonkern.training.textures import cut_out, photographs, procedural_texture
+from tritonkern.training.textures import cut_out, procedural_texture
 
 WAVES = 3
 
@@ -207,25 +207,3 @@ def generate_clip(
     colour = (colour * gain * rng.uniform(0.8, 1.1) + rng.uniform(-0.05, 0.05) + noise).clamp(0, 1)
     video = (colour * 255).round().to(torch.uint8).permute(0, 2, 3, 1).contiguous().numpy()
     return Clip(f"synthetic-{seed}", video, tracks, occluded, shown.numpy())
-
-
-def photo_clips(
-    count: int = 20, *, frames: int = 24, size: int = 256, points: int = 256, seed: int = 2026, speed: float = 0.75
-) -> Iterator[Clip]:
-    """Held-out clips whose textures are photographs (scikit-image's own), which training never sees.
-
-    Each layer shows a random crop of a photograph. Needs `scikit-image` (`pip install ".[eval]"`).
-    """
-    pictures = photographs()
-
-    def crop(rng: np.random.Generator, side: int) -> Tensor:
-        picture = pictures[int(rng.integers(len(pictures)))]
-        shortest = min(picture.shape[1:])
-        cut = int(rng.uniform(0.6, 1.0) * shortest)
-        top, left = (int(rng.integers(0, extent - cut + 1)) for extent in picture.shape[1:])
-        window = picture[None, :, top : top + cut, left : left + cut]
-        return F.interpolate(window, size=(side, side), mode="bilinear", antialias=True)[0]
-
-    for index in range(count):
-        clip = generate_clip((seed, index), frames=frames, size=size, points=points, speed=speed, texture=crop)
-        yield Clip(f"photographs-{index:02d}", clip.video, clip.points, clip.occluded, clip.depth)

@@ -5,6 +5,7 @@ photographs.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import torch
@@ -107,3 +108,18 @@ def photographs() -> list[Tensor]:
             picture = np.repeat(picture[..., None], 3, axis=2)
         pictures.append(torch.from_numpy(picture.astype(np.float32) / 255).permute(2, 0, 1).contiguous())
     return pictures
+
+
+def photograph_crops() -> Callable[[np.random.Generator, int], Tensor]:
+    """A texture function `(rng, size)` like `procedural_texture`: a random square of one of the `photographs`."""
+    pictures = photographs()
+
+    def crop(rng: np.random.Generator, side: int) -> Tensor:
+        picture = pictures[int(rng.integers(len(pictures)))]
+        shortest = min(picture.shape[1:])
+        cut = int(rng.uniform(0.6, 1.0) * shortest)
+        top, left = (int(rng.integers(0, extent - cut + 1)) for extent in picture.shape[1:])
+        window = picture[None, :, top : top + cut, left : left + cut]
+        return F.interpolate(window, size=(side, side), mode="bilinear", antialias=True)[0]
+
+    return crop
