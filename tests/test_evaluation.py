@@ -175,14 +175,15 @@ def test_a_stream_of_clips_has_no_total():
 
 def test_saved_scores_are_strict_json(tmp_path):
     nothing = clip("dark", hidden=[(n, t) for n in range(2) for t in range(FRAMES)])
-    scores = {"standing still": evaluate(StandingStill(), [clip(), nothing], "first")}
+    scores = {"clips": {"standing still": evaluate(StandingStill(), [clip(), nothing], "first")}}
     save_scores(tmp_path / "scores.json", scores)
 
     def no_constant(name):
         raise AssertionError(f"{name} is not JSON")
 
-    saved = json.loads((tmp_path / "scores.json").read_text(), parse_constant=no_constant)["standing still"]["first"]
-    assert saved["mean"] == scores["standing still"]["first"].mean
+    content = json.loads((tmp_path / "scores.json").read_text(), parse_constant=no_constant)
+    saved = content["clips"]["standing still"]["first"]
+    assert saved["mean"] == scores["clips"]["standing still"]["first"].mean
     assert [(row["name"], row["delta_avg"]) for row in saved["videos"]] == [
         ("moving", pytest.approx(66)),
         ("dark", None),
@@ -208,24 +209,33 @@ def davis(tmp_path):
     return path
 
 
+@pytest.mark.slow
 def test_command_line_on_a_tapvid_file(davis, checkpoint, tmp_path):
     out = tmp_path / "new" / "scores.json"
     result = CliRunner().invoke(app, ["eval", "--tapvid", str(davis), "--weights", str(checkpoint), "--out", str(out)])
     assert result.exit_code == 0, result.output
-    saved = json.loads(out.read_text())["chrono-nano"]
-    assert saved.keys() == {"first", "strided"}
-    for mode, evaluation in saved.items():
-        row = [mode, *(f"{evaluation['mean'][name]:.1f}" for name in ("delta_avg", "AJ", "OA"))]
-        assert f"chrono-nano {' '.join(row)}" in " ".join(result.stdout.split())
+    saved = json.loads(out.read_text())["davis.pkl"]
+    others = {"standing still", "Lucas-Kanade", "DIS flow", "chrono-nano, cycle closed", "DIS flow, then chrono-nano"}
+    assert saved.keys() == {"chrono-nano", *others}
+    columns = *(f"delta_{x}" for x in (1, 2, 4, 8, 16)), "delta_avg", "AJ", "OA"
+    words = " ".join(result.stdout.split())
+    for tracker, modes in saved.items():
+        assert modes.keys() == {"first", "strided"}
+        for mode, evaluation in modes.items():
+            assert " ".join([tracker, mode, *(f"{evaluation['mean'][name]:.1f}" for name in columns)]) in words
+            assert evaluation["seconds_per_frame"] > 0 and evaluation["peak_memory"] > 100
 
 
+@pytest.mark.slow
 def test_command_line_on_generated_clips(checkpoint, monkeypatch):
-    monkeypatch.setattr(tritonkern.training, "photo_clips", lambda: iter([clip("photographs-00")]))
+    sets = {"one": lambda: iter([clip()]), "still": lambda: iter([clip(speed=0)])}
+    monkeypatch.setattr(tritonkern.training, "SETS", sets)
     result = CliRunner().invoke(app, ["eval", "--synthetic", "--mode", "first", "--weights", str(checkpoint)])
     assert result.exit_code == 0, result.output
     words = " ".join(result.stdout.split())
-    for row in ("standing still first 66.0", "chrono-nano first", "chrono-nano, temporal adapters off first"):
-        assert row in words
+    moving, still = "50.0 50.0 60.0 70.0 100.0 66.0", "100.0 100.0 100.0 100.0 100.0 100.0"
+    for part in ("one tracker", f"standing still first {moving}", "still tracker", f"standing still first {still}"):
+        assert part in words
 
 
 @pytest.mark.parametrize(

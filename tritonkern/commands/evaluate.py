@@ -82,7 +82,10 @@ def _evaluate(
         for name, contestant in trackers.items():
             with Stages() as stages:
                 results[name] = evaluate(contestant, read() if tapvid is not None else clips, mode, progress=stages)
-        Console().print(_table(title, results))
+        console = Console()
+        # In a narrow window lines that go on in the next one are better than figures that are cut off.
+        console.width = max(console.width, 128)
+        console.print(_table(title, results))
     if out is not None:
         save_scores(out, scores)
         print_path(out)

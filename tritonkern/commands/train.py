@@ -1,7 +1,7 @@
 """`tritonkern train`: train a small tracker on generated videos."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -51,7 +51,7 @@ def _train(
         if step % 50 == 0:
             stages.note(f"step {step}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
 
-    given = {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
+    given: dict[str, Any] = {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
     plan: TrainingPlan | RefiningPlan
     if model == "nano":
         plan = RefiningPlan(**given)

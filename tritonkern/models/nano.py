@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -287,7 +287,8 @@ class RefinerBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         conv1, conv2 = self.conv1, self.conv2
-        x = temporal_mixer(x, self.mix_norm, conv1.weight, conv1.bias, conv2.weight, conv2.bias)  # type: ignore[arg-type]
+        bias1, bias2 = cast(Tensor, conv1.bias), cast(Tensor, conv2.bias)
+        x = cast(Tensor, temporal_mixer(x, self.mix_norm, conv1.weight, bias1, conv2.weight, bias2))
         x = x + self.attention(self.attention_norm(x))
         return x + self.mlp(self.norm(x))
 

@@ -141,7 +141,9 @@ def refining_loss(steps: list[Step], queries: Tensor, points: Tensor, occluded: 
         losses["occlusion"] += factor * (hidden * every).sum()
         far = F.binary_cross_entropy_with_logits(output.expected_distance, (error > 8).float(), reduction="none")
         losses["distance"] += factor * (far * share).sum()
-        for level, stride in enumerate((2, 4, 8) if step.logits is not None else ()):
+        if step.logits is None:
+            continue
+        for level, stride in enumerate((2, 4, 8)):
             ahead = (points - step.start) / stride
             reach = visible & (ahead.abs() < 3).all(-1)
             cells, shares = cell_targets(ahead + 3.5, 7, 7)

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from tritonkern.training.synthetic import Clip, Layer, Motion, render, true_tracks
+from tritonkern.training.synthetic import Clip, Layer, Motion, Movement, render, true_tracks
 from tritonkern.training.textures import cut_out, procedural_texture
 
 Texture = Callable[[np.random.Generator, int], Tensor]
@@ -67,7 +67,7 @@ class PlanarMotion(Motion):
 class JointMotion:
     """The motion `inner`, of a part, carried by the motion `outer`, of a body or of the camera."""
 
-    def __init__(self, outer: Motion | JointMotion, inner: Motion | JointMotion):
+    def __init__(self, outer: Movement, inner: Movement):
         self.outer, self.inner = outer, inner
 
     def inverse(self, screen: Tensor) -> Tensor:
@@ -113,7 +113,7 @@ def training_clip(
     return Clip(f"training-{seed}", disturb(colour, rng), tracks, occluded, shown.numpy())
 
 
-def _thing(rng: np.random.Generator, frames: int, camera: Motion, speed: float, texture: Texture) -> list[Layer]:
+def _thing(rng: np.random.Generator, frames: int, camera: Movement, speed: float, texture: Texture) -> list[Layer]:
     side = int(rng.uniform(0.2, 0.8) * _SIZE)
     start = torch.from_numpy(rng.uniform(0.05 * _SIZE, 0.95 * _SIZE, 2))
     body = JointMotion(camera, PlanarMotion(rng, frames, _middle(side), start, speed * rng.uniform(0.3, 1.5)))

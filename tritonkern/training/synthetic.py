@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -112,12 +113,20 @@ class Motion:
         return local @ self.matrix.transpose(1, 2) + self.centre[:, None]
 
 
+class Movement(Protocol):
+    """What a layer needs of its motion: the two maps of `Motion`."""
+
+    def inverse(self, screen: Tensor) -> Tensor: ...
+
+    def forward(self, texture: Tensor) -> Tensor: ...
+
+
 @dataclass(frozen=True)
 class Layer:
     """`texture` float32 `[4, h, w]`: red, green, blue in [0, 1] and opacity; `motion` as above."""
 
     texture: Tensor
-    motion: Motion
+    motion: Movement
 
     def look_up(self, coordinates: Tensor) -> Tensor:
         """The texture at `[T, a, b, 2]` texture coordinates, `[T, 4, a, b]`. A background repeats itself mirrored."""
