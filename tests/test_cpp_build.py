@@ -199,6 +199,27 @@ def test_sanitizers_find_nothing(operation, isa, tmp_path):
     assert "calls" in done.stdout
 
 
+@pytest.mark.slow
+@pytest.mark.xfail(reason="not every operation has a namespace yet", strict=False)
+def test_no_name_stands_for_two_things(tmp_path):
+    """Link-time optimisation compares the types and functions of all files that share a name (one definition rule)."""
+    version = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout
+    if "Free Software Foundation" not in version:
+        pytest.skip("only GCC has -Wodr")
+    setup = names_in_setup()
+    output = tmp_path / "_cpp.so"
+    flags = "-O1 -flto -flto-partition=none -Wodr -Wlto-type-mismatch -Werror=odr -Werror=lto-type-mismatch"
+    environment = {"CXX": compiler(), "CXXFLAGS": flags, "LDFLAGS": flags}
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        (tmp_path / "build.ninja").write_text(setup["ninja_file"](output, tmp_path))
+    ninja = pytest.importorskip("ninja")
+    done = subprocess.run([f"{ninja.BIN_DIR}/ninja", "-C", str(tmp_path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert output.exists()
+
+
 def test_installs_without_a_compiler(tmp_path):
     pytest.importorskip("setuptools", minversion="77")
     source = tmp_path / "source"

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 import tritonkern
 from tritonkern import temporal_window_attention
 from tritonkern.ops import _registry
+from tritonkern.ops.temporal_adapter import op as adapter_op
 from tritonkern.ops.temporal_window_attention import op
 
 FWD, BWD = op.temporal_window_attention_fwd, op.temporal_window_attention_bwd
@@ -38,6 +39,18 @@ def test_forward_mode_is_refused_not_silently_zero():
     x = torch.randn(1, 5, 2, 8)
     with pytest.raises(NotImplementedError, match="forward-mode"):
         torch.func.jvp(lambda q: temporal_window_attention(q, q, q, 3), (x,), (x,))
+
+
+def test_schemas_follow_the_declared_functions():
+    assert str(FWD._schema) == (
+        "tritonkern::temporal_window_attention_fwd(Tensor query, Tensor key, Tensor value, SymInt left, SymInt right,"
+        " float scale, str? backend=None) -> (Tensor, Tensor)"
+    )
+    # Fields of named tuples are arguments of their own.
+    assert str(adapter_op.adapter_out_fwd._schema) == (
+        "tritonkern::adapter_out_fwd(Tensor hidden, Tensor conv_weight, Tensor? conv_bias, Tensor? tokens,"
+        " SymInt grid_rows, SymInt grid_columns, SymInt grid_pool, ScalarType dtype, str? backend=None) -> Tensor"
+    )
 
 
 def test_opcheck(where, inputs):

@@ -55,7 +55,7 @@ def temporal_window_attention(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        NotImplementedError: an input carries a forward-mode tangent.
+        NotImplementedError: an input carries a forward-mode tangent, or `torch.func` differentiates the call.
         ValueError: shapes or devices that do not fit together, a window that is even or negative, or a backend that
             cannot run this call (the message lists every backend with its reason and the way out).
 

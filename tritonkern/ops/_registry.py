@@ -168,9 +168,9 @@ def _differentiation(operator: torch._ops.OpOverload, count: int) -> Callable:
             )
         if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given):
             if torch._C._are_functorch_transforms_active():
+                # autograd.Function cannot record inside them; around them it would drop their derivatives silently.
                 raise NotImplementedError(
-                    f"{name} cannot be differentiated inside another transform of torch.func: it has no second "
-                    "derivative, no forward-mode derivative, and no rule for vmap of its gradient"
+                    f"{name} cannot be differentiated by torch.func (grad, vjp, jacrev, ...); use torch.autograd.grad"
                 )
             return Gradient.apply(*given)
         with torch._C._AutoDispatchBelowAutograd():
