@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import cast
 
@@ -13,6 +14,9 @@ from tritonkern.models.checkpoints import load_strict, read_state_dict
 from tritonkern.models.dinov2 import Block
 from tritonkern.models.matching import MatchingTracker
 from tritonkern.nn import TemporalAdapter
+
+# Frames that are convolved together where no gradient is needed.
+_BLOCK = 16
 
 
 class ResidualBlock(nn.Module):
@@ -80,7 +84,7 @@ class ChronoNano(MatchingTracker):
     def features(self, video: Tensor) -> Tensor:
         batch, frames = video.shape[:2]
         images = video.flatten(0, 1).movedim(-1, 1)
-        local = self.stem(images)
+        local = _frames_in_blocks(lambda images: self.stem(images).movedim(1, -1), images).movedim(-1, 1)
 
         tokens = self.patch_embed(local).flatten(2).transpose(1, 2) + self.pos_embed
         for index, block in enumerate(self.blocks):
@@ -90,9 +94,29 @@ class ChronoNano(MatchingTracker):
                 tokens = adapter.add_to(tokens.unflatten(0, (batch, frames)), (16, 16)).flatten(0, 1)
         context = self.norm(tokens).transpose(1, 2).unflatten(2, (16, 16))
 
-        fused = self.fuse(local + self.upsample(context))
-        cells = fused.movedim(1, -1).unflatten(0, (batch, frames))
+        cells = _frames_in_blocks(
+            lambda local, context: self.fuse(local + self.upsample(context)).movedim(1, -1), local, context
+        ).unflatten(0, (batch, frames))
+        del local
         if self.temporal:
             grid = cells.shape[2:4]
             cells = self.local_adapter.add_to(cells.flatten(2, 3), grid).unflatten(2, grid)
-        return F.normalize(self.head(self.local_norm(cells)).float(), dim=-1)
+        features = _frames_in_blocks(
+            lambda cells: F.normalize(self.head(self.local_norm(cells)).float(), dim=-1), cells.flatten(0, 1)
+        )
+        return features.unflatten(0, (batch, frames))
+
+
+def _frames_in_blocks(function: Callable[..., Tensor], *frames: Tensor) -> Tensor:
+    """`function` of tensors whose first axis is the frames; some frames at a time where no gradient is needed.
+
+    The stem needs 20 MB per frame. Its results are the same in any blocks, up to rounding.
+    """
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or len(frames[0]) <= _BLOCK:
+        return function(*frames)
+    first = function(*(tensor[:_BLOCK] for tensor in frames))
+    result = first.new_empty(len(frames[0]), *first.shape[1:])
+    result[:_BLOCK] = first
+    for start in range(_BLOCK, len(result), _BLOCK):
+        result[start : start + _BLOCK] = function(*(tensor[start : start + _BLOCK] for tensor in frames))
+    return result

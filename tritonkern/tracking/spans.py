@@ -1,7 +1,6 @@
 """Long clips in bounded memory: features span by span, and every span matched against the queries' frames."""
 
 from collections.abc import Callable
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -11,9 +10,9 @@ from tritonkern.models.matching import MatchingTracker
 
 Progress = Callable[[str, int, int | None], None]
 
-# Frames whose features are computed together, and how many of them at either end only serve as context. Temporal
-# adapters reach six frames a layer, mostly less.
-_SPAN, _CONTEXT = 192, 32
+# Frames whose features are computed together, and how many of them at either end only serve as context. The four
+# temporal adapters of chrono-nano reach six frames each, so that its features do not depend on the spans.
+_SPAN, _CONTEXT = 128, 24
 # Queries that are matched together; fewer where the model does more with each.
 _CHUNK, _CHUNK_OWN_TRACK = 4096, 512
 # Frames with queries that are put before a span together, for models that need them in one clip.
@@ -29,8 +28,8 @@ def track_in_spans(
 ) -> tuple[Tensor, Tensor]:
     """Tracks and confidence of `queries` in a clip at the model's resolution.
 
-    Clips of up to 192 frames are encoded as a whole. Longer ones are encoded in spans of 192 frames, of which the inner
-    128 count; every span is matched against the features of the queries' frames.
+    Clips of up to 128 frames are encoded as a whole. Longer ones are encoded in spans of 128 frames, of which the inner
+    80 count; every span is matched against the features of the queries' frames.
 
     A model that matches every frame on its own (its `track` is the one of `MatchingTracker`) has no memory by which it
     could notice that a point is hidden and something similar is elsewhere. Its matches are therefore followed back: the
@@ -52,14 +51,20 @@ def track_in_spans(
     steps = len(wanted) + len(spans)
     report("tracking", 0, steps)
 
-    def encode_span(span: _Span) -> Tensor:
+    encoded: tuple[_Span, Tensor] | None = None
+
+    def encode(span: _Span) -> Tensor:
         """Features `[stop - start, h, w, C]` of a span, computed with its context."""
-        context = raster[span.context_start : span.context_stop].to(device)
-        features = model.features(context[None].float() / 127.5 - 1)[0]
+        nonlocal encoded
+        if encoded is None or encoded[0] != span:
+            # The old features are freed before the new ones are made.
+            encoded = None
+            context = raster[span.context_start : span.context_stop].to(device)
+            encoded = span, model.features(context[None].float().div_(127.5).sub_(1))[0]
+        features = encoded[1]
         return features[span.start - span.context_start : span.stop - span.context_start]
 
-    # Two passes, as a query may be in any span. The cache avoids the second encoding of a clip of one span.
-    encode = lru_cache(maxsize=1)(encode_span)
+    # Two passes, as a query may be in any span. `encoded` avoids the second encoding of a clip of one span.
     sources = []
     for done, span in enumerate(wanted, start=1):
         sources.append(encode(span)[frames[span.holds(frames)] - span.start])
