@@ -77,7 +77,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str) -> None:
-    """Loads `state` into `model` if keys and shapes agree exactly.
+    """Loads `state` into `model`, in float32, if keys and shapes agree exactly.
 
     Raises:
         ValueError: they do not; the message names `source` and lists what is missing, unexpected or of another shape.
@@ -95,7 +95,8 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str) -> N
     found = [f"{len(keys)} {kind}: {_shortened(keys)}" for kind, keys in problems.items() if keys]
     if found:
         raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(found)}")
-    model.load_state_dict(state)
+    # Whatever the default dtype is, and the dtype that the file was compressed to.
+    model.float().load_state_dict(state)
 
 
 def _shortened(keys: list[str]) -> str:

@@ -44,7 +44,8 @@ class ChronoNano(MatchingTracker):
     and the neighbouring frames know; both meet again at 64x64 cells, where one more adapter looks along time. Set
     `temporal = False` to run without the adapters (for ablations).
 
-    `features(video)`: float `[B, T, 256, 256, 3]` in [-1, 1] -> unit-norm float32 `[B, T, 64, 64, 128]`.
+    `features(video)`: float `[B, T, 256, 256, 3]` in [-1, 1] -> unit-norm `[B, T, 64, 64, 128]` in
+    float32, or float64 for a model converted to it.
     """
 
     resolution = (256, 256)
@@ -83,7 +84,7 @@ class ChronoNano(MatchingTracker):
 
     def features(self, video: Tensor) -> Tensor:
         batch, frames = video.shape[:2]
-        images = video.flatten(0, 1).movedim(-1, 1)
+        images = video.to(self.pos_embed.dtype).flatten(0, 1).movedim(-1, 1)
         local = _frames_in_blocks(lambda images: self.stem(images).movedim(1, -1), images).movedim(-1, 1)
 
         tokens = self.patch_embed(local).flatten(2).transpose(1, 2) + self.pos_embed
@@ -101,10 +102,11 @@ class ChronoNano(MatchingTracker):
         if self.temporal:
             grid = cells.shape[2:4]
             cells = self.local_adapter.add_to(cells.flatten(2, 3), grid).unflatten(2, grid)
-        features = _frames_in_blocks(
-            lambda cells: F.normalize(self.head(self.local_norm(cells)).float(), dim=-1), cells.flatten(0, 1)
-        )
-        return features.unflatten(0, (batch, frames))
+        return _frames_in_blocks(self._unit_features, cells.flatten(0, 1)).unflatten(0, (batch, frames))
+
+    def _unit_features(self, cells: Tensor) -> Tensor:
+        features = self.head(self.local_norm(cells))
+        return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
 def _frames_in_blocks(function: Callable[..., Tensor], *frames: Tensor) -> Tensor:

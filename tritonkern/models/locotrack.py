@@ -20,6 +20,7 @@ from tritonkern.nn._locotrack import (
     refine,
     temporal_bias,
 )
+from tritonkern.nn._plain import input_dtype
 from tritonkern.nn.correlation import TrackerOutput, sample_features
 
 SIZES = {"base": (384, 6, (64, 128, 128), (3, 3, 2), (2, 2, 2)), "small": (256, 4, (64, 128), (5, 2), (4, 2))}
@@ -115,6 +116,7 @@ class LocoTrackRefiner(nn.Module):
 
     def features(self, video: Tensor) -> LocoTrackFeatures:
         """The maps of a video `[B, T, 256, 256, 3]` in [-1, 1]; frames are independent of each other."""
+        video = video.to(input_dtype(self.resnet_torch, video.dtype))
         units = self.resnet_torch(video.flatten(0, 1).movedim(-1, 1))
         maps = (units[index].movedim(1, -1).unflatten(0, video.shape[:2]) for index in (1, 3, 0))
         return LocoTrackFeatures(*map(_unit, maps))
@@ -201,12 +203,13 @@ class LocoTrackRefiner(nn.Module):
     def _supports(self, features: Tensor, queries: Tensor) -> Tensor:
         """`[B, N, 7, 7, C]` (y, x) around the queries."""
         rows, columns = features.shape[2:4]
-        t, y, x = queries.unbind(-1)
+        t, y, x = queries.to(torch.promote_types(features.dtype, torch.float32)).unbind(-1)
         offset = torch.arange(-3, 4, device=queries.device)
         y = (y * (rows / self.resolution[0]))[..., None, None] + offset[:, None]
         x = (x * (columns / self.resolution[1]))[..., None, None] + offset
         y, x, t = torch.broadcast_tensors(y, x, t[..., None, None])
-        return sample_features(features, *(place.flatten(1) for place in (t, y, x))).unflatten(1, (-1, 7, 7))
+        supports = sample_features(features, *(place.flatten(1) for place in (t, y, x)))
+        return supports.to(features.dtype).unflatten(1, (-1, 7, 7))
 
 
 def _unit(features: Tensor) -> Tensor:
@@ -299,7 +302,7 @@ class _CorrelationEncoder(nn.Module):
         )
 
     def forward(self, correlation: Tensor) -> Tensor:
-        return encode_correlation(self.conv, correlation)
+        return encode_correlation(self.conv, correlation.to(input_dtype(self, correlation.dtype)))
 
 
 class _TemporalAttention(nn.Module):
@@ -346,4 +349,4 @@ class _TemporalMixer(nn.Module):
         self.input_proj, self.output_proj = nn.Linear(channels, width), nn.Linear(width, 4 + 128 + 256)
 
     def forward(self, series: Tensor) -> Tensor:
-        return mix_over_time(self, series)
+        return mix_over_time(self, series.to(input_dtype(self, series.dtype)))

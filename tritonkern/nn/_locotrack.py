@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonkern.functional import local_correlation, soft_argmax_2d
-from tritonkern.nn._plain import is_plain
+from tritonkern.nn._plain import input_dtype, is_plain
 from tritonkern.nn.correlation import TrackerOutput, put_queries, scaled
 
 _MATCH_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
@@ -25,8 +25,8 @@ _MATCH_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
 def match_two_maps(
     query: Tensor,
     features: Tensor,
-    cost_conv: Callable[[Tensor], Tensor],
-    occ_linear: Callable[[Tensor], Tensor],
+    cost_conv: nn.Module,
+    occ_linear: nn.Module,
     temperature: float,
     resolution: tuple[int, int],
     fine_query: Tensor,
@@ -55,14 +55,14 @@ def match_two_maps(
             ],
             1,
         )
-        costs = cost_conv(both).view(*leading, rows, columns)
+        costs = cost_conv(both.to(input_dtype(cost_conv, both.dtype))).view(*leading, rows, columns)
         found.append(soft_argmax_2d(costs, temperature=temperature))
         smallest, largest = both.flatten(2).aminmax(dim=-1)
         statistics.append(torch.cat([both.mean((2, 3)), largest, smallest], -1).unflatten(0, leading))
     tracks = scaled(torch.cat(found, 1), resolution[1] / columns, resolution[0] / rows)
     if queries is not None:
         tracks = put_queries(tracks, queries)
-    logits = occ_linear(torch.cat(statistics, 1))
+    logits = occ_linear(torch.cat(statistics, 1).to(input_dtype(occ_linear, cost.dtype)))
     return TrackerOutput(tracks, logits[..., 0], logits[..., 1]), cost
 
 
