@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 
@@ -55,9 +54,7 @@ class Chrono(MatchingTracker):
             ValueError: the file cannot be read, or its keys or shapes are not exactly those of the model; the message
                 lists what is missing, unexpected or of another shape.
         """
-        state: Mapping[str, Tensor] = read_state_dict(path)
-        if all(key.startswith("model.") for key in state):
-            state = {key.removeprefix("model."): value for key, value in state.items()}
+        state = read_state_dict(path)
         if variant is None:
             backbone = {key.removeprefix("dino."): value for key, value in state.items() if key.startswith("dino.")}
             if not backbone:
@@ -67,7 +64,9 @@ class Chrono(MatchingTracker):
                 )
             variant = infer_config(backbone, str(path))
         first = state.get("adapter.0.conv1.weight")
-        model = cls(variant) if first is None else cls(variant, hidden=first.shape[0])
+        hidden = {} if first is None or first.ndim != 4 else {"hidden": first.shape[0]}
+        with torch.device("meta"):
+            model = cls(variant, **hidden)
         load_strict(model, state, str(path))
         return model.eval()
 

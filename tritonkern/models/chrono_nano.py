@@ -78,8 +78,9 @@ class ChronoNano(MatchingTracker):
 
         Raises `FileNotFoundError` if there is no such file, `ValueError` if it does not hold this model's weights.
         """
-        model = cls()
-        load_strict(model, {name: tensor.float() for name, tensor in read_state_dict(path).items()}, str(path))
+        with torch.device("meta"):
+            model = cls()
+        load_strict(model, read_state_dict(path), str(path))
         return model.eval()
 
     def features(self, video: Tensor) -> Tensor:

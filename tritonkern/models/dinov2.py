@@ -104,7 +104,9 @@ class DINOv2(nn.Module):
             ValueError: the file cannot be read, or its keys or shapes are not those of a DINOv2 model.
         """
         state = official_keys(read_state_dict(path))
-        model = cls(infer_config(state, str(path)))
+        config = infer_config(state, str(path))
+        with torch.device("meta"):
+            model = cls(config)
         load_strict(model, state, str(path))
         return model.eval()
 
@@ -270,13 +272,16 @@ def infer_config(state: Mapping[str, Tensor], source: str) -> DINOv2Config:
     Raises:
         ValueError: the state dict is not one of DINOv2; the message names `source`.
     """
-    try:
-        dim, _, patch_size, _ = state["patch_embed.proj.weight"].shape
-        grid = math.isqrt(state["pos_embed"].shape[1] - 1)
-    except (KeyError, ValueError) as error:
-        raise ValueError(
-            f"{source} holds no DINOv2 weights: patch_embed.proj.weight [dim, 3, p, p] and pos_embed are needed"
-        ) from error
-    registers = state["register_tokens"].shape[1] if "register_tokens" in state else 0
+    weight, positions = (state.get(name, torch.empty(0)) for name in ("patch_embed.proj.weight", "pos_embed"))
     depth = len({key.split(".")[1] for key in state if key.startswith("blocks.")})
-    return DINOv2Config(dim, depth, dim // 64, "blocks.0.mlp.w12.weight" in state, registers, patch_size, grid)
+    shapes_fit = weight.ndim == 4 and positions.ndim == 3 and positions.shape[1] > 1
+    if not shapes_fit or len(weight) == 0 or len(weight) % 64 or depth == 0:
+        raise ValueError(
+            f"{source} holds no DINOv2 weights: patch_embed.proj.weight [dim, 3, p, p] with dim a multiple of 64, "
+            "pos_embed [1, 1 + grid * grid, dim] and blocks.* are needed"
+        )
+    dim, _, patch_size, _ = weight.shape
+    registers = state["register_tokens"].shape[1] if state.get("register_tokens", weight[0, 0]).ndim == 3 else 0
+    swiglu = "blocks.0.mlp.w12.weight" in state
+    grid = math.isqrt(positions.shape[1] - 1)
+    return DINOv2Config(dim, depth, dim // 64, swiglu, registers, patch_size, grid)

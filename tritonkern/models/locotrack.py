@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -107,10 +107,9 @@ class LocoTrackRefiner(nn.Module):
             ValueError: the file cannot be read, or its keys or shapes are not exactly those of the model; the message
                 lists what is missing, unexpected or of another shape.
         """
-        state: Mapping[str, Tensor] = read_state_dict(path)
-        if all(key.startswith("model.") for key in state):
-            state = {key.removeprefix("model."): value for key, value in state.items()}
-        model = cls("base" if "cmdtop.0.conv.2.0.weight" in state else "small")
+        state = read_state_dict(path)
+        with torch.device("meta"):
+            model = cls("base" if "cmdtop.0.conv.2.0.weight" in state else "small")
         load_strict(model, state, str(path))
         return model.eval()
 
