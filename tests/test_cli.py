@@ -53,7 +53,7 @@ def program(slow_model=0, slow_drawing=0, file_limit=0):
 
 def run(*arguments, text=True, **options):
     command = [sys.executable, "-c", program(**options), *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=text, timeout=120)
+    return subprocess.run(command, capture_output=True, text=text, timeout=600)
 
 
 def assert_one_line_error(result, *parts, code=2):
@@ -163,6 +163,7 @@ class TestTrack:
         assert "caf\ufffd.mp4" in (tmp_path / name / "report.html").read_text()
 
 
+@pytest.mark.slow
 def test_train_writes_weights_that_load(tmp_path):
     out = tmp_path / "nano.safetensors"
     result = run("train", "--out", out, "--steps", 1)
