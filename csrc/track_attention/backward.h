@@ -3,19 +3,19 @@
 //   ds_ij = p_ij * (dp_ij - sum_k p_ik dp_ik)
 //   grad_query_i = scale * sum_j ds_ij k_j,   grad_key_j = scale * sum_i ds_ij q_i,   grad_value_j = sum_i p_ij grad_out_i
 //
-// and through the bias -precision * |offset_ij|^2, summed over the heads,
+// and through the bias -inverse_variance * |offset_ij|^2, summed over the heads,
 //
-//   grad_offset_ij = -2 * precision * ds_ij * offset_ij,   grad_precision = -sum_ij ds_ij * |offset_ij|^2
+//   grad_offset_ij = -2 * inverse_variance * ds_ij * offset_ij,   grad_inverse_variance = -sum_ij ds_ij * |offset_ij|^2
 //
-// where the nearest column's distance counts as zero, as the ds of a row sum to zero.
+// where |offset_ij|^2 is taken relative to the nearest column, which changes nothing because the ds of a row sum to zero.
 #pragma once
 
 #include "track_attention/tasks.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::track_attention {
 
 template <class S>
-class TrackBackward {
+class Backward {
     using A = Accumulator<S>;
 
     struct Scratch : HeadScratch<S> {
@@ -30,39 +30,40 @@ class TrackBackward {
 
     const TrackAttention& call;
     const int64_t frames, rows, columns;
-    const bool positions;
+    const bool of_points;                      // gradients of positions or of the inverse variance are wanted
     const bool streams_rows, streams_columns;  // results bypass the caches
-    // Of each frame and head: what the tracks' positions [M, 2] and the precision get. Added up in order at the end.
-    std::unique_ptr<double[]> grad_tracks, grad_precision;
+    // Of each frame and head: the gradients of the tracks' positions [M, 2] and of the inverse variance, which are summed over
+    // the heads at the end, in order.
+    std::unique_ptr<double[]> grad_tracks, grad_inverse_variance;
 
   public:
-    explicit TrackBackward(const TrackAttention& c)
+    explicit Backward(const TrackAttention& c)
         : call(c),
           frames(c.B * c.T),
           rows(c.splat ? c.height * c.width : c.M),
           columns(c.splat ? c.M : c.height * c.width),
-          positions(c.grad_precision != nullptr),
+          of_points(wants_points(c)),
           streams_rows(worth_streaming<S>(c.grad_query, frames * rows * c.H, c.D)),
           streams_columns(worth_streaming<S>(c.grad_key, frames * columns * c.H, c.D) &&
                           worth_streaming<S>(c.grad_value, frames * columns * c.H, c.D)) {
-        if (!positions) return;
+        if (!of_points) return;
         grad_tracks.reset(new double[frames * c.H * c.M * 2]);
-        grad_precision.reset(new double[frames * c.H]);
+        grad_inverse_variance.reset(new double[frames * c.H]);
     }
 
     void run() const {
         Tasks<S>(call).template run<Scratch>([&](const Frame<S>& frame, const Bounds& bounds, Lists<A>& lists,
                                                  int64_t h,
                                                  const Scratch& scratch) { head(frame, bounds, lists, h, scratch); });
-        if (positions) add_up_positions();
+        if (of_points) add_up_points();
     }
 
   private:
     void head(const Frame<S>& frame, const Bounds& bounds, Lists<A>& lists, int64_t h, const Scratch& scratch) const {
         const int64_t met = frame.geometry.rows(), listed = frame.geometry.columns(), dim = frame.padded_dim;
-        if (positions) {
+        if (of_points) {
             std::fill_n(track_gradient(frame, h), call.M * 2, 0.0);
-            grad_precision[frame.index * call.H + h] = 0;
+            grad_inverse_variance[frame.index * call.H + h] = 0;
         }
         clear_others(frame, h);
         if (met == 0) return;
@@ -114,12 +115,11 @@ class TrackBackward {
             scatter_list(scratch.weights + lists.start[i] - origin, column, lists.count[i], grad_out[i - first],
                          scratch.grad_value, dim);
         }
-        for (int64_t i = first; i < last && positions; ++i)
-            add_positions(frame, lists, i, scratch.grad_scores + lists.start[i] - origin, h);
+        for (int64_t i = first; i < last && of_points; ++i)
+            add_points(frame, lists, i, scratch.grad_scores + lists.start[i] - origin, h);
     }
 
-    // Normalised weights, and grad_scores = p * (dp - sum of p dp). The weights are normalised here: lse was rounded, and
-    // a sum of p a little off 1 would not cancel against dp.
+    // Normalised weights p, and grad_scores = p * (dp - sum of p dp).
     void softmax_gradient(const A* grad_out, const Lists<A>& lists, int64_t i, int64_t first, int64_t dim,
                           const Scratch& scratch) const {
         constexpr int L = kLanes<A>;
@@ -138,12 +138,13 @@ class TrackBackward {
             store(grad_scores + j, load(weights + j) * (load(grad_scores + j) - mean));
     }
 
-    void add_positions(const Frame<S>& frame, const Lists<A>& lists, int64_t i, const A* grad_scores, int64_t h) const {
+    void add_points(const Frame<S>& frame, const Lists<A>& lists, int64_t i, const A* grad_scores, int64_t h) const {
         const int32_t* column = lists.column + lists.start[i];
         double* tracks = track_gradient(frame, h);
         const auto nearest = frame.geometry.nearest(i);
-        const double slope = 2 * call.precision;
-        // The gradients of a row's scores sum to zero, but for rounding: far outside of the frame offsets would magnify that.
+        const double slope = 2 * call.inverse_variance;  // of the bias, per cell of offset
+        // The gradients of a row's scores sum to zero but for rounding, which the offsets of a track far outside of the grid
+        // would magnify: they count from the nearest column.
         double from_x = 0, from_y = 0, sum[2] = {0, 0}, penalty = 0;
         if (!call.splat) frame.geometry.offset(i, nearest.column, from_x, from_y);
         for (int64_t j = 0; j < lists.count[i]; ++j) {
@@ -158,7 +159,7 @@ class TrackBackward {
                 sum[0] -= slope * grad * (dx - from_x), sum[1] -= slope * grad * (dy - from_y);
             }
         }
-        grad_precision[frame.index * call.H + h] -= penalty;
+        grad_inverse_variance[frame.index * call.H + h] -= penalty;
         if (!call.splat) {
             double* track = tracks + 2 * frame.geometry.row(i);
             track[0] += sum[0], track[1] += sum[1];
@@ -169,7 +170,7 @@ class TrackBackward {
         return grad_tracks.get() + (frame.index * call.H + h) * call.M * 2;
     }
 
-    void add_up_positions() const {
+    void add_up_points() const {
         A* tracks = static_cast<A*>(call.grad_tracks);
         double total = 0;
         for (int64_t f = 0; f < frames; ++f) {
@@ -177,24 +178,23 @@ class TrackBackward {
             for (int64_t i = 0; i < call.M * 2; ++i) {
                 double sum = 0;
                 for (int64_t h = 0; h < call.H; ++h) sum += of_frame[h * call.M * 2 + i];
-                tracks[f * call.M * 2 + i] = A(sum);
+                if (tracks) tracks[f * call.M * 2 + i] = A(sum);
             }
-            for (int64_t h = 0; h < call.H; ++h) total += grad_precision[f * call.H + h];
+            for (int64_t h = 0; h < call.H; ++h) total += grad_inverse_variance[f * call.H + h];
         }
-        *static_cast<A*>(call.grad_precision) = A(total);
+        if (call.grad_inverse_variance) *static_cast<A*>(call.grad_inverse_variance) = A(total);
     }
 
     // Rows that meet no column and columns that meet no row.
     void clear_others(const Frame<S>& frame, int64_t h) const {
         const FrameRows<S> grad_query = frame.rows_of(call.grad_query);
         const FrameRows<S> grad_key = frame.columns_of(call.grad_key), grad_value = frame.columns_of(call.grad_value);
-        const bool* visible = frame.visible(frame.index);
         const bool none = frame.geometry.rows() == 0;
         for (int64_t i = 0; i < rows; ++i)
-            if (none || !(call.splat || visible[i])) grad_query.clear(i, h);
+            if (none || !(call.splat || frame.seen(frame.index, i))) grad_query.clear(i, h);
         for (int64_t j = 0; j < columns; ++j)
-            if (none || !(!call.splat || visible[j])) grad_key.clear(j, h), grad_value.clear(j, h);
+            if (none || !(!call.splat || frame.seen(frame.index, j))) grad_key.clear(j, h), grad_value.clear(j, h);
     }
 };
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::track_attention

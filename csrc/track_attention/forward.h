@@ -1,12 +1,12 @@
-// Output and log-sum-exp of attention between tracks and a grid.
+// Output of track attention: out_i = sum_j p_ij v_j, p_i = softmax_j of scale * q_i . k_j - inverse_variance * distance_ij^2.
 #pragma once
 
 #include "track_attention/tasks.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::track_attention {
 
 template <class S>
-class TrackForward {
+class Forward {
     using A = Accumulator<S>;
 
     const TrackAttention& call;
@@ -14,7 +14,7 @@ class TrackForward {
     const bool streams;  // the output bypasses the caches
 
   public:
-    explicit TrackForward(const TrackAttention& c)
+    explicit Forward(const TrackAttention& c)
         : call(c),
           rows(c.splat ? c.height * c.width : c.M),
           streams(worth_streaming<S>(c.out, c.B * c.T * rows * c.H, c.D)) {}
@@ -30,8 +30,9 @@ class TrackForward {
               const HeadScratch<S>& scratch) const {
         const int64_t met = frame.geometry.rows();
         const FrameRows<S> queries = frame.rows_of(call.query), out = frame.rows_of(call.out);
-        A* lse = static_cast<A*>(call.lse) + frame.index * rows * call.H + h;
-        clear_others(frame, out, lse, h);
+        // Rows that meet no column.
+        for (int64_t i = 0; i < rows; ++i)
+            if (!(call.splat ? met > 0 : frame.seen(frame.index, i))) out.clear(i, h);
         if (met == 0) return;
         pack(frame, frame.columns_of(call.key), h, scratch.key);
         pack(frame, frame.columns_of(call.value), h, scratch.value);
@@ -40,14 +41,14 @@ class TrackForward {
             if (!lists.holds(frame.index, done, met)) lists.build(frame, bounds, done, met);
             for (int64_t first = lists.first; first < lists.last;) {
                 const int64_t last = batch_end(lists, first);
-                batch(frame, lists, first, last, queries, out, lse, h, scratch);
+                batch(frame, lists, first, last, queries, out, h, scratch);
                 first = last;
             }
         }
     }
 
     void batch(const Frame<S>& frame, const Lists<A>& lists, int64_t first, int64_t last, const FrameRows<S>& queries,
-               const FrameRows<S>& out, A* lse, int64_t h, const HeadScratch<S>& scratch) const {
+               const FrameRows<S>& out, int64_t h, const HeadScratch<S>& scratch) const {
         weigh(frame, lists, first, last, queries, h, scratch);
         for (int64_t i = first; i < last; ++i) {
             const A* weights = scratch.weights + lists.start[i] - lists.start[first];
@@ -55,20 +56,7 @@ class TrackForward {
                         1 / scratch.total[i - first], scratch.out);
             out.write(frame.geometry.row(i), h, scratch.out, streams);
         }
-        for (int64_t i = 0; i < last - first; i += kLanes<A>)
-            store(scratch.maximum + i, load(scratch.maximum + i) + log<A>(load(scratch.total + i)));
-        for (int64_t i = first; i < last; ++i) lse[frame.geometry.row(i) * call.H] = scratch.maximum[i - first];
-    }
-
-    // Rows that meet no column.
-    void clear_others(const Frame<S>& frame, const FrameRows<S>& out, A* lse, int64_t h) const {
-        const bool* visible = frame.visible(frame.index);
-        for (int64_t i = 0; i < rows; ++i) {
-            if (call.splat ? frame.geometry.rows() > 0 : visible[i]) continue;
-            out.clear(i, h);
-            lse[i * call.H] = -std::numeric_limits<A>::infinity();
-        }
     }
 };
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::track_attention

@@ -1,4 +1,4 @@
-// One frame: which columns each row visits. The bound behind it is derived in tritonkern/ops/track_attention/README.md.
+// One frame: which columns each row visits. The bound is derived in tritonkern/ops/track_attention/README.md.
 #pragma once
 
 #include <memory>
@@ -7,7 +7,7 @@
 #include "track_attention/products.h"
 #include "track_attention/rows.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::track_attention {
 
 // The distance from one to the next larger number of a dtype.
 template <class S>
@@ -23,9 +23,14 @@ inline A dot(const A* x, const A* y, int64_t dim) {
     return detail::fold<A, kLanes<A> / 2>(sum, Sum{})[0];
 }
 
-// How far the rows of all frames see. Rows are counted as in `Geometry`.
+// Whether gradients of positions or of the inverse variance are wanted.
+inline bool wants_points(const TrackAttention& call) {
+    return call.grad_tracks || call.grad_inverse_variance;
+}
+
+// How far the rows of all frames look. Rows are numbered as in `Geometry`.
 struct Reach {
-    double radius2, nearest2;  // squared distances
+    double radius2, nearest2;  // squared distances in cells: of the farthest column to visit, of the nearest one
 };
 struct Bounds {
     int64_t rows, heads;
@@ -52,14 +57,19 @@ class Frame {
 
     void enter(int64_t frame) {
         index = frame, b = frame / call.T, t = frame % call.T;
-        geometry.enter(static_cast<const A*>(call.tracks) + frame * call.M * 2, visible(frame));
+        geometry.enter(positions(frame), [&](int64_t m) { return seen(frame, m); });
     }
 
-    const bool* visible(int64_t frame) const { return call.visible + frame * call.M; }
+    // Whether track m takes part in a frame: visible, at a finite position.
+    bool seen(int64_t frame, int64_t m) const {
+        const A* xy = positions(frame) + 2 * m;
+        return (!call.visible || call.visible[frame * call.M + m]) && std::isfinite(xy[0]) && std::isfinite(xy[1]);
+    }
+
     int64_t row_width() const { return call.splat ? call.width : call.M; }
     int64_t column_width() const { return call.splat ? call.M : call.width; }
-    FrameRows<S> rows_of(const VideoView& view) const { return {view, b, t, row_width(), call.D}; }
-    FrameRows<S> columns_of(const VideoView& view) const { return {view, b, t, column_width(), call.D}; }
+    FrameRows<S> rows_of(const TensorView& view) const { return {view, b, t, row_width(), call.D}; }
+    FrameRows<S> columns_of(const TensorView& view) const { return {view, b, t, column_width(), call.D}; }
 
     // The largest norms of keys, at least; infinite where one is not finite.
     void find_key_norms(int64_t frame, int64_t first_head, int64_t last_head, Bounds& bounds) const {
@@ -67,7 +77,7 @@ class Frame {
         double* norm = bounds.key_norm.get() + frame * call.H;
         for (int64_t h = first_head; h < last_head; ++h) norm[h] = 0;
         for (int64_t j = 0; j < (call.splat ? call.M : geometry.cells()); ++j) {
-            if (call.splat && !visible(frame)[j]) continue;
+            if (call.splat && !seen(frame, j)) continue;
             for (int64_t h = first_head; h < last_head; ++h) {
                 const A* key = keys.read(j, h, buffer[0]);
                 const double squared = dot(key, key, padded_dim);
@@ -77,7 +87,7 @@ class Frame {
         for (int64_t h = first_head; h < last_head; ++h) norm[h] = norm_from(norm[h]);
     }
 
-    // How far rows first..last-1 of the frame entered see.
+    // How far rows first..last-1 of the entered frame look.
     void find_reaches(int64_t first, int64_t last, Bounds& bounds) const {
         const FrameRows<S> queries = rows_of(call.query), keys = columns_of(call.key);
         const double* key_norm = bounds.key_norm.get() + index * call.H;
@@ -94,8 +104,9 @@ class Frame {
                 const double most = std::abs(call.scale) * norms * (1 + 2 * rounding()) - call.scale * product;
                 excess = most <= excess ? excess : most == most ? most : kInfinity;
             }
-            const double further = (excess + negligible) / call.precision;
-            const bool bounded = call.culling && further < kInfinity;
+            const double further =
+                (excess + negligible) / call.inverse_variance;  // squared cells beyond the nearest column
+            const bool bounded = call.culling && call.inverse_variance > 0 && further < kInfinity;
             bounds.reach[index * bounds.rows + i] = {bounded ? (nearest.distance2 + further) * (1 + 1e-12) : kInfinity,
                                                      nearest.distance2};
         }
@@ -104,8 +115,10 @@ class Frame {
   private:
     static constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
+    const A* positions(int64_t frame) const { return static_cast<const A*>(call.tracks) + frame * call.M * 2; }
+
     // Of the results; the gradients of positions are in the type of the accumulator.
-    double epsilon() const { return call.grad_precision ? kEpsilon<A> : kEpsilon<S>; }
+    double epsilon() const { return wants_points(call) ? kEpsilon<A> : kEpsilon<S>; }
 
     // Relative error of a computed product of two rows, at most, over the product of their norms.
     double rounding() const { return double(call.D) * double(std::numeric_limits<A>::epsilon()); }
@@ -164,4 +177,4 @@ struct Lists {
     }
 };
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::track_attention

@@ -1,5 +1,5 @@
-// Who is near whom in one frame. Positions and distances are float64 for every dtype: they are shared by all heads, and
-// differences of squares of distances must not lose the tracks far outside the frame.
+// Neighbour search within one frame. Positions (in cells) and distances are float64 for every dtype: they are shared by all
+// heads, and differences of squared distances must stay exact for tracks far outside of the grid.
 #pragma once
 
 #include <cmath>
@@ -8,24 +8,26 @@
 #include "common/strided.h"
 #include "track_attention/call.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::track_attention {
 
 struct Nearest {
     int64_t column;
     double distance2;
 };
 
+// Coordinates beyond it count as this many cells, so that no squared distance overflows in any dtype.
+constexpr double kFarthest = 0x1p60;
+
 // floor(x) or ceil(x) as an index from `low` to `high`, whatever x is.
 inline int64_t clamped(double x, int64_t low, int64_t high) {
     return !(x > double(low)) ? low : x < double(high) ? int64_t(x) : high;
 }
 
-// The visible tracks of one frame, sorted into square bins (tiles of the grid), so that those of neighbouring bins of a
-// row of bins lie together. Tracks outside the grid are in the bin at the border that is next to them: a bin at the border
-// reaches outwards without end.
+// The tracks that take part in one frame, sorted into square bins (tiles of the grid), so that those of neighbouring bins of a
+// row of bins are adjacent. Tracks outside of the grid are in the nearest bin at its border.
 class Bins {
   public:
-    int64_t count = 0;  // visible tracks
+    int64_t count = 0;  // tracks that take part
     double *x, *y;      // their positions, in the order of the bins
     int32_t* track;     // and their numbers
 
@@ -41,13 +43,14 @@ class Bins {
         start = arena.take<int32_t>(rows * columns + 1);
     }
 
-    template <class A>
-    void sort(const A* position, const bool* visible) {
+    // position: xy of all tracks; seen(m): whether track m takes part.
+    template <class A, class Seen>
+    void sort(const A* position, const Seen& seen) {
         for (int64_t i = 0; i <= rows * columns; ++i) start[i] = 0;
         count = 0;
         for (int64_t i = 0; i < tracks; ++i) {
             bin[i] = -1;
-            if (!visible[i]) continue;
+            if (!seen(i)) continue;
             bin[i] = int32_t(bin_at(position[2 * i + 1], rows) * columns + bin_at(position[2 * i], columns));
             ++start[bin[i] + 1], ++count;
         }
@@ -55,7 +58,7 @@ class Bins {
         for (int64_t i = 0; i < tracks; ++i) {
             if (bin[i] < 0) continue;
             const int32_t at = start[bin[i]]++;
-            x[at] = position[2 * i], y[at] = position[2 * i + 1], track[at] = int32_t(i);
+            x[at] = limited(position[2 * i]), y[at] = limited(position[2 * i + 1]), track[at] = int32_t(i);
         }
         for (int64_t i = rows * columns; i > 0; --i) start[i] = start[i - 1];
         start[0] = 0;
@@ -71,8 +74,8 @@ class Bins {
             use(start[row * columns + left], start[row * columns + right + 1]);
     }
 
-    // The track nearest to a point inside the grid; there must be one. Looks around in growing squares: what it finds in
-    // one is the answer if it is no farther than the square reaches, and else says how far is far enough.
+    // The track nearest to a point inside the grid; there must be one. Searches growing squares: the nearest one in a square is
+    // the answer if it is no farther than the square reaches; otherwise its distance is the reach of the last search.
     Nearest nearest(double px, double py) const {
         for (double reach = size;; reach *= 2) {
             Nearest best = scan(px, py, reach);
@@ -88,6 +91,8 @@ class Bins {
     }
 
   private:
+    static double limited(double x) { return max(-kFarthest, min(kFarthest, x)); }
+
     int64_t bin_at(double position, int64_t bins) const { return clamped(position * per_cell, 0, bins - 1); }
 
     Nearest scan(double px, double py, double reach) const {
@@ -107,16 +112,23 @@ class Bins {
     int32_t *bin, *start;
 };
 
-// Rows attend to columns: when sampling, rows are the visible tracks in the order of their bins, and columns the cells;
-// when splatting, rows are the cells, and columns the visible tracks in the order of their bins. Every row here meets at
+// Rows attend to columns: when sampling, rows are the tracks that take part in the order of their bins, and columns the cells;
+// when splatting, rows are the cells, and columns those tracks in that order. Every row here meets at
 // least one column.
 template <class A>
 class Geometry {
   public:
     Geometry(const TrackAttention& call, Arena& arena)
-        : splat(call.splat), height(call.height), width(call.width), precision(call.precision), bins(call, arena) {}
+        : splat(call.splat),
+          height(call.height),
+          width(call.width),
+          inverse_variance(call.inverse_variance),
+          bins(call, arena) {}
 
-    void enter(const A* tracks, const bool* visible) { bins.sort(tracks, visible); }
+    template <class Seen>
+    void enter(const A* positions, const Seen& seen) {
+        bins.sort(positions, seen);
+    }
 
     int64_t cells() const { return height * width; }
     int64_t rows() const { return !splat ? bins.count : bins.count ? cells() : 0; }
@@ -140,7 +152,7 @@ class Geometry {
     }
 
     // Writes the columns whose squared distance to row i is at most radius2 (perhaps some more), and their biases
-    // -precision * (distance^2 - nearest^2); returns how many.
+    // -inverse_variance * (distance^2 - nearest^2); returns how many.
     int64_t neighbours(int64_t i, double radius2, double nearest2, int32_t* column, A* bias) const {
         int64_t count = 0;
         const double radius = std::sqrt(radius2) * (1 + 1e-12);
@@ -175,10 +187,10 @@ class Geometry {
   private:
     static double center(int64_t cell) { return double(cell) + 0.5; }
 
-    // A score of minus the largest number is as good as one of -infinity, and no infinity to be multiplied with.
+    // Minus the largest number has the effect of -infinity, without an infinity that a product would turn into NaN.
     A bias_of(double distance2, double nearest2) const {
         constexpr double largest = double(std::numeric_limits<A>::max());
-        const double penalty = precision * (distance2 - nearest2);
+        const double penalty = inverse_variance * (distance2 - nearest2);
         return A(penalty > largest ? -largest : -penalty);
     }
 
@@ -193,8 +205,8 @@ class Geometry {
     }
 
     const int64_t height, width;
-    const double precision;
+    const double inverse_variance;
     Bins bins;
 };
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::track_attention

@@ -3,20 +3,19 @@
 
 #include "common/strided.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::track_attention {
 
 // Lists of columns are padded to whole vectors.
 template <class A>
 constexpr int kListMultiple = kLanes<A>;
-
-namespace detail {
 
 // Lane l of the result is the sum over all lanes of rows[l]; rows is overwritten.
 template <class A, int S = kLanes<A> / 2>
 TRITONKERN_INLINE Vec<A> sum_rows(Vec<A> (&rows)[kLanes<A>]) {
     TRITONKERN_UNROLL
     for (int k = 0; k < S; ++k)
-        rows[k] = shuffle<A, KeepLow, S>(rows[k], rows[k + S]) + shuffle<A, KeepHigh, S>(rows[k], rows[k + S]);
+        rows[k] = detail::shuffle<A, detail::KeepLow, S>(rows[k], rows[k + S]) +
+                  detail::shuffle<A, detail::KeepHigh, S>(rows[k], rows[k + S]);
     if constexpr (S > 1) {
         return sum_rows<A, S / 2>(rows);
     } else {
@@ -83,17 +82,15 @@ TRITONKERN_INLINE void scatter_part(const A* weights, const int32_t* column, int
     }
 }
 
-}  // namespace detail
-
-// use(j, products) with lane l of `products` = row . matrix[column[j + l]]; lanes from `count` on hold anything that comes
-// of the columns in the list, which is padded.
+// use(j, products) with lane l of `products` = row . matrix[column[j + l]]; lanes from `count` on hold products with
+// the columns that pad the list.
 template <class A, class Use>
 TRITONKERN_INLINE void dot_list(const A* row, const A* matrix, int64_t stride, const int32_t* column, int64_t count,
                                 const Use& use) {
     constexpr int L = kLanes<A>;
     int64_t j = 0;
-    for (; j + L / 2 < count; j += L) use(j, detail::dot_columns<A, L>(row, matrix, stride, column + j));
-    if (j < count) use(j, detail::dot_columns<A, L / 2>(row, matrix, stride, column + j));
+    for (; j + L / 2 < count; j += L) use(j, dot_columns<A, L>(row, matrix, stride, column + j));
+    if (j < count) use(j, dot_columns<A, L / 2>(row, matrix, stride, column + j));
 }
 
 // out = factor * sum of weights[j] * matrix[column[j]]
@@ -101,7 +98,7 @@ template <class A, int N = 8>
 inline void gather_list(const A* weights, const int32_t* column, int64_t count, const A* matrix, int64_t stride,
                         A factor, A* out, int64_t d = 0) {
     for (; d + N * kLanes<A> <= stride; d += N * kLanes<A>)
-        detail::gather_part<A, N>(weights, column, count, matrix + d, stride, factor, out + d);
+        gather_part<A, N>(weights, column, count, matrix + d, stride, factor, out + d);
     if constexpr (N > 1) {
         if (d < stride) gather_list<A, N / 2>(weights, column, count, matrix, stride, factor, out, d);
     }
@@ -112,10 +109,10 @@ template <class A, int N = 8>
 inline void scatter_list(const A* weights, const int32_t* column, int64_t count, const A* row, A* matrix,
                          int64_t stride, int64_t d = 0) {
     for (; d + N * kLanes<A> <= stride; d += N * kLanes<A>)
-        detail::scatter_part<A, N>(weights, column, count, row + d, matrix + d, stride);
+        scatter_part<A, N>(weights, column, count, row + d, matrix + d, stride);
     if constexpr (N > 1) {
         if (d < stride) scatter_list<A, N / 2>(weights, column, count, row, matrix, stride, d);
     }
 }
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::track_attention

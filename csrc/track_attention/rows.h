@@ -1,4 +1,4 @@
-// Rows of D elements of one frame, wherever they lie: read in place, copied, or written.
+// Rows of D elements of one frame, of any strides: read in place, copied, or written.
 #pragma once
 
 #include <algorithm>
@@ -6,7 +6,7 @@
 #include "common/strided.h"
 #include "track_attention/call.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::track_attention {
 
 // The rows (i, h) of frame (b, t) of a tensor; i counts its cells or tracks.
 template <class S>
@@ -14,7 +14,7 @@ class FrameRows {
     using A = Accumulator<S>;
 
   public:
-    FrameRows(const VideoView& view, int64_t b, int64_t t, int64_t width, int64_t dim)
+    FrameRows(const TensorView& view, int64_t b, int64_t t, int64_t width, int64_t dim)
         : data(static_cast<S*>(view.data) + b * view.stride[0] + t * view.stride[1]),
           y_stride(view.stride[2]),
           x_stride(view.stride[3]),
@@ -23,7 +23,7 @@ class FrameRows {
           width(width),
           dim(dim) {}
 
-    // A row as whole vectors of A: where it lies, or copied into `buffer`.
+    // A row as whole vectors of A: in place, or copied into `buffer`.
     const A* read(int64_t i, int64_t h, A* buffer) const {
         const S* in = at(i, h);
         if constexpr (std::is_same_v<S, A>) {
@@ -73,13 +73,13 @@ class FrameRows {
     int64_t y_stride, x_stride, head_stride, channel_stride, width, dim;
 };
 
-// Whether a result is so large that it leaves the caches before anyone reads it. Then it is written past them, in whole
-// cache lines: an ordinary write of a line that is not in a cache reads it first.
+// Whether a result is so large that it leaves the caches before it is read. It is then written past them, in whole cache
+// lines, because an ordinary write of a line that is not in a cache reads it first.
 template <class S>
-inline bool worth_streaming(const VideoView& result, int64_t rows, int64_t dim) {
+inline bool worth_streaming(const TensorView& result, int64_t rows, int64_t dim) {
     constexpr int64_t large = 32 << 20;
     const int64_t row = dim * int64_t(sizeof(S));
     return row % kCacheLine == 0 && reinterpret_cast<uintptr_t>(result.data) % kCacheLine == 0 && rows * row >= large;
 }
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::track_attention

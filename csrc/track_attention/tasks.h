@@ -1,14 +1,14 @@
-// How attention between tracks and a grid is cut into tasks, and what both passes share.
+// The tasks of track attention, and what both passes share.
 #pragma once
 
 #include "track_attention/frame.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::track_attention {
 
-// Rows of a batch go step by step together: a step of one row has nothing to wait for from the others.
+// Rows of a batch go through each step together, because the steps of different rows are independent of each other.
 constexpr int64_t kBatchRows = 32;
 constexpr int64_t kBatchPairs = 2048;
-// Rows of one head lie far apart, a pattern that hardware does not foresee: they are asked for this many rows ahead.
+// The rows of one head are far apart in memory, which hardware does not predict: they are prefetched this many rows ahead.
 constexpr int64_t kAhead = 24;
 
 // One thread's share of a head: the columns of a frame, packed, and a batch of rows.
@@ -59,7 +59,7 @@ void weigh(const Frame<S>& frame, const Lists<A>& lists, int64_t first, int64_t 
         const A* query = queries.read(frame.geometry.row(i), h, scratch.query + (i - first) * dim);
         const A* bias = lists.bias + lists.start[i];
         A* weights = scratch.weights + lists.start[i] - origin;
-        // A finite start: where all scores are -inf the weights come out as 0, their sum too, and the output as NaN.
+        // A finite start: where all scores are -inf, the weights and their sum are 0, and the output is NaN.
         Vec<A> top = broadcast(std::numeric_limits<A>::lowest());
         dot_list(query, scratch.key, dim, lists.column + lists.start[i], lists.count[i],
                  [&](int64_t j, Vec<A> products) __attribute__((always_inline)) {
@@ -83,8 +83,8 @@ void weigh(const Frame<S>& frame, const Lists<A>& lists, int64_t first, int64_t 
     }
 }
 
-// Calls bound(frame, bounds...) and then work(frame, first head, last head) for every frame. With enough frames a thread
-// keeps a frame to itself, which it then reads from memory once; else threads share frames. Results are the same.
+// Finds the bounds of every frame, then runs its heads. With enough frames each one belongs to one thread, which reads it from
+// memory once; otherwise threads share frames. The results are the same.
 template <class S>
 class Tasks {
     using A = Accumulator<S>;
@@ -153,4 +153,4 @@ class Tasks {
     }
 };
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::track_attention

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from tritonkern.functional._arguments import autocast, real, refuse_forward_mode, window_extent
 from tritonkern.ops import _backends
-from tritonkern.ops._contract import accumulator
+from tritonkern.ops._checks import check_dense
+from tritonkern.ops._dtypes import accumulator
 from tritonkern.ops.temporal_window_attention import op as _window_op
 from tritonkern.ops.track_attention import op as _track_op
 
@@ -176,37 +177,31 @@ def _track_attention(
     _backends.check_name(backend)
     query, key, value = autocast(query, key, value)
     _track_op.check_tensors(query, key, value, tracks, splat)
-    if visibility is not None and (not isinstance(visibility, Tensor) or visibility.dtype != torch.bool):
-        raise TypeError("visibility must be a bool tensor or None; compare probabilities with a threshold first")
-    if visibility is not None and (visibility.shape != tracks.shape[:-1] or visibility.device != tracks.device):
-        raise ValueError(
-            f"visibility must have shape {tuple(tracks.shape[:-1])} on {tracks.device}, "
-            f"got {tuple(visibility.shape)} on {visibility.device}"
-        )
+    _track_op.check_visibility(visibility, tracks)
     if not isinstance(culling, bool):
         raise TypeError(f"culling must be a bool, got {type(culling).__name__}")
-    if scale is None:
-        scale = query.shape[-1] ** -0.5
-    else:
-        scale = real("scale", scale)
+    scale = query.shape[-1] ** -0.5 if scale is None else real("scale", scale)
     dtype = accumulator(query.dtype)
-    if isinstance(sigma, Tensor):
-        if sigma.dim() != 0 or not sigma.is_floating_point() or sigma.device != query.device:
-            raise ValueError(
-                f"sigma must be a number or a 0-d floating-point tensor on {query.device}, got shape "
-                f"{tuple(sigma.shape)}, {sigma.dtype} on {sigma.device}"
-            )
-        precision = (0.5 / sigma.to(dtype).square()).clamp(max=torch.finfo(dtype).max)
-    else:
-        sigma = real("sigma", sigma)
-        if not sigma > 0:
-            raise ValueError(f"sigma must be positive, got {sigma}; float('inf') means no bias")
-        precision = query.new_full((), min(0.5 / sigma / sigma, torch.finfo(dtype).max), dtype=dtype)
-    refuse_forward_mode("track attention", query, key, value, tracks, precision)
+    points = tracks.to(dtype), visibility, _inverse_variance(sigma, query, dtype)
+    return _track_op.track_attention_fwd(query, key, value, *points, scale, splat, culling, backend)
 
-    tracks = tracks.to(dtype)
-    visible = tracks.isfinite().all(-1)
-    if visibility is not None:
-        visible = visible & visibility
-    attend = _track_op.track_attention_fwd
-    return attend(query, key, value, tracks, visible, precision, scale, splat, culling, backend)[0]
+
+# Outside of these limits results are those of the limits to the last bit, and powers of sigma would overflow.
+_SMALLEST_SIGMA, _LARGEST_SIGMA = 1e-19, 1e75
+
+
+def _inverse_variance(sigma: float | Tensor, query: Tensor, dtype: torch.dtype) -> Tensor:
+    """1 / (2 sigma^2) as a 0-d tensor, computed in float64."""
+    if isinstance(sigma, Tensor):
+        check_dense("sigma", sigma)
+        if sigma.dim() != 0 or sigma.device != query.device:
+            raise ValueError(
+                f"sigma must be a number or a 0-d tensor on {query.device}, got shape {tuple(sigma.shape)} on "
+                f"{sigma.device}"
+            )
+        return (0.5 / sigma.double().abs().clamp(_SMALLEST_SIGMA, _LARGEST_SIGMA).square()).to(dtype)
+    sigma = real("sigma", sigma)
+    if not sigma > 0:
+        raise ValueError(f"sigma must be positive, got {sigma}; float('inf') means no bias")
+    sigma = min(max(sigma, _SMALLEST_SIGMA), _LARGEST_SIGMA)
+    return query.new_full((), 0.5 / (sigma * sigma), dtype=dtype)

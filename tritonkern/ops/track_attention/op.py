@@ -1,4 +1,4 @@
-"""Contract, operators and gradient of attention between tracks and a grid.
+"""Checks, operators and gradient of attention between tracks and a grid.
 
 The two directions share one operator: `splat=False` samples (queries are tracks `[B, T, M, H, D]`, keys and values a
 grid `[B, T, h, w, H, D]`), `splat=True` splats (queries are the grid, keys and values the tracks).
@@ -6,14 +6,39 @@ grid `[B, T, h, w, H, D]`), `splat=True` splats (queries are the grid, keys and 
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from tritonkern.ops import _backends, _registry
-from tritonkern.ops._contract import accumulator, check_dense, check_saved
+from tritonkern.ops._checks import check_dense, check_saved
+from tritonkern.ops._dtypes import accumulator
+from tritonkern.ops._registry import Results, differentiable, operator
 
 NAME = "track_attention"
 MAX_HEAD_DIM = 256
+# Larger factors make a hard maximum of every softmax, and overflow in float32.
+MAX_SCALE = 2.0**64
+# Coordinates beyond it count as this many cells, so that no squared distance overflows in any dtype (csrc: kFarthest).
+FARTHEST = 2.0**60
+
+
+class Points(NamedTuple):
+    """The tracks' positions and what depends on them."""
+
+    tracks: Tensor
+    """`[B, T, M, 2]` (x, y) in cells, in the type of the accumulator."""
+    visible: Tensor | None
+    """`[B, T, M]` bool; None: all of them. A track with a NaN or infinite coordinate is never visible."""
+    inverse_variance: Tensor
+    """0-d, 1 / (2 sigma^2), in the type of the accumulator."""
+
+    def placed(self) -> tuple[Tensor, Tensor]:
+        """Positions without overflow in their squares, and the mask of the tracks that take part; both contiguous."""
+        seen = self.tracks.isfinite().all(-1)
+        if self.visible is not None:
+            seen = seen & self.visible
+        return self.tracks.clamp(-FARTHEST, FARTHEST).contiguous(), seen.contiguous()
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, tracks: Tensor, splat: bool) -> None:
@@ -50,151 +75,84 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, tracks: Tensor, spl
         )
 
 
-def _check(query, key, value, tracks, visible, precision, splat) -> None:
-    check_tensors(query, key, value, tracks, splat)
+def check_visibility(visibility: Tensor | None, tracks: Tensor) -> None:
+    """Raise TypeError or ValueError unless it is None or a mask of the tracks."""
+    if visibility is None:
+        return
+    if not isinstance(visibility, Tensor) or visibility.dtype != torch.bool or visibility.layout != torch.strided:
+        raise TypeError("visibility must be a dense bool tensor or None; compare probabilities with a threshold first")
+    if visibility.shape != tracks.shape[:-1] or visibility.device != tracks.device:
+        raise ValueError(
+            f"visibility must have shape {tuple(tracks.shape[:-1])} on {tracks.device}, "
+            f"got {tuple(visibility.shape)} on {visibility.device}"
+        )
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, points: Points, scale: float, splat: bool) -> None:
+    check_tensors(query, key, value, points.tracks, splat)
+    check_visibility(points.visible, points.tracks)
     dtype = accumulator(query.dtype)
-    for name, x, shape, kind in (
-        ("tracks", tracks, tracks.shape, dtype),
-        ("visible", visible, tracks.shape[:-1], torch.bool),
-        ("precision", precision, (), dtype),
-    ):
-        if x.dtype != kind or tuple(x.shape) != tuple(shape) or x.device != query.device:
-            raise ValueError(
-                f"{name} must be {kind} of shape {tuple(shape)} on {query.device}, "
-                f"got {x.dtype} of shape {tuple(x.shape)} on {x.device}"
-            )
+    if points.tracks.dtype != dtype:
+        raise TypeError(f"tracks must be {dtype} here, got {points.tracks.dtype}; convert them")
+    x = points.inverse_variance
+    if x.dtype != dtype or x.dim() != 0 or x.device != query.device:
+        raise ValueError(
+            f"inverse_variance must be a 0-d {dtype} tensor on {query.device}, "
+            f"got {x.dtype} of shape {tuple(x.shape)} on {x.device}"
+        )
+    if not abs(scale) <= MAX_SCALE:
+        raise ValueError(f"scale must be from -2**64 to 2**64, got {scale}")
 
 
-def _check_saved(grad_out: Tensor, query: Tensor, out: Tensor, lse: Tensor) -> None:
-    rows = query.shape[2:-2].numel()
-    of_lse = ((*query.shape[:2], rows, query.shape[-2]), accumulator(query.dtype))
-    of_query = (query.shape, query.dtype)
-    check_saved({"grad_out": (grad_out, *of_query), "out": (out, *of_query), "lse": (lse, *of_lse)}, query.device)
+@operator(NAME, "forward")
+def track_attention_fwd(
+    query: Tensor, key: Tensor, value: Tensor, points: Points, scale: float, splat: bool, culling: bool
+) -> Results[Tensor]:
+    """Output of query's shape and dtype, contiguous. Rows that meet no column (an invisible track when sampling, every
+    cell of a frame without a visible track when splatting) are 0."""
+    _check(query, key, value, points, scale, splat)
+    return lambda: query.new_empty(query.shape)
 
 
-def _forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    tracks: Tensor,
-    visible: Tensor,
-    precision: Tensor,
-    scale: float,
-    splat: bool,
-    culling: bool,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    _check(query, key, value, tracks, visible, precision, splat)
-    kernels = _backends.load(NAME, query.device, backend)
-    return kernels.forward(query, key, value, tracks, visible, precision, scale, splat, culling)
-
-
-def _forward_fake(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    tracks: Tensor,
-    visible: Tensor,
-    precision: Tensor,
-    scale: float,
-    splat: bool,
-    culling: bool,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    _check(query, key, value, tracks, visible, precision, splat)
-    rows = query.shape[2] * query.shape[3] if splat else query.shape[2]
-    lse = query.new_empty((*query.shape[:2], rows, query.shape[-2]), dtype=accumulator(query.dtype))
-    return query.new_empty(query.shape), lse
-
-
-def _backward(
+@operator(NAME, "backward")
+def track_attention_bwd(
     grad_out: Tensor,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    tracks: Tensor,
-    visible: Tensor,
-    precision: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    points: Points,
     scale: float,
     splat: bool,
     culling: bool,
-    positions: bool,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check(query, key, value, tracks, visible, precision, splat)
-    _check_saved(grad_out, query, out, lse)
-    kernels = _backends.load(NAME, query.device, backend)
-    saved = (query, key, value, tracks, visible, precision, out, lse)
-    return kernels.backward(grad_out, *saved, scale, splat, culling, positions)
+    needs_grad: list[bool],
+) -> Results[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
+    """Gradients of query, key, value, tracks and inverse_variance, contiguous. `needs_grad`: whether those of the last
+    two are wanted; the others have shape `[0]`."""
+    _check(query, key, value, points, scale, splat)
+    check_saved({"grad_out": (grad_out, query.shape, query.dtype)}, query.device)
+    if len(needs_grad) != 2:
+        raise ValueError(f"needs_grad must have 2 entries, for tracks and inverse_variance, got {len(needs_grad)}")
+    return lambda: (*(x.new_empty(x.shape) for x in (query, key, value)), *empty_gradients(points, needs_grad))
 
 
-def _backward_fake(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    tracks: Tensor,
-    visible: Tensor,
-    precision: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    splat: bool,
-    culling: bool,
-    positions: bool,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    _check(query, key, value, tracks, visible, precision, splat)
-    _check_saved(grad_out, query, out, lse)
-    grad_tracks, grad_precision = tracks.new_empty(tracks.shape), precision.new_empty(())
-    if not positions:
-        grad_tracks, grad_precision = tracks.new_empty(0), precision.new_empty(0)
-    return (
-        query.new_empty(query.shape),
-        key.new_empty(key.shape),
-        value.new_empty(value.shape),
-        grad_tracks,
-        grad_precision,
-    )
+def empty_gradients(points: Points, needs_grad: list[bool]) -> tuple[Tensor, Tensor]:
+    """Uninitialised gradients of tracks and inverse_variance, of shape `[0]` where they are not wanted."""
+    wanted = zip((points.tracks, points.inverse_variance), needs_grad, strict=True)
+    tracks, inverse_variance = (x.new_empty(x.shape if need else 0) for x, need in wanted)
+    return tracks, inverse_variance
 
 
-track_attention_fwd = _registry.define(
-    "track_attention_fwd(Tensor query, Tensor key, Tensor value, Tensor tracks, Tensor visible, Tensor precision,"
-    " float scale, bool splat, bool culling, str? backend=None) -> (Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-)
-"""Output like query, contiguous, and lse `[B, T, rows, H]`: the log-sum-exp of a row's scores, in which the nearest
-column's distance counts as zero; -inf (and an output of 0) for a row that meets no column: an invisible track when
-sampling, every cell of a frame without a visible track when splatting. `precision` is 1 / (2 sigma^2)."""
-
-track_attention_bwd = _registry.define(
-    "track_attention_bwd(Tensor grad_out, Tensor query, Tensor key, Tensor value, Tensor tracks, Tensor visible,"
-    " Tensor precision, Tensor out, Tensor lse, float scale, bool splat, bool culling, bool positions,"
-    " str? backend=None) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-"""Gradients of query, key, value, tracks, precision, contiguous; the last two have shape [0] unless `positions`."""
+def _save(ctx, inputs, output):
+    *tensors, scale, splat, culling, ctx.backend = inputs
+    ctx.options = scale, splat, culling
+    ctx.save_for_backward(*tensors)
 
 
-def _setup_context(ctx, inputs, output):
-    *tensors, ctx.scale, ctx.splat, ctx.culling, ctx.backend = inputs
-    out, lse = output
-    ctx.mark_non_differentiable(lse)
-    ctx.save_for_backward(*tensors, out, lse)
+def _gradient(ctx, grad_out):
+    needs = ctx.needs_input_grad
+    grads = track_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.options, [needs[3], needs[5]], ctx.backend)
+    *grads, grad_inverse_variance = grads
+    return *grads, None, grad_inverse_variance
 
 
-def _gradient(ctx, grad_out, _):
-    needed = ctx.needs_input_grad
-    positions = needed[3] or needed[5]
-    options = (ctx.scale, ctx.splat, ctx.culling, positions, ctx.backend)
-    *grads, grad_tracks, grad_precision = track_attention_bwd(grad_out, *ctx.saved_tensors, *options)
-    results = (*grads, grad_tracks, None, grad_precision)
-    return (*(grad if need else None for grad, need in zip(results, needed, strict=False)), None, None, None, None)
-
-
-_registry.attach_gradient(track_attention_fwd, _setup_context, _gradient)
-_registry.forbid_gradient(track_attention_bwd, NAME)
+differentiable(track_attention_fwd, _save, _gradient)
