@@ -191,9 +191,9 @@ class Backward {
         const FrameRows<S> grad_key = frame.columns_of(call.grad_key), grad_value = frame.columns_of(call.grad_value);
         const bool none = frame.geometry.rows() == 0;
         for (int64_t i = 0; i < rows; ++i)
-            if (none || !(call.splat || frame.seen(frame.index, i))) grad_query.clear(i, h);
+            if (none || !(call.splat || frame.visible(frame.index, i))) grad_query.clear(i, h);
         for (int64_t j = 0; j < columns; ++j)
-            if (none || !(!call.splat || frame.seen(frame.index, j))) grad_key.clear(j, h), grad_value.clear(j, h);
+            if (none || !(!call.splat || frame.visible(frame.index, j))) grad_key.clear(j, h), grad_value.clear(j, h);
     }
 };
 

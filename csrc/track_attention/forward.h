@@ -32,7 +32,7 @@ class Forward {
         const FrameRows<S> queries = frame.rows_of(call.query), out = frame.rows_of(call.out);
         // Rows that meet no column.
         for (int64_t i = 0; i < rows; ++i)
-            if (!(call.splat ? met > 0 : frame.seen(frame.index, i))) out.clear(i, h);
+            if (!(call.splat ? met > 0 : frame.visible(frame.index, i))) out.clear(i, h);
         if (met == 0) return;
         pack(frame, frame.columns_of(call.key), h, scratch.key);
         pack(frame, frame.columns_of(call.value), h, scratch.value);

@@ -57,11 +57,11 @@ class Frame {
 
     void enter(int64_t frame) {
         index = frame, b = frame / call.T, t = frame % call.T;
-        geometry.enter(positions(frame), [&](int64_t m) { return seen(frame, m); });
+        geometry.enter(positions(frame), [&](int64_t m) { return visible(frame, m); });
     }
 
     // Whether track m takes part in a frame: visible, at a finite position.
-    bool seen(int64_t frame, int64_t m) const {
+    bool visible(int64_t frame, int64_t m) const {
         const A* xy = positions(frame) + 2 * m;
         return (!call.visible || call.visible[frame * call.M + m]) && std::isfinite(xy[0]) && std::isfinite(xy[1]);
     }
@@ -77,7 +77,7 @@ class Frame {
         double* norm = bounds.key_norm.get() + frame * call.H;
         for (int64_t h = first_head; h < last_head; ++h) norm[h] = 0;
         for (int64_t j = 0; j < (call.splat ? call.M : geometry.cells()); ++j) {
-            if (call.splat && !seen(frame, j)) continue;
+            if (call.splat && !visible(frame, j)) continue;
             for (int64_t h = first_head; h < last_head; ++h) {
                 const A* key = keys.read(j, h, buffer[0]);
                 const double squared = dot(key, key, padded_dim);

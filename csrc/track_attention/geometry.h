@@ -43,14 +43,14 @@ class Bins {
         start = arena.take<int32_t>(rows * columns + 1);
     }
 
-    // position: xy of all tracks; seen(m): whether track m takes part.
-    template <class A, class Seen>
-    void sort(const A* position, const Seen& seen) {
+    // position: xy of all tracks; visible(m): whether track m takes part.
+    template <class A, class Visible>
+    void sort(const A* position, const Visible& visible) {
         for (int64_t i = 0; i <= rows * columns; ++i) start[i] = 0;
         count = 0;
         for (int64_t i = 0; i < tracks; ++i) {
             bin[i] = -1;
-            if (!seen(i)) continue;
+            if (!visible(i)) continue;
             bin[i] = int32_t(bin_at(position[2 * i + 1], rows) * columns + bin_at(position[2 * i], columns));
             ++start[bin[i] + 1], ++count;
         }
@@ -125,9 +125,9 @@ class Geometry {
           inverse_variance(call.inverse_variance),
           bins(call, arena) {}
 
-    template <class Seen>
-    void enter(const A* positions, const Seen& seen) {
-        bins.sort(positions, seen);
+    template <class Visible>
+    void enter(const A* positions, const Visible& visible) {
+        bins.sort(positions, visible);
     }
 
     int64_t cells() const { return height * width; }

@@ -186,8 +186,8 @@ def _track_attention(
     return _track_op.track_attention_fwd(query, key, value, *points, scale, splat, culling, backend)
 
 
-# Outside of these limits results are those of the limits to the last bit, and powers of sigma would overflow.
-_SMALLEST_SIGMA, _LARGEST_SIGMA = 1e-19, 1e75
+# Outside of these limits results are those of the limits, to the last bit (beyond the largest one no bias is left), while
+_SMALLEST_SIGMA, _LARGEST_SIGMA = 1e-19, 1e170
 
 
 def _inverse_variance(sigma: float | Tensor, query: Tensor, dtype: torch.dtype) -> Tensor:

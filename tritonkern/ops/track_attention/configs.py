@@ -18,9 +18,10 @@ from typing import NamedTuple
 
 import torch
 
-from tritonkern.ops._contract import on_amd, tf32_allowed
+from tritonkern.ops._dtypes import on_amd, tf32_allowed
+from tritonkern.ops._triton import block_size
 
-# Tracks are sorted so that about this many neighbours in the order make a square; see `order_kernel`.
+# Tracks are sorted so that about this many neighbours in the order make a square; see `track_attention_kernel_order`.
 GROUP = 32
 
 
@@ -37,7 +38,7 @@ class Tiles(NamedTuple):
 
 def forward_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     """Tiles of the forward kernel."""
-    width = block_d(head_dim)
+    width = block_size(head_dim)
     if dtype == torch.float64:
         return _double(width)
     if dtype == torch.float32 and not tf32_allowed():
@@ -54,7 +55,7 @@ def forward_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
 
 def backward_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     """Tiles of both backward kernels, which meet the same pairs of blocks."""
-    width = block_d(head_dim)
+    width = block_size(head_dim)
     if dtype == torch.float64:
         return _double(width)
     # TF32 spilled with the widest heads in every tile that was tried.
@@ -73,11 +74,6 @@ def _double(width: int) -> Tiles:
     # Not every matrix unit has float64, so a product is a tile of rows x columns x channels: 8 numbers a thread.
     tracks = 8 if width <= 16 else 4 if width <= 128 else 2
     return Tiles(tracks, max(4, 1024 // width // tracks), width, 4 if width <= 64 else 8, 1)
-
-
-def block_d(head_dim: int) -> int:
-    """Head dim rounded up to a power of two that a matrix unit takes."""
-    return max(16, 1 << (head_dim - 1).bit_length())
 
 
 def tile_width(cells: int) -> int:

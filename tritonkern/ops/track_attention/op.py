@@ -34,11 +34,11 @@ class Points(NamedTuple):
     """0-d, 1 / (2 sigma^2), in the type of the accumulator."""
 
     def placed(self) -> tuple[Tensor, Tensor]:
-        """Positions without overflow in their squares, and the mask of the tracks that take part; both contiguous."""
-        seen = self.tracks.isfinite().all(-1)
+        """Positions whose squares do not overflow, and the mask of the tracks that take part; both contiguous."""
+        visible = self.tracks.isfinite().all(-1)
         if self.visible is not None:
-            seen = seen & self.visible
-        return self.tracks.clamp(-FARTHEST, FARTHEST).contiguous(), seen.contiguous()
+            visible = visible & self.visible
+        return self.tracks.clamp(-FARTHEST, FARTHEST).contiguous(), visible.contiguous()
 
 
 def check_tensors(query: Tensor, key: Tensor, value: Tensor, tracks: Tensor, splat: bool) -> None:

@@ -18,10 +18,10 @@ def forward(
     query: Tensor, key: Tensor, value: Tensor, points: Points, scale: float, splat: bool, culling: bool
 ) -> Tensor:
     """Output like query, contiguous."""
-    tracks, seen = points.placed()
+    tracks, visible = points.placed()
     grid = (query if splat else key).shape[2:4]
-    offset, valid = _geometry(tracks, seen, grid, splat)
-    queries, keys, values = _rows(query, seen, not splat), _rows(key, seen, splat), _rows(value, seen, splat)
+    offset, valid = _geometry(tracks, visible, grid, splat)
+    queries, keys, values = _rows(query, visible, not splat), _rows(key, visible, splat), _rows(value, visible, splat)
     scores = _scores(queries, keys, offset, valid, points.inverse_variance, scale)
     out = torch.einsum("btijh,btjhd->btihd", _weights(scores, valid), values).reshape(query.shape)
     return out.to(query.dtype).contiguous()
@@ -40,13 +40,13 @@ def backward(
     needs_grad: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, tracks and inverse_variance; see `op.track_attention_bwd`."""
-    tracks, seen = points.placed()
+    tracks, visible = points.placed()
     grid = (query if splat else key).shape[2:4]
-    offset, valid = _geometry(tracks, seen, grid, splat)
-    queries, keys, values = _rows(query, seen, not splat), _rows(key, seen, splat), _rows(value, seen, splat)
+    offset, valid = _geometry(tracks, visible, grid, splat)
+    queries, keys, values = _rows(query, visible, not splat), _rows(key, visible, splat), _rows(value, visible, splat)
     weights = _weights(_scores(queries, keys, offset, valid, points.inverse_variance, scale), valid)
 
-    cotangent = _rows(grad_out, seen, not splat)
+    cotangent = _rows(grad_out, visible, not splat)
     grad_weights = torch.einsum("btihd,btjhd->btijh", cotangent, values)
     grad_scores = weights * (grad_weights - (weights * grad_weights).sum(-2, keepdim=True))
     grads = (
@@ -72,13 +72,13 @@ def backward(
     return grad_query, grad_key, grad_value, grad_tracks, grad_inverse_variance
 
 
-def _rows(x: Tensor, seen: Tensor, tracks: bool) -> Tensor:
+def _rows(x: Tensor, visible: Tensor, tracks: bool) -> Tensor:
     """`[B, T, M, H, D]` (tracks) or `[B, T, h, w, H, D]` -> `[B, T, rows, H, D]`, zero for tracks that take no part."""
     x = accurate(x.flatten(2, -3))
-    return torch.where(seen[..., None, None], x, 0) if tracks else x
+    return torch.where(visible[..., None, None], x, 0) if tracks else x
 
 
-def _geometry(tracks: Tensor, seen: Tensor, grid: torch.Size, splat: bool) -> tuple[Tensor, Tensor]:
+def _geometry(tracks: Tensor, visible: Tensor, grid: torch.Size, splat: bool) -> tuple[Tensor, Tensor]:
     """Row's position minus column's, `[B, T, rows, columns, 2]`, and which pairs meet, `[B, T, rows, columns]`.
 
     In float64 for every dtype, because distances far outside of the grid hardly differ from each other.
@@ -86,9 +86,9 @@ def _geometry(tracks: Tensor, seen: Tensor, grid: torch.Size, splat: bool) -> tu
     tracks = tracks.double()
     y, x = (torch.arange(n, device=tracks.device, dtype=tracks.dtype) + 0.5 for n in grid)
     cells = torch.stack(torch.broadcast_tensors(x, y[:, None]), -1).flatten(0, 1)
-    positions = torch.where(seen[..., None], tracks, 0)
+    positions = torch.where(visible[..., None], tracks, 0)
     offset = positions[:, :, :, None] - cells  # [B, T, M, cells, 2]
-    valid = seen[..., None].expand(offset.shape[:-1])
+    valid = visible[..., None].expand(offset.shape[:-1])
     return (-offset.transpose(2, 3), valid.transpose(2, 3)) if splat else (offset, valid)
 
 
@@ -100,7 +100,9 @@ def _relative(offset: Tensor, valid: Tensor) -> Tensor:
     return torch.where(valid, squared - nearest, torch.inf)
 
 
-def _scores(query: Tensor, key: Tensor, offset: Tensor, valid: Tensor, inverse_variance: Tensor, scale: float) -> Tensor:
+def _scores(
+    query: Tensor, key: Tensor, offset: Tensor, valid: Tensor, inverse_variance: Tensor, scale: float
+) -> Tensor:
     """`[B, T, rows, columns, H]`, -inf where a pair does not meet."""
     penalty = inverse_variance * torch.where(valid, _relative(offset, valid), 0)
     bias = torch.where(valid, -penalty, -torch.inf).to(query.dtype)
