@@ -230,17 +230,18 @@ def track_textbook(query, key, value, tracks, sigma, *, scale, visible, splat, o
 def track_exact(query, key, value, tracks, sigma, grad_out, *, scale, visible, splat):
     """Output, its gradients (query, key, value, tracks, sigma) and the size of what each is a sum of, all float64.
 
-    The same dense formula in NumPy's long double, as float64 is itself among the dtypes to judge, and differentiated by
-    hand. Sizes are those of the largest terms, and a score's gradient is the difference of two sums over channels. For
-    tracks and sigma, whose few numbers are sums over whole neighbourhoods, they are the sum of the terms' sizes.
+    The same dense formula in NumPy, in long double where float64 itself is judged, and differentiated by hand. Sizes
+    are those of the largest terms, and a score's gradient is the difference of two sums over channels. For tracks and
+    sigma, whose few numbers are sums over whole neighbourhoods, they are the sum of the terms' sizes.
     """
+    wide = np.longdouble if query.dtype == torch.float64 else np.float64
     query, key, value, tracks, sigma, grad_out = (
-        x.detach().cpu().double().numpy().astype(np.longdouble) for x in (query, key, value, tracks, sigma, grad_out)
+        x.detach().cpu().double().numpy().astype(wide) for x in (query, key, value, tracks, sigma, grad_out)
     )
     rows, columns = (query if splat else key).shape[2:4]
-    cells = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), -1).reshape(-1, 2) + np.longdouble(0.5)
+    cells = np.stack(np.meshgrid(np.arange(columns), np.arange(rows)), -1).reshape(-1, 2) + wide(0.5)
     results = [np.zeros_like(x) for x in (query, query, key, value, tracks, sigma)]
-    terms = [np.longdouble(0)] * 6
+    terms = [wide(0)] * 6
     channels = query.shape[-2:]
     for index in itertools.product(*map(range, query.shape[:2])):
         seen = visible[index].cpu().numpy()

@@ -8,9 +8,10 @@ import torch
 from oracle import native_backends
 from torch.autograd import forward_ad
 
-from tritonkern import temporal_window_attention
+from tritonkern import temporal_window_attention, track_sample_attention, track_splat_attention
 from tritonkern.ops.full_attention import op as full_op
 from tritonkern.ops.temporal_window_attention import op as window_op
+from tritonkern.ops.track_attention import op as track_op
 
 torch.manual_seed(0)
 
@@ -27,11 +28,18 @@ def full_operator(x, backend):
     return full_op.full_attention_fwd(x, x.cos(), x.sin(), 0.3, backend)[0]
 
 
+def track_attention(x, backend):
+    grid = x.cos().expand(1, 2, 3, 4, 2, 8)
+    sampled = track_sample_attention(x[:, :, 0], grid, grid, x[:, :, 0, :, 0], backend=backend)
+    return track_splat_attention(grid, sampled, sampled, x[:, :, 0, :, 0], sigma=x.sum().exp(), backend=backend)
+
+
 # Per operation: a function of one tensor that needs a gradient, that tensor, the folder of the operation.
 CASES = {
     "temporal_window_attention": (window_attention, torch.randn(1, 5, 2, 8), window_op.NAME),
     "temporal_window_attention_fwd": (window_operator, torch.randn(1, 5, 1, 2, 8), window_op.NAME),
     "full_attention_fwd": (full_operator, torch.randn(1, 5, 2, 8), full_op.NAME),
+    "track_attention": (track_attention, torch.randn(1, 2, 1, 4, 2, 8), track_op.NAME),
 }
 
 

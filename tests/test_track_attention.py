@@ -1,17 +1,14 @@
-"""Track attention, both directions: what it computes, in every backend that can run here natively."""
+"""Track attention, both directions: what it computes, in every backend that can run here natively.
+
+tests/properties draws random cases of it; Triton's interpreter has its own process and file.
+"""
 
 import dataclasses
 import itertools
 
 import pytest
 import torch
-from oracle import (
-    assert_as_exact_as_eager,
-    native_backends,
-    peak_memory,
-    track_exact,
-    track_textbook,
-)
+from oracle import assert_as_exact_as_eager, fast_backends, peak_memory, track_exact, track_textbook
 
 from tritonkern import track_sample_attention, track_splat_attention
 from tritonkern.ops.track_attention import op
@@ -22,7 +19,7 @@ BOTH = pytest.mark.parametrize("splat", [False, True], ids=["sample", "splat"])
 INF, NAN = float("inf"), float("nan")
 
 
-@pytest.fixture(params=native_backends(op.NAME))
+@pytest.fixture(params=fast_backends(op.NAME))
 def where(request):
     return request.param
 
@@ -52,7 +49,7 @@ class Case:
 
 
 def case(splat, device="cpu", *, B=1, T=2, M=7, grid=(5, 6), H=2, D=16, dtype=torch.float32, sigma=0.5, scale=None):
-    """Random inputs; tracks lie in the grid and up to one cell outside of it."""
+    """Random inputs; tracks are in the grid or up to one cell outside of it."""
     tracked, gridded = (B, T, M, H, D), (B, T, *grid, H, D)
     shapes = (gridded, tracked, tracked, gridded) if splat else (tracked, gridded, gridded, tracked)
     query, key, value, grad_out = (torch.randn(x, dtype=torch.float64).to(device, dtype) for x in shapes)
@@ -75,15 +72,15 @@ def run(where, case):
     return results(lambda *x: case.attend(where[0], *x), case.tensors, case.grad_out)
 
 
-def seen(case):
-    visible = case.tensors[3].isfinite().all(-1)
-    return visible if case.visibility is None else visible & case.visibility
+def visible(case):
+    finite = case.tensors[3].isfinite().all(-1)
+    return finite if case.visibility is None else finite & case.visibility
 
 
 def check(where, case):
     """Output and all gradients against the exact formula, by the rule of `oracle.assert_as_exact_as_eager`."""
     actual = run(where, case)
-    options = dict(scale=case.scale, visible=seen(case), splat=case.splat)
+    options = dict(scale=case.scale, visible=visible(case), splat=case.splat)
     exact, terms = track_exact(*case.tensors, case.grad_out, **options)
     plain = []
     for order in ((), (1,), (-1,), (1, -1)):  # one order of the sums alone may be lucky on small tensors
@@ -92,10 +89,23 @@ def check(where, case):
     for index, name in enumerate(NAMES):
         assert actual[index].dtype == (case.tensors[[0, 0, 1, 2, 3, 4][index]]).dtype
         if name == "grad_sigma" and case.tensors[4] == INF:
-            continue  # of the width of no bias at all, where the formula reads 0 / 0
+            assert actual[index] == 0  # where the formula reads 0 / 0
+            continue
         rounded = [x[index].cpu() for x in plain]
         assert_as_exact_as_eager(actual[index].cpu(), rounded, exact[index], terms[index], name)
     return actual
+
+
+@BOTH
+def test_reference_is_the_textbook_loop(splat):
+    this = case(splat, M=9, grid=(4, 5), D=8, dtype=torch.float64)
+    this.tensors[3][0, 1, 2] = torch.tensor([NAN, 2.0])
+    this = this.changed(visibility=torch.rand(1, 2, 9) > 0.3)
+    options = dict(scale=this.scale, visible=visible(this), splat=splat)
+    tensors = [*this.tensors[:3], this.tensors[3].nan_to_num(), this.tensors[4]]
+    expected = results(lambda *x: track_textbook(*x, **options), tensors, this.grad_out)
+    for name, x, y in zip(NAMES, run(("reference", "cpu"), this), expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-12, atol=1e-13, msg=name)
 
 
 @BOTH
@@ -104,7 +114,7 @@ def check(where, case):
     "sizes",
     [
         dict(),
-        dict(B=2, T=3, M=20, grid=(9, 7), H=3, D=32),
+        dict(B=2, T=2, M=16, grid=(8, 7), H=3, D=32),
         dict(M=1),
         dict(grid=(1, 1)),
         dict(M=1, grid=(1, 1), H=1, D=8),
@@ -159,8 +169,42 @@ def test_infinite_sigma_is_plain_attention(where, splat):
 
 @BOTH
 def test_number_and_tensor_sigma_agree(where, splat):
-    this = case(splat, where[1])
-    assert torch.equal(this.attend(where[0], *this.tensors[:4], 0.5), this.attend(where[0], *this.tensors))
+    this = case(splat, where[1], dtype=torch.float64)
+    for sigma in (0.3, 7.0, INF):
+        tensor = torch.tensor(sigma, dtype=torch.float64, device=where[1])
+        number = this.attend(where[0], *this.tensors[:4], sigma)
+        assert torch.equal(number, this.attend(where[0], *this.tensors[:4], tensor))
+        assert torch.equal(number, this.attend(where[0], *this.tensors[:4], -tensor))
+
+
+@BOTH
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_options_and_positions_at_the_ends_of_their_ranges(where, splat, dtype):
+    """Finite input and any sigma, scale or finite position: results and gradients are finite."""
+    far = torch.finfo(dtype).max
+    for sigma in (5e-324, 1e-200, 1e-30, 1e30, 1e200, INF):
+        for scale in (0.0, 2.0**64, -(2.0**64)):
+            this = case(splat, where[1], T=1, M=5, grid=(3, 4), H=1, D=8, dtype=dtype, sigma=sigma, scale=scale)
+            for at, position in enumerate([(far, 1.0), (-far, far), (1.0, 1e20)]):
+                this.tensors[3][0, 0, at] = torch.tensor(position)
+            assert all(x.isfinite().all() for x in run(where, this)), (sigma, scale)
+            alone = run(where, this.changed(visibility=torch.arange(5, device=where[1]).eq(0).view(1, 1, 5)))
+            assert all(x.isfinite().all() for x in alone), (sigma, scale)
+
+
+@BOTH
+def test_16_bits_are_the_float32_result_rounded_once(splat):
+    """docs/numerics.md claims it of the C++ kernels, where culling, which depends on the dtype, does not decide."""
+    pytest.importorskip("tritonkern._cpp")
+    for dtype in (torch.bfloat16, torch.float16):
+        this = case(splat, M=30, grid=(9, 8), D=40, dtype=dtype)
+        this = this.changed(culling=False, visibility=torch.rand(1, 2, 30) > 0.2)
+        full = this.changed(
+            **{name: x.float() for name, x in zip(("query", "key", "value"), this.tensors, strict=False)}
+        )
+        full.grad_out = this.grad_out.float()
+        for name, x, y in zip(NAMES, run(("cpp", "cpu"), this), run(("cpp", "cpu"), full), strict=True):
+            assert torch.equal(x, y.to(x.dtype)), name
 
 
 @BOTH
@@ -314,6 +358,33 @@ def test_strides(where, splat, layout, dtype):
     assert strided.attend(where[0], *strided.tensors).is_contiguous()
 
 
+def respaced(x, stride):
+    """The same numbers, with another stride on the axes of size 1 and NaN in memory on both sides."""
+    if x.dtype == torch.bool:
+        storage = torch.ones(x.numel() + 64, dtype=torch.bool, device=x.device)
+    else:
+        storage = torch.full((x.numel() + 64,), NAN, dtype=x.dtype, device=x.device)
+    middle = storage[32 : 32 + x.numel()].view(x.shape).copy_(x)
+    strides = [stride if size == 1 else old for size, old in zip(x.shape, middle.stride(), strict=True)]
+    return storage.as_strided(x.shape, strides, 32)
+
+
+@BOTH
+@pytest.mark.parametrize("stride", [0, 1, 13, 2**40])
+@pytest.mark.parametrize("sizes", [dict(T=1, M=3, grid=(1, 4), H=1), dict(T=2, M=1, grid=(3, 1), H=2)], ids=str)
+def test_strides_of_axes_of_size_1_do_not_matter(where, splat, sizes, stride):
+    this = case(splat, where[1], D=8, **sizes)
+    this = this.changed(visibility=torch.ones(this.tensors[3].shape[:-1], dtype=torch.bool, device=where[1]))
+    strange = dataclasses.replace(
+        this,
+        tensors=[*(respaced(x, stride) for x in this.tensors[:4]), this.tensors[4]],
+        grad_out=respaced(this.grad_out, stride),
+        visibility=respaced(this.visibility, stride),
+    )
+    for name, x, y in zip(NAMES, run(where, strange), run(where, this), strict=True):
+        assert torch.equal(x, y), name
+
+
 @BOTH
 @pytest.mark.parametrize("empty", [dict(B=0), dict(T=0), dict(M=0), dict(H=0)], ids=str)
 def test_empty(where, splat, empty):
@@ -337,31 +408,33 @@ def test_partial_requires_grad(where, splat):
 
 
 @BOTH
-def test_gradcheck(where, splat):
-    this = case(splat, where[1], T=1, M=4, grid=(3, 4), H=1, D=8, dtype=torch.float64, sigma=0.8)
+@pytest.mark.parametrize("backend", ["reference", "cpp"])
+def test_gradcheck(backend, splat):
+    this = case(splat, T=1, M=4, grid=(3, 4), H=1, D=8, dtype=torch.float64, sigma=0.8)
     leaves = [x.requires_grad_() for x in this.tensors]
-    assert torch.autograd.gradcheck(lambda *x: this.attend(where[0], *x), leaves)
+    assert torch.autograd.gradcheck(lambda *x: this.attend(backend, *x), leaves)
 
 
 @BOTH
 def test_same_bits_every_time_on_any_number_of_threads(where, splat):
-    this = case(splat, where[1], B=2, T=3, M=50, grid=(12, 13))
-    first = run(where, this)
     before = torch.get_num_threads()
     try:
-        for threads in (before, 1, 2, 3) if where[1] == "cpu" else (before, before):
-            torch.set_num_threads(threads)
-            for x, y in zip(run(where, this), first, strict=True):
-                # PyTorch's own reductions in the reference may split by threads.
-                assert torch.equal(x, y) or (where[0] == "reference" and threads != before)
+        for sizes in (
+            dict(B=2, T=3, M=50, grid=(12, 13)),
+            dict(T=40, M=9, grid=(4, 5)),
+        ):  # threads share frames, or not
+            this = case(splat, where[1], **sizes)
+            first = run(where, this)
+            for threads in (1, 2, 3, 8) if where[1] == "cpu" else (before,):
+                torch.set_num_threads(threads)
+                for name, x, y in zip(NAMES, run(where, this), first, strict=True):
+                    assert torch.equal(x, y), (name, threads)
     finally:
         torch.set_num_threads(before)
 
 
 def test_no_weight_is_stored(where):
     """Weights and bias of this call would take 268 MB each way."""
-    if where[0] == "reference":
-        pytest.skip("the reference stores them")
     for splat in (False, True):
         this = case(splat, where[1], T=1, M=4096, grid=(64, 64), H=4, D=32)
         run(where, case(splat, where[1]))
@@ -370,86 +443,10 @@ def test_no_weight_is_stored(where):
         assert peak.mebibytes < 64
 
 
-@BOTH
-def test_properties(where, splat):
-    """Any sizes; the order of the tracks does not matter, and a larger frame around the same scene only adds to it."""
-    hypothesis = pytest.importorskip("hypothesis")
-    st = hypothesis.strategies
-
-    @hypothesis.settings(max_examples=25 if where[1] == "cpu" else 8, deadline=None, derandomize=True)
-    @hypothesis.given(
-        frames=st.integers(1, 2),
-        tracks=st.integers(1, 40),
-        grid=st.tuples(st.integers(1, 12), st.integers(1, 12)),
-        heads=st.integers(1, 3),
-        head_dim=st.integers(1, 5).map(lambda x: 8 * x),
-        sigma=st.sampled_from((0.1, 0.5, 1.7, 30.0)),
-        dtype=st.sampled_from(DTYPES),
-        hidden=st.floats(0, 1),
-        seed=st.integers(0, 2**32 - 1),
-    )
-    def holds(frames, tracks, grid, heads, head_dim, sigma, dtype, hidden, seed):
-        torch.manual_seed(seed)
-        sizes = dict(T=frames, M=tracks, grid=grid, H=heads, D=head_dim)
-        this = case(splat, where[1], dtype=dtype, sigma=sigma, **sizes)
-        this = this.changed(visibility=torch.rand(1, frames, tracks, device=where[1]) >= hidden)
-        check(where, this)
-
-    holds()
-
-
-@BOTH
-def test_order_of_tracks_does_not_matter(where, splat):
-    hypothesis = pytest.importorskip("hypothesis")
-
-    @hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
-    @hypothesis.given(seed=hypothesis.strategies.integers(0, 2**32 - 1))
-    def holds(seed):
-        torch.manual_seed(seed)
-        this = case(splat, where[1], M=30, grid=(8, 9), dtype=torch.float64)
-        order = torch.randperm(30, device=where[1])
-        names = ("key", "value", "tracks") if splat else ("query", "tracks")
-        tensors = dict(zip(("query", "key", "value", "tracks"), this.tensors, strict=False))
-        shuffled = this.changed(**{name: tensors[name][:, :, order] for name in names})
-        out, moved = this.attend(where[0], *this.tensors), shuffled.attend(where[0], *shuffled.tensors)
-        torch.testing.assert_close(moved, out if splat else out[:, :, order], rtol=1e-12, atol=1e-13)
-
-    holds()
-
-
-@BOTH
-def test_moving_tracks_and_grid_together_changes_nothing(where, splat):
-    """The scene inside a larger grid, whose other cells lie too far to be sampled or hold nothing to compare."""
-    hypothesis = pytest.importorskip("hypothesis")
-    shifts = hypothesis.strategies.integers(0, 9)
-
-    @hypothesis.settings(max_examples=20, deadline=None, derandomize=True)
-    @hypothesis.given(dx=shifts, dy=shifts, seed=hypothesis.strategies.integers(0, 2**32 - 1))
-    def holds(dx, dy, seed):
-        torch.manual_seed(seed)
-        margin = 9
-        this = case(splat, where[1], M=12, grid=(20, 21), H=1, D=8, dtype=torch.float64, sigma=0.3)
-        query, key, value, tracks, sigma = this.tensors
-        tracks.clamp_(min=9.0, max=12.0)
-
-        def move(x):
-            return torch.nn.functional.pad(x, (0, 0, 0, 0, dx, margin - dx, dy, margin - dy)) if x.dim() == 6 else x
-
-        far = tracks + tracks.new_tensor([dx, dy])
-        out = this.attend(where[0], *this.tensors)
-        moved = this.attend(where[0], move(query), move(key), move(value), far, sigma)
-        moved = moved[:, :, dy : dy + 20, dx : dx + 21] if splat else moved
-        torch.testing.assert_close(moved, out, rtol=1e-12, atol=1e-13)
-
-    holds()
-
-
 @pytest.mark.parametrize("backend", ["reference", "cpp"])
 @pytest.mark.parametrize("away", [20, 300, 3000])
 def test_tracks_ever_farther_outside(backend, away):
     """Squared distances of millions must not drown the differences between neighbouring cells, nor their gradients."""
-    if backend == "cpp":
-        pytest.importorskip("tritonkern._cpp")
     this = case(False, sigma=away**0.5)  # neighbouring cells differ by about 1 in their biases
     this.tensors[3] = this.tensors[3] + torch.tensor([away, -0.5 * away])
     exact = results(lambda *x: this.attend("reference", *x), [x.double() for x in this.tensors], this.grad_out.double())

@@ -14,10 +14,12 @@ pytest.importorskip("triton")
 
 from test_triton_aot import MATRIX, SHARED_KIB, TARGETS, compile_only, pool, resources  # noqa: E402, F401
 
+from tritonkern.ops.track_attention.op import Points  # noqa: E402
+
 DOUBLE, FLOAT, BFLOAT, HALF = torch.float64, torch.float32, torch.bfloat16, torch.float16
 # Scalar registers kept in lanes of vector registers on AMD, which is no memory traffic: the kernels' many arguments.
 LANES = 96
-PRODUCTS = ("forward_kernel", "query_gradient_kernel", "key_value_gradient_kernel")
+PRODUCTS = ("fwd_kernel", "bwd_kernel_query", "bwd_kernel_key_value")
 
 
 class Case(NamedTuple):
@@ -54,13 +56,12 @@ def test_kernels_in_the_interpreter():
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
-def launch(kernels, splat, tracked, gridded, positions=True):
+def launch(kernels, splat, tracked, gridded, points=True):
     query, key = (gridded, tracked) if splat else (tracked, gridded)
     tracks = query.new_zeros((*tracked.shape[:3], 2), dtype=torch.promote_types(query.dtype, torch.float32))
-    visible, precision = tracks[..., 0] == 0, tracks.new_ones(())
-    inputs = query, key, key, tracks, visible, precision
+    inputs = query, key, key, Points(tracks, None, tracks.new_ones(()))
     kernels.forward(*inputs, 0.125, splat, True)
-    kernels.backward(query, *inputs, query, tracks, 0.125, splat, True, positions)
+    kernels.backward(query, *inputs, 0.125, splat, True, [points, points])
 
 
 def measure(case):
@@ -76,8 +77,9 @@ def test_no_kernel_spills_or_overflows_shared_memory(pool):  # noqa: F811
     table, faults = [], []
     for case, future in futures.items():
         for used in future.result():
+            name = used.kernel.removeprefix("track_attention_")
             row = (
-                f"{used.kernel:26} {case.target:6} {'splat' if case.splat else 'sample':6} D={case.head_dim:<3} "
+                f"{name:20} {case.target:6} {'splat' if case.splat else 'sample':6} D={case.head_dim:<3} "
                 f"{str(case.dtype)[6:]:8} tf32={case.tf32:d}: {used.registers:3} registers, "
                 f"{used.shared:6} bytes shared, {used.spilled} spilled, {used.lanes} in lanes"
             )
@@ -89,10 +91,10 @@ def test_no_kernel_spills_or_overflows_shared_memory(pool):  # noqa: F811
             if case.dtype.itemsize == 2 and re.search(r"ld\.global\.[bu]16|global_load_[us]short", used.assembly):
                 faults.append(f"{row}: vectors are not read as such")
             # AMD's matrix units take float32 as it is; the widest heads go without TF32 in backward.
-            tf32 = case.tf32 and (case.head_dim <= 128 or used.kernel == "forward_kernel")
+            tf32 = case.tf32 and (case.head_dim <= 128 or name == "fwd_kernel")
             tensor_cores = case.dtype.itemsize == 2 or tf32
             tensor_cores |= case.dtype == FLOAT and case.target == "gfx942"
-            tensor_cores &= used.kernel in PRODUCTS
+            tensor_cores &= name in PRODUCTS
             if bool(re.search(MATRIX[case.target], used.assembly)) != tensor_cores:
                 faults.append(f"{row}: tensor cores are {'not ' if tensor_cores else ''}used")
     print("\n".join(table))

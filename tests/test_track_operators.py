@@ -1,8 +1,8 @@
-"""Track attention among PyTorch's tools: opcheck, compile, export, autocast, checkpointing, bad arguments."""
+"""Track attention with PyTorch's tools: opcheck, compile, export, autocast, checkpointing, bad arguments."""
 
 import pytest
 import torch
-from oracle import gradients, native_backends
+from oracle import fast_backends, gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -11,9 +11,10 @@ from tritonkern.ops.track_attention import op
 
 FWD, BWD = op.track_attention_fwd, op.track_attention_bwd
 BOTH = pytest.mark.parametrize("splat", [False, True], ids=["sample", "splat"])
+INF, NAN = float("inf"), float("nan")
 
 
-@pytest.fixture(params=native_backends(op.NAME))
+@pytest.fixture(params=fast_backends(op.NAME))
 def where(request):
     return request.param
 
@@ -39,19 +40,20 @@ LAYOUTS = {
 
 
 def arguments(splat, device, layout):
+    """query, key, value, tracks, visible, inverse_variance."""
     query, key, value, tracks = map(LAYOUTS[layout], tensors(splat, device))
     visible = torch.rand(tracks.shape[:-1], device=device) > 0.3
     return query, key, value, tracks, visible, torch.tensor(2.0, device=device)
 
 
 @BOTH
-@pytest.mark.parametrize("layout", ["transposed", "sliced", "empty"])
+@pytest.mark.parametrize("layout", ["transposed", "empty"])
 def test_opcheck(where, splat, layout):
     inputs = arguments(splat, where[1], layout)
-    out, lse = FWD(*inputs, 0.3, splat, True, where[0])
-    options = (0.3, splat, True, layout == "sliced", where[0])
-    torch.library.opcheck(BWD, (torch.randn_like(out), *inputs, out, lse, *options))
-    leaves = [x.requires_grad_() if x.dtype != torch.bool else x for x in inputs]
+    out = FWD(*inputs, 0.3, splat, True, where[0])
+    options = (0.3, splat, True, [True, layout == "empty"], where[0])
+    torch.library.opcheck(BWD, (torch.randn_like(out), *inputs, *options))
+    leaves = [x.requires_grad_() if x.dtype != torch.bool else None for x in inputs]
     torch.library.opcheck(FWD, (*leaves, 0.3, splat, True, where[0]))
 
 
@@ -60,56 +62,65 @@ def test_opcheck(where, splat, layout):
 def test_fake_outputs_are_like_real_ones(where, splat, layout):
     inputs = arguments(splat, where[1], layout)
     meta = [x.to("meta") for x in inputs]
-    out, lse = FWD(*inputs, 0.3, splat, True, where[0])
-    fake_out, fake_lse = FWD(*meta, 0.3, splat, True)
-    for positions in (False, True):
-        grads = BWD(out, *inputs, out, lse, 0.3, splat, True, positions, where[0])
-        fakes = BWD(fake_out, *meta, fake_out, fake_lse, 0.3, splat, True, positions)
-        for real, fake in zip((out, lse, *grads), (fake_out, fake_lse, *fakes), strict=True):
-            assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
+    out, fake_out = FWD(*inputs, 0.3, splat, True, where[0]), FWD(*meta, 0.3, splat, True)
+    results, fakes = [out], [fake_out]
+    for needs_grad in ([False, False], [True, False], [False, True], [True, True]):
+        results += BWD(out, *inputs, 0.3, splat, True, needs_grad, where[0])
+        fakes += BWD(fake_out, *meta, 0.3, splat, True, needs_grad)
+    for real, fake in zip(results, fakes, strict=True):
+        assert (real.shape, real.stride(), real.dtype) == (fake.shape, fake.stride(), fake.dtype)
 
 
 @BOTH
-def test_log_sum_exp(where, splat):
-    """Of scores in which the nearest column's distance counts as zero; -inf where there is no column."""
-    query, key, value, tracks, visible, precision = arguments(splat, where[1], "contiguous")
-    visible[0, 1] = False
-    _, lse = FWD(query, key, value, tracks, visible, precision, 0.3, splat, True, where[0])
-    y, x = torch.meshgrid(torch.arange(4.0), torch.arange(5.0), indexing="ij")
-    cells = (torch.stack([x, y], -1).flatten(0, 1) + 0.5).to(where[1])
-    for b, t in ((0, 0), (1, 2), (0, 1)):
-        seen = visible[b, t]
-        points = tracks[b, t][seen]
-        q, k = (x[b, t][seen] if x.dim() == 5 else x[b, t].flatten(0, 1) for x in (query, key))
-        squared = torch.cdist(cells, points).square() if splat else torch.cdist(points, cells).square()
-        if splat and len(points) == 0:
-            assert (lse[b, t] == float("-inf")).all()
-            continue
-        bias = -precision * (squared - squared.amin(-1, keepdim=True))
-        expected = (0.3 * torch.einsum("ihd,jhd->ijh", q, k) + bias[..., None]).logsumexp(1)
-        torch.testing.assert_close(lse[b, t] if splat else lse[b, t][seen], expected, rtol=1e-5, atol=1e-5)
-        assert splat or (lse[b, t][~seen] == float("-inf")).all()
+@pytest.mark.parametrize("bad", [NAN, INF, -INF])
+def test_operators_take_no_track_whose_position_is_not_finite(where, splat, bad):
+    """Also where the mask says that it is visible, or there is no mask."""
+    query, key, value, tracks, _, inverse_variance = arguments(splat, where[1], "contiguous")
+    visible = torch.ones(tracks.shape[:-1], dtype=torch.bool, device=where[1])
+    visible[:, 1:, 2:4] = visible[0, 0] = False
+    spoilt = tracks.masked_fill(~visible[..., None], bad)
+    spoilt[..., 0] = torch.where(visible | (torch.rand(visible.shape, device=where[1]) < 0.5), spoilt[..., 0], 1.0)
+    options = 0.3, splat, True
+
+    def run(tracks, visible):
+        inputs = query, key, value, tracks, visible, inverse_variance
+        out = FWD(*inputs, *options, where[0])
+        return out, *BWD(query, *inputs, *options, [True, True], where[0])
+
+    expected = run(tracks, visible)
+    for mask in (visible, torch.ones_like(visible), None):
+        for x, y in zip(run(spoilt, mask), expected, strict=True):
+            assert torch.equal(x, y)
+    none = run(torch.full_like(tracks, bad), None)
+    assert all((x == 0).all() for x in none)
+
+
+@BOTH
+@pytest.mark.parametrize("inverse_variance", [-3.0, 0.0, INF, NAN])
+def test_operators_with_any_inverse_variance_stay_in_bounds(where, splat, inverse_variance):
+    """No check reads this value. Zero means no bias, and a negative one gives the formula's result."""
+    query, key, value, tracks, visible, _ = arguments(splat, where[1], "contiguous")
+    inputs = query, key, value, tracks, visible, torch.tensor(inverse_variance, device=where[1])
+    out = FWD(*inputs, 0.3, splat, True, where[0])
+    grads = BWD(out, *inputs, 0.3, splat, True, [True, True], where[0])
+    if inverse_variance <= 0:
+        expected = FWD(*inputs, 0.3, splat, True, "reference")
+        torch.testing.assert_close(out, expected)
+        for x, y in zip(grads, BWD(out, *inputs, 0.3, splat, True, [True, True], "reference"), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
 
 
 @BOTH
 def test_compiled_as_one_graph(where, splat):
-    torch._dynamo.reset()
-    inputs = tensors(splat, where[1])
-    visibility = torch.rand(2, 3, 6, device=where[1]) > 0.3
-    function = attend(splat, where[0], visibility=visibility)
-    grad_out = torch.randn_like(inputs[0])
-    compiled = torch.compile(lambda *x: function(*x) * 2, fullgraph=True, backend="aot_eager")
-    plain = gradients(lambda *x: function(*x) * 2, inputs, grad_out)
-    for x, y in zip(gradients(compiled, inputs, grad_out), plain, strict=True):
-        assert torch.equal(x, y)
-
-
-@BOTH
-def test_sigma_that_is_learned_compiles(where, splat):
+    """With a visibility, and with a sigma that is learned."""
     torch._dynamo.reset()
     inputs = [*tensors(splat, where[1]), torch.tensor(0.7, device=where[1])]
+    visibility = torch.rand(2, 3, 6, device=where[1]) > 0.3
     attention = track_splat_attention if splat else track_sample_attention
-    function = lambda *x: attention(*x[:4], sigma=x[4], backend=where[0])  # noqa: E731
+
+    def function(*x):
+        return attention(*x[:4], sigma=x[4], visibility=visibility, backend=where[0]) * 2
+
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
     grad_out = torch.randn_like(inputs[0])
     for x, y in zip(gradients(compiled, inputs, grad_out), gradients(function, inputs, grad_out), strict=True):
@@ -132,7 +143,7 @@ def test_exported_program_takes_any_clip(where, splat):
 @BOTH
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast(where, splat, dtype):
-    """Query, key and value go to the dtype of autocast; positions stay as exact as they are."""
+    """Query, key and value are cast to the dtype of autocast; positions keep their dtype."""
     query, key, value, tracks = tensors(splat, where[1])
     query.requires_grad_()
     with torch.autocast(where[1], dtype=dtype):
@@ -162,43 +173,30 @@ def test_activation_checkpointing(where, splat, use_reentrant):
 @BOTH
 def test_a_dispatch_mode_sees_one_operator(where, splat):
     class Counter(TorchDispatchMode):
-        seen = []
+        calls = []
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            self.seen.append(function)
+            self.calls.append(function)
             return function(*args, **(kwargs or {}))
 
     inputs = [x.requires_grad_() for x in tensors(splat, where[1])]
     with Counter() as counter:
         attend(splat, where[0])(*inputs).sum().backward()
-    assert [function for function in counter.seen if function.namespace == "tritonkern"] == [FWD, BWD]
-
-
-@BOTH
-def test_derivatives_that_do_not_exist_are_refused(where, splat):
-    inputs = [x.requires_grad_() for x in tensors(splat, where[1])]
-    out = attend(splat, where[0])(*inputs)
-    (grad,) = torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="track_attention has no second derivative"):
-        grad.sum().backward()
-    plain = [x.detach() for x in inputs]
-    for at in range(4):
-
-        def function(x, at=at):
-            return attend(splat, where[0])(*plain[:at], x, *plain[at + 1 :])
-
-        with pytest.raises(NotImplementedError, match="forward-mode"):
-            torch.func.jvp(function, (plain[at],), (plain[at],))
+    assert [function for function in counter.calls if function.namespace == "tritonkern"] == [FWD, BWD]
 
 
 QUERY, KEY, VALUE, TRACKS = tensors(False)
 MASK = torch.ones(2, 3, 6, dtype=torch.bool)
+NESTED = torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)])
 
 
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
         ({"query": [1.0]}, TypeError, "query must be a torch.Tensor, got list"),
+        ({"query": None}, TypeError, "query must be a torch.Tensor, got NoneType"),
+        ({"query": torch.tensor(1.0)}, ValueError, r"query must have shape \[B, T, M, H, D\], got \(\)"),
+        ({"key": NESTED}, TypeError, "key must be a dense .* got a nested one"),
         ({"key": KEY.int()}, TypeError, "key must be float64, .* got torch.int32"),
         ({"value": VALUE.double()}, TypeError, "value must have the dtype of query"),
         ({"value": VALUE.to_sparse()}, TypeError, "value must be a dense"),
@@ -208,21 +206,31 @@ MASK = torch.ones(2, 3, 6, dtype=torch.bool)
         ({"key": KEY[:, :2]}, ValueError, "key must have the B, T, H and D of query"),
         ({"value": VALUE[:, :, :3]}, ValueError, "value must have the shape of key"),
         ({"key": KEY[:, :, :0], "value": VALUE[:, :, :0]}, ValueError, "key must have at least one cell"),
+        ({"tracks": None}, TypeError, "tracks must be a torch.Tensor, got NoneType"),
         ({"tracks": TRACKS[..., :1]}, ValueError, r"tracks must have shape \(2, 3, 6, 2\)"),
         ({"tracks": TRACKS[:, :, :4]}, ValueError, r"tracks must have shape \(2, 3, 6, 2\)"),
         ({"tracks": TRACKS.long()}, TypeError, "tracks must be float64"),
+        ({"tracks": TRACKS.to_sparse()}, TypeError, "tracks must be a dense"),
         ({"sigma": 0.0}, ValueError, "sigma must be positive, got 0.0"),
         ({"sigma": -1}, ValueError, "sigma must be positive"),
-        ({"sigma": float("nan")}, ValueError, "sigma must be positive"),
+        ({"sigma": NAN}, ValueError, "sigma must be positive"),
         ({"sigma": "wide"}, TypeError, "sigma must be a number, got str"),
+        ({"sigma": None}, TypeError, "sigma must be a number, got NoneType"),
         ({"sigma": torch.ones(2)}, ValueError, "sigma must be a number or a 0-d"),
-        ({"sigma": torch.tensor(1)}, ValueError, "sigma must be a number or a 0-d"),
+        ({"sigma": torch.tensor(1)}, TypeError, "sigma must be float64, .* got torch.int64"),
         ({"scale": torch.tensor(1.0)}, TypeError, "scale must be a number"),
-        ({"visibility": MASK.float()}, TypeError, "visibility must be a bool tensor"),
+        ({"scale": 1e20}, ValueError, r"scale must be from -2\*\*64 to 2\*\*64"),
+        ({"scale": -INF}, ValueError, r"scale must be from -2\*\*64 to 2\*\*64"),
+        ({"scale": NAN}, ValueError, r"scale must be from -2\*\*64 to 2\*\*64"),
+        ({"visibility": [True]}, TypeError, "visibility must be a bool tensor or None, got list"),
+        ({"visibility": MASK.float()}, TypeError, "visibility must be a dense bool tensor"),
+        ({"visibility": MASK.to_sparse()}, TypeError, "visibility must be a dense bool tensor"),
         ({"visibility": MASK[:1]}, ValueError, r"visibility must have shape \(2, 3, 6\)"),
+        ({"visibility": MASK.to("meta")}, ValueError, r"visibility must have shape \(2, 3, 6\) on cpu"),
         ({"culling": 1}, TypeError, "culling must be a bool"),
         ({"backend": "cuda"}, ValueError, "backend must be one of cpp, triton, reference or None"),
         ({"query": QUERY[..., :4], "key": KEY[..., :4], "value": VALUE[..., :4]}, ValueError, "multiple of 8 .* got 4"),
+        ({"query": QUERY[..., :0], "key": KEY[..., :0], "value": VALUE[..., :0]}, ValueError, "multiple of 8 .* got 0"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -240,13 +248,14 @@ def test_splatting_names_its_own_shapes():
 
 
 def test_direct_calls_of_the_operators_are_checked():
-    """Kernels take raw pointers, so whoever calls `torch.ops` must not get past the checks either."""
-    precision = torch.tensor(2.0)
-    good = (QUERY, KEY, VALUE, TRACKS, MASK, precision)
-    out, lse = FWD(*good, 0.3, False, True, "reference")
-    for at, bad in ((3, TRACKS.double()), (4, MASK[:1]), (4, MASK.int()), (5, precision.double()), (5, torch.ones(1))):
-        with pytest.raises(ValueError):
-            FWD(*good[:at], bad, *good[at + 1 :], 0.3, False, True, "reference")
-    for bad in ((out[:1], *good, out, lse), (out, *good, out[:1], lse), (out, *good, out, lse.double())):
-        with pytest.raises(ValueError):
-            BWD(*bad, 0.3, False, True, True, "reference")
+    """Whoever calls `torch.ops` must not get past the checks."""
+    precise = torch.tensor(2.0)
+    good = (QUERY, KEY, VALUE, TRACKS, MASK, precise)
+    out = FWD(*good, 0.3, False, True)
+    for at, bad in ((3, TRACKS.double()), (4, MASK[:1]), (4, MASK.int()), (5, precise.double()), (5, torch.ones(1))):
+        with pytest.raises((TypeError, ValueError)):
+            FWD(*good[:at], bad, *good[at + 1 :], 0.3, False, True)
+    with pytest.raises(ValueError, match="grad_out must be"):
+        BWD(out[:1], *good, 0.3, False, True, [True, True])
+    with pytest.raises(ValueError, match="needs_grad must have 2 entries"):
+        BWD(out, *good, 0.3, False, True, [True])

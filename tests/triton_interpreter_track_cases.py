@@ -11,7 +11,8 @@ import test_track_attention as attention
 import torch
 from test_track_attention import BOTH, INF, NAN, case, check, far_giant, run
 
-from tritonkern.ops.track_attention import configs, op, triton_culling
+from tritonkern.ops.track_attention import configs, triton_culling
+from tritonkern.ops.track_attention.op import Points
 
 WHERE = ("triton", "cpu")
 DTYPES = (torch.float64, torch.float32, torch.float16)
@@ -140,17 +141,18 @@ def meetings(this, culling=True):
 
     query, key, _, tracks, sigma = this.tensors
     grid = (query if this.splat else key).shape[2:4]
-    scene = triton_culling.scene(tracks, torch.ones(tracks.shape[:-1]).bool(), query.shape[-2], grid, this.splat)
+    points = Points(tracks, None, 0.5 / sigma.square())
+    scene = triton_culling.scene(points, query.shape[-2], grid, this.splat)
     tiles = configs.forward_tiles(query.shape[-1], query.dtype)
     (query, q), (key, k) = map(triton_geometry.readable, (query, key))
     eps = torch.finfo(query.dtype).eps if culling else 0.0
-    return scene, tiles, triton_culling.visits(query, key, q, k, scene, 0.5 / sigma.square(), this.scale, eps, tiles)
+    return scene, tiles, triton_culling.visits(query, key, q, k, scene, this.scale, eps, tiles)
 
 
 @BOTH
 @pytest.mark.parametrize("size", [1.0, 480.0, 1000.0])
 def test_what_is_skipped_weighs_less_than_an_eighth_of_an_ulp(splat, size):
-    """The claim of the README, block by block against the exact weights."""
+    """The claim of the README, per block, against the exact weights."""
     this = far_giant(splat, "cpu", torch.float32, size)
     scene, tiles, visits = meetings(this)
     assert not visits.all()
@@ -228,15 +230,13 @@ def test_same_bits_every_time(splat):
 
 
 @BOTH
-def test_log_sum_exp(splat):
-    this = case(splat, T=1, M=20, grid=(5, 7))
-    query, key, value, tracks, _ = this.tensors
-    visible = torch.rand(tracks.shape[:-1]) > 0.3
-    inputs = (query, key, value, tracks, visible, torch.tensor(2.0), 0.3, splat, True)
-    for x, y in zip(
-        op.track_attention_fwd(*inputs, "triton"), op.track_attention_fwd(*inputs, "reference"), strict=True
-    ):
-        torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
+def test_strides_of_axes_of_size_1_do_not_matter(splat):
+    attention.test_strides_of_axes_of_size_1_do_not_matter(WHERE, splat, dict(T=1, M=3, grid=(1, 4), H=1), 13)
+
+
+@BOTH
+def test_options_and_positions_at_the_ends_of_their_ranges(splat):
+    attention.test_options_and_positions_at_the_ends_of_their_ranges(WHERE, splat, torch.float32)
 
 
 @BOTH

@@ -176,32 +176,34 @@ def _track_attention(
 ) -> Tensor:
     _backends.check_name(backend)
     query, key, value = autocast(query, key, value)
-    _track_op.check_tensors(query, key, value, tracks, splat)
-    _track_op.check_visibility(visibility, tracks)
+    for name, x in (("query", query), ("key", key), ("value", value), ("tracks", tracks)):
+        check_dense(name, x)
+    if visibility is not None and not isinstance(visibility, Tensor):
+        raise TypeError(f"visibility must be a bool tensor or None, got {type(visibility).__name__}")
     if not isinstance(culling, bool):
         raise TypeError(f"culling must be a bool, got {type(culling).__name__}")
-    scale = query.shape[-1] ** -0.5 if scale is None else real("scale", scale)
+    # The operator refuses a missing axis, and a head dimension of 0.
+    scale = max(query.shape[-1:].numel(), 1) ** -0.5 if scale is None else real("scale", scale)
     dtype = accumulator(query.dtype)
-    points = tracks.to(dtype), visibility, _inverse_variance(sigma, query, dtype)
+    points = tracks.to(dtype), visibility, _inverse_variance(sigma, query.device, dtype)
     return _track_op.track_attention_fwd(query, key, value, *points, scale, splat, culling, backend)
 
 
-# Outside of these limits results are those of the limits, to the last bit (beyond the largest one no bias is left), while
+# Limits beyond which the results stay the same to the last bit. The derivative's powers of sigma would overflow.
 _SMALLEST_SIGMA, _LARGEST_SIGMA = 1e-19, 1e170
 
 
-def _inverse_variance(sigma: float | Tensor, query: Tensor, dtype: torch.dtype) -> Tensor:
+def _inverse_variance(sigma: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
     """1 / (2 sigma^2) as a 0-d tensor, computed in float64."""
     if isinstance(sigma, Tensor):
         check_dense("sigma", sigma)
-        if sigma.dim() != 0 or sigma.device != query.device:
+        if sigma.dim() != 0 or sigma.device != device:
             raise ValueError(
-                f"sigma must be a number or a 0-d tensor on {query.device}, got shape {tuple(sigma.shape)} on "
-                f"{sigma.device}"
+                f"sigma must be a number or a 0-d tensor on {device}, got shape {tuple(sigma.shape)} on {sigma.device}"
             )
         return (0.5 / sigma.double().abs().clamp(_SMALLEST_SIGMA, _LARGEST_SIGMA).square()).to(dtype)
     sigma = real("sigma", sigma)
     if not sigma > 0:
         raise ValueError(f"sigma must be positive, got {sigma}; float('inf') means no bias")
     sigma = min(max(sigma, _SMALLEST_SIGMA), _LARGEST_SIGMA)
-    return query.new_full((), 0.5 / (sigma * sigma), dtype=dtype)
+    return torch.full((), 0.5 / (sigma * sigma), dtype=dtype, device=device)

@@ -14,6 +14,8 @@ def check_dense(name: str, x: Tensor) -> None:
     """Raise TypeError unless `x` is a strided floating-point tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.is_nested:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got a nested one; pad it with .to_padded_tensor()")
     if x.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {x.layout}; call .to_dense() on it")
     if x.dtype not in DTYPES:

@@ -12,8 +12,8 @@ def forward(
 ) -> Tensor:
     """Output like query, contiguous."""
     out = query.new_empty(query.shape)
-    options = scale, splat, culling, torch.get_num_threads()
-    _cpp.track_attention_forward(query, key, value, *_inputs(points), *options, out)
+    threads = torch.get_num_threads()
+    _cpp.track_attention_forward(query, key, value, *_inputs(points), scale, splat, culling, threads, out)
     return out
 
 
@@ -29,12 +29,12 @@ def backward(
     needs_grad: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, tracks and inverse_variance; see `op.track_attention_bwd`."""
-    grads = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
-    of_points = empty_gradients(points, needs_grad)
-    wanted = (grad if need else None for grad, need in zip(of_points, needs_grad, strict=True))
-    options = scale, splat, culling, torch.get_num_threads()
-    _cpp.track_attention_backward(grad_out, query, key, value, *_inputs(points), *options, *grads, *wanted)
-    return *grads, *of_points
+    grads = empty_gradients(query, key, value, points, needs_grad)
+    wanted = [grad if need else None for grad, need in zip(grads[3:], needs_grad, strict=True)]
+    threads = torch.get_num_threads()
+    inputs = query, key, value, *_inputs(points)
+    _cpp.track_attention_backward(grad_out, *inputs, scale, splat, culling, threads, *grads[:3], wanted[0], wanted[1])
+    return grads
 
 
 def _inputs(points: Points) -> tuple[Tensor, Tensor | None, float]:

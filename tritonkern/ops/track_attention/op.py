@@ -41,8 +41,8 @@ class Points(NamedTuple):
         return self.tracks.clamp(-FARTHEST, FARTHEST).contiguous(), visible.contiguous()
 
 
-def check_tensors(query: Tensor, key: Tensor, value: Tensor, tracks: Tensor, splat: bool) -> None:
-    """Raise TypeError or ValueError unless the four tensors fit together."""
+def _check(query: Tensor, key: Tensor, value: Tensor, points: Points, scale: float, splat: bool) -> None:
+    tracks = points.tracks
     of_tracks, of_grid = "[B, T, M, H, D]", "[B, T, h, w, H, D]"
     for name, x, shape in (
         ("query", query, of_grid if splat else of_tracks),
@@ -73,35 +73,34 @@ def check_tensors(query: Tensor, key: Tensor, value: Tensor, tracks: Tensor, spl
             f"query must have a head dimension (last axis) that is a multiple of 8 from 8 to {MAX_HEAD_DIM}, "
             f"got {head_dim}; pad query, key and value with zeros to the next multiple and pass scale explicitly"
         )
-
-
-def check_visibility(visibility: Tensor | None, tracks: Tensor) -> None:
-    """Raise TypeError or ValueError unless it is None or a mask of the tracks."""
-    if visibility is None:
-        return
-    if not isinstance(visibility, Tensor) or visibility.dtype != torch.bool or visibility.layout != torch.strided:
-        raise TypeError("visibility must be a dense bool tensor or None; compare probabilities with a threshold first")
-    if visibility.shape != tracks.shape[:-1] or visibility.device != tracks.device:
-        raise ValueError(
-            f"visibility must have shape {tuple(tracks.shape[:-1])} on {tracks.device}, "
-            f"got {tuple(visibility.shape)} on {visibility.device}"
-        )
-
-
-def _check(query: Tensor, key: Tensor, value: Tensor, points: Points, scale: float, splat: bool) -> None:
-    check_tensors(query, key, value, points.tracks, splat)
-    check_visibility(points.visible, points.tracks)
-    dtype = accumulator(query.dtype)
-    if points.tracks.dtype != dtype:
-        raise TypeError(f"tracks must be {dtype} here, got {points.tracks.dtype}; convert them")
-    x = points.inverse_variance
-    if x.dtype != dtype or x.dim() != 0 or x.device != query.device:
-        raise ValueError(
-            f"inverse_variance must be a 0-d {dtype} tensor on {query.device}, "
-            f"got {x.dtype} of shape {tuple(x.shape)} on {x.device}"
-        )
     if not abs(scale) <= MAX_SCALE:
         raise ValueError(f"scale must be from -2**64 to 2**64, got {scale}")
+    _check_points(points, query)
+
+
+def _check_points(points: Points, query: Tensor) -> None:
+    """What `functional` converts, and visibility."""
+    tracks, visible, inverse_variance = points
+    dtype = accumulator(query.dtype)
+    if tracks.dtype != dtype:
+        raise TypeError(f"tracks must be {dtype} here, got {tracks.dtype}; convert them")
+    if inverse_variance.dtype != dtype or inverse_variance.dim() != 0 or inverse_variance.device != query.device:
+        raise ValueError(
+            f"inverse_variance must be a 0-d {dtype} tensor on {query.device}, got {inverse_variance.dtype} of shape "
+            f"{tuple(inverse_variance.shape)} on {inverse_variance.device}"
+        )
+    if visible is None:
+        return
+    if visible.dtype != torch.bool or visible.layout != torch.strided or visible.is_nested:
+        raise TypeError(
+            f"visibility must be a dense bool tensor or None, got {visible.dtype}, layout {visible.layout}; compare "
+            "probabilities with a threshold first"
+        )
+    if visible.shape != tracks.shape[:-1] or visible.device != tracks.device:
+        raise ValueError(
+            f"visibility must have shape {tuple(tracks.shape[:-1])} on {tracks.device}, "
+            f"got {tuple(visible.shape)} on {visible.device}"
+        )
 
 
 @operator(NAME, "forward")
@@ -132,14 +131,21 @@ def track_attention_bwd(
     check_saved({"grad_out": (grad_out, query.shape, query.dtype)}, query.device)
     if len(needs_grad) != 2:
         raise ValueError(f"needs_grad must have 2 entries, for tracks and inverse_variance, got {len(needs_grad)}")
-    return lambda: (*(x.new_empty(x.shape) for x in (query, key, value)), *empty_gradients(points, needs_grad))
+    return lambda: empty_gradients(query, key, value, points, needs_grad)
 
 
-def empty_gradients(points: Points, needs_grad: list[bool]) -> tuple[Tensor, Tensor]:
-    """Uninitialised gradients of tracks and inverse_variance, of shape `[0]` where they are not wanted."""
-    wanted = zip((points.tracks, points.inverse_variance), needs_grad, strict=True)
-    tracks, inverse_variance = (x.new_empty(x.shape if need else 0) for x, need in wanted)
-    return tracks, inverse_variance
+def empty_gradients(
+    query: Tensor, key: Tensor, value: Tensor, points: Points, needs_grad: list[bool]
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The results of the backward operator, uninitialised."""
+    tracks, _, inverse_variance = points
+    return (
+        query.new_empty(query.shape),
+        key.new_empty(key.shape),
+        value.new_empty(value.shape),
+        tracks.new_empty(tracks.shape if needs_grad[0] else 0),
+        inverse_variance.new_empty(() if needs_grad[1] else 0),
+    )
 
 
 def _save(ctx, inputs, output):

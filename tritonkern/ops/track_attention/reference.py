@@ -54,22 +54,21 @@ def backward(
         scale * torch.einsum("btijh,btihd->btjhd", grad_scores, queries),
         torch.einsum("btijh,btihd->btjhd", weights, cotangent),
     )
-    grad_query, grad_key, grad_value = (
-        grad.reshape(x.shape).to(x.dtype).contiguous() for grad, x in zip(grads, (query, key, value), strict=True)
-    )
-    grad_tracks, grad_inverse_variance = empty_gradients(points, needs_grad)
+    results = empty_gradients(query, key, value, points, needs_grad)
+    for result, grad in zip(results, grads, strict=False):
+        result.copy_(grad.reshape(result.shape))
     if any(needs_grad):
         # The gradients of a row's scores sum to zero, so that distances may count from the nearest column.
         grad_bias = grad_scores.sum(-1).double()  # [B, T, rows, columns]
         relative = _relative(offset, valid)
         if needs_grad[1]:
-            grad_inverse_variance.copy_(-torch.where(grad_bias != 0, grad_bias * relative, 0).sum())
+            results[4].copy_(-torch.where(grad_bias != 0, grad_bias * relative, 0).sum())
         if not splat and offset.shape[3]:  # that sum is rounded, and the offsets of far tracks would magnify it
             offset = offset - offset.gather(3, relative.argmin(3)[..., None, None].expand(*offset.shape[:3], 1, 2))
         grad_offset = -2 * points.inverse_variance * grad_bias[..., None] * offset  # row's position minus column's
         if needs_grad[0]:
-            grad_tracks.copy_(-grad_offset.sum(2) if splat else grad_offset.sum(3))
-    return grad_query, grad_key, grad_value, grad_tracks, grad_inverse_variance
+            results[3].copy_(-grad_offset.sum(2) if splat else grad_offset.sum(3))
+    return results
 
 
 def _rows(x: Tensor, visible: Tensor, tracks: bool) -> Tensor:

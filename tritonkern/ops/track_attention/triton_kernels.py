@@ -378,12 +378,12 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value, tracks and inverse_variance; see `op.track_attention_bwd`."""
     B, T, M, H, D = *points.tracks.shape[:3], *query.shape[-2:]
-    grad_query, grad_key, grad_value = grads = tuple(x.new_empty(x.shape) for x in (query, key, value))
-    of_points = empty_gradients(points, needs_grad)
+    grads = empty_gradients(query, key, value, points, needs_grad)
     if query.numel() == 0 or key.numel() == 0:
-        for grad in (*grads, *of_points):
+        for grad in grads:
             grad.zero_()
-        return *grads, *of_points
+        return grads
+    grad_query, grad_key, grad_value, grad_tracks, grad_inverse_variance = grads
     grad_out = aligned(grad_out)
     (query, q), (key, k), (value, v) = map(geometry.readable, (query, key, value))
     scene = culled.scene(points, H, (query if splat else key).shape[2:4], splat)
@@ -409,7 +409,7 @@ def backward(
     )  # fmt: skip
     if needs_grad[0]:
         slope = (2 if splat else -2) * points.inverse_variance
-        of_points[0].copy_(slope * offset_sums.sum(1).view(points.tracks.shape))
+        grad_tracks.copy_(slope * offset_sums.sum(1).view(points.tracks.shape))
     if needs_grad[1]:
-        of_points[1].copy_(distance_sums.sum())
-    return *grads, *of_points
+        grad_inverse_variance.copy_(distance_sums.sum())
+    return grads
