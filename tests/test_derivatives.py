@@ -30,8 +30,8 @@ def full_operator(x, backend):
 
 def track_attention(x, backend):
     grid = x.cos().expand(1, 2, 3, 4, 2, 8)
-    sampled = track_sample_attention(x[:, :, 0], grid, grid, x[:, :, 0, :, 0], backend=backend)
-    return track_splat_attention(grid, sampled, sampled, x[:, :, 0, :, 0], sigma=x.sum().exp(), backend=backend)
+    sampled = track_sample_attention(x[:, :, 0], grid, grid, x[:, :, 0, :, 0, :2], backend=backend)
+    return track_splat_attention(grid, sampled, sampled, x[:, :, 0, :, 0, :2], sigma=x.sum().exp(), backend=backend)
 
 
 # Per operation: a function of one tensor that needs a gradient, that tensor, the folder of the operation.

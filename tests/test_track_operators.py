@@ -99,15 +99,16 @@ def test_operators_take_no_track_whose_position_is_not_finite(where, splat, bad)
 @pytest.mark.parametrize("inverse_variance", [-3.0, 0.0, INF, NAN])
 def test_operators_with_any_inverse_variance_stay_in_bounds(where, splat, inverse_variance):
     """No check reads this value. Zero means no bias, and a negative one gives the formula's result."""
-    query, key, value, tracks, visible, _ = arguments(splat, where[1], "contiguous")
-    inputs = query, key, value, tracks, visible, torch.tensor(inverse_variance, device=where[1])
+    *inputs, _ = arguments(splat, where[1], "contiguous")
+    inputs = [x if x.dtype == torch.bool else x.double() for x in inputs]
+    inputs.append(torch.tensor(inverse_variance, dtype=torch.float64, device=where[1]))
     out = FWD(*inputs, 0.3, splat, True, where[0])
     grads = BWD(out, *inputs, 0.3, splat, True, [True, True], where[0])
     if inverse_variance <= 0:
         expected = FWD(*inputs, 0.3, splat, True, "reference")
         torch.testing.assert_close(out, expected)
         for x, y in zip(grads, BWD(out, *inputs, 0.3, splat, True, [True, True], "reference"), strict=True):
-            torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(x, y)
 
 
 @BOTH
