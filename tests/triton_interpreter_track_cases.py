@@ -17,7 +17,7 @@ from tritonkern.ops.track_attention.op import Points
 WHERE = ("triton", "cpu")
 DTYPES = (torch.float64, torch.float32, torch.float16)
 # Overflow and invalid values that a mask of the kernels takes care of.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 
 @BOTH
