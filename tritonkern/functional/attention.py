@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonkern.functional._arguments import autocast, real, refuse_forward_mode, window_extent
+from tritonkern.functional._arguments import autocast, real, window_extent
 from tritonkern.ops import _backends
 from tritonkern.ops._checks import check_dense
 from tritonkern.ops._dtypes import accumulator
