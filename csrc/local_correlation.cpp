@@ -1,15 +1,16 @@
 // Local correlation on the CPU: the features at (2 radius + 1)^2 bilinear samples around each point times the point's supports.
 //
-//   position -> lattice    the (2 radius + 2)^2 cells between which all samples lie, and two fractions (lattice.h)
-//            -> product    cells x supports: the only sums over channels, from registers (products.h)
-//            -> samples    between the products at four cells, for each support a plane
+//   position -> lattice    the (2 radius + 2)^2 cells that enclose all samples, and two fractions (lattice.h)
+//            -> product    cells x supports: the only sums over channels (products.h)
+//            -> samples    interpolated between the products at four cells, one plane of supports per sample
 //
-// Interpolation and product are both linear, so that they may change places: a sampled vector of features never exists, and
-// 64 products of vectors give 49 interpolated ones. Lanes are supports, packed once for the frames of a point; a cell's
-// channels are read where they lie. The gradients go the same way back.
+// Interpolation and product are both linear, so their order can be exchanged: sampled vectors of features are never made, and
+// 64 products of vectors give 49 interpolated ones. Lanes are supports, packed once for the frames of a point; a cell's channels
+// are read in place. The gradients take the same steps in reverse.
 #include "local_correlation/backward.h"
+#include "local_correlation/linear.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::local_correlation {
 namespace {
 
 template <template <class, class> class Kernel>
@@ -25,12 +26,17 @@ void run(const LocalCorrelation& call) {
 
 }  // namespace
 
-void local_correlation_forward(const LocalCorrelation& call) {
-    run<LocalForward>(call);
+void forward(const LocalCorrelation& call) {
+    run<Forward>(call);
 }
 
-void local_correlation_backward(const LocalCorrelation& call) {
-    run<LocalBackward>(call);
+void backward(const LocalCorrelation& call) {
+    run<Backward>(call);
 }
 
-}  // namespace tritonkern::TRITONKERN_ISA
+void multiply(const LocalCorrelationProduct& call) {
+    if (call.dtype == DType::kFloat64) return Product<double>(call).run();
+    Product<float>(call).run();
+}
+
+}  // namespace tritonkern::TRITONKERN_ISA::local_correlation

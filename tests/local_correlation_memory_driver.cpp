@@ -1,8 +1,10 @@
-// Runs local correlation of one instruction set on buffers that end exactly where their tensors end, for AddressSanitizer and
-// UndefinedBehaviorSanitizer to watch. Shapes cover tails of channels and supports, one cell, the widest radius, several tasks of
-// frames and bands of rows; points lie inside, across the border, infinitely far and nowhere.
+// Runs local correlation of one instruction set under AddressSanitizer and UndefinedBehaviorSanitizer, on buffers that end exactly
+// where their tensors end. Shapes cover tails of channels and supports, one cell, the widest radius, several tasks of frames and
+// bands of rows; points are inside, across the border, infinitely far away and NaN.
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <utility>
 #include <vector>
 
 #include "local_correlation/call.h"
@@ -21,7 +23,7 @@ struct Buffer {
         int64_t stride = step, last = 0;
         for (int axis = Axes - 1; axis >= 0; --axis) {
             view.stride[axis] = stride;
-            last += (shape[axis] - 1) * stride;
+            last += std::max<int64_t>(shape[axis] - 1, 0) * stride;
             stride *= shape[axis] * gap;
         }
         bytes.assign((last + 1) * element, 0x3c);  // a small positive number in every type
@@ -29,12 +31,12 @@ struct Buffer {
     }
 
     template <class A>
-    void fill_with_places(int64_t size) {
+    void fill_with_positions(int64_t size) {
         for (size_t i = 0; i < bytes.size() / sizeof(A); ++i) {
-            A& place = static_cast<A*>(view.data)[i];
-            place = A(i * 37 % 101) / 90 * A(size) - 1;
-            if (i % 17 == 5) place = NAN;
-            if (i % 11 == 3) place = i % 2 ? INFINITY : -INFINITY;
+            A& position = static_cast<A*>(view.data)[i];
+            position = A(i * 37 % 101) / 90 * A(size) - 1;
+            if (i % 17 == 5) position = NAN;
+            if (i % 11 == 3) position = i % 2 ? INFINITY : -INFINITY;
         }
     }
 };
@@ -75,18 +77,39 @@ int main() {
                 // One support for all frames has the stride 0 over them.
                 if (!call.supports_differ) support.view.stride[2] = grad_support.view.stride[2] = 0;
                 if (dtype == 0) {
-                    position.fill_with_places<double>(s[4]);
+                    position.fill_with_positions<double>(s[4]);
                 } else {
-                    position.fill_with_places<float>(s[4]);
+                    position.fill_with_positions<float>(s[4]);
                 }
                 call.features = features.view, call.support = support.view, call.position = position.view;
                 call.rows = rows.view;
-                TRITONKERN_ISA::local_correlation_forward(call);
+                TRITONKERN_ISA::local_correlation::forward(call);
                 if (absent != 0) call.grad_features = grad_features.view;
                 if (absent != 1) call.grad_support = grad_support.view;
                 if (absent != 2) call.grad_position = grad_position.view;
-                TRITONKERN_ISA::local_correlation_backward(call);
+                TRITONKERN_ISA::local_correlation::backward(call);
                 calls += 2;
+            }
+        }
+    }
+    // M, K, N: tails of rows, columns and depth, several tiles, no products.
+    const int64_t products[][3] = {{1, 1, 1}, {7, 200, 33}, {200, 5, 100}, {13, 0, 4}, {30, 400, 97}};
+    for (int dtype = 0; dtype < 2; ++dtype) {
+        const int64_t element = elements[dtype];
+        for (const auto& [M, K, N] : products) {
+            for (int mode = 0; mode < 16; ++mode) {
+                LocalCorrelationProduct call{};
+                call.dtype = static_cast<DType>(dtype), call.M = M, call.K = K, call.N = N;
+                call.add = mode & 1, call.num_threads = 2;
+                const int64_t of_left[] = {mode & 2 ? K : M, mode & 2 ? M : K};
+                const int64_t of_right[] = {mode & 4 ? N : K, mode & 4 ? K : N}, of_out[] = {M, N};
+                const int64_t step = mode & 8 ? 2 : 1;
+                Buffer left(of_left, element, 1, 1), right(of_right, element, step, 1), out(of_out, element, 1, 1);
+                if (mode & 2) std::swap(left.view.stride[0], left.view.stride[1]);
+                if (mode & 4) std::swap(right.view.stride[0], right.view.stride[1]);
+                call.left = left.view, call.right = right.view, call.out = out.view;
+                TRITONKERN_ISA::local_correlation::multiply(call);
+                ++calls;
             }
         }
     }

@@ -14,7 +14,7 @@ LINEAR_FWD, LINEAR_BWD = op.local_correlation_linear_fwd, op.local_correlation_l
 BOTH = pytest.mark.parametrize("linear", [False, True], ids=["alone", "linear"])
 
 
-@pytest.fixture(params=native_backends(op.NAME))
+@pytest.fixture(params=[p for p in native_backends(op.NAME) if p.id != "reference"])
 def where(request):
     return request.param
 
@@ -52,8 +52,8 @@ def test_opcheck(where, linear, layout):
     forward, backward = (LINEAR_FWD, LINEAR_BWD) if linear else (FWD, BWD)
     out = forward(*inputs, *options, where[0])
     saved = inputs[:4] if linear else inputs
-    for wanted in ([True] * len(saved), [False, True, False, True][: len(saved)]):
-        torch.library.opcheck(backward, (torch.randn_like(out), *saved, *options, wanted, where[0]))
+    for needs_grad in ([True] * len(inputs), [False, True, False, True, False][: len(inputs)]):
+        torch.library.opcheck(backward, (torch.randn_like(out), *saved, *options, needs_grad, where[0]))
     torch.library.opcheck(forward, (*(x.requires_grad_() for x in inputs), *options, where[0]))
 
 
@@ -68,9 +68,9 @@ def test_fake_outputs_are_like_real_ones(where, linear, layout, dtype):
     options = (1, False, True)
     out, fake = forward(*inputs, *options, where[0]), forward(*meta, *options)
     saved = slice(4 if linear else 3)
-    for wanted in ([True] * len(inputs[saved]), [False] * len(inputs[saved])):
-        grads = backward(out, *inputs[saved], *options, wanted, where[0])
-        fakes = backward(fake, *meta[saved], *options, wanted)
+    for needs_grad in ([True] * len(inputs), [False] * len(inputs)):
+        grads = backward(out, *inputs[saved], *options, needs_grad, where[0])
+        fakes = backward(fake, *meta[saved], *options, needs_grad)
         for real, other in zip((out, *grads), (fake, *fakes), strict=True):
             assert (real.shape, real.stride(), real.dtype) == (other.shape, other.stride(), other.dtype)
 
@@ -150,25 +150,9 @@ def test_a_dispatch_mode_sees_one_operator(where, linear):
     assert [function for function in counter.seen if function.namespace == "tritonkern"] == expected
 
 
-@BOTH
-def test_derivatives_that_do_not_exist_are_refused(where, linear):
-    inputs = [x.requires_grad_() for x in tensors(linear, where[1])]
-    out = correlate(linear, where[0])(*inputs)
-    (grad,) = torch.autograd.grad(out.square().sum(), inputs[0], create_graph=True)
-    with pytest.raises(RuntimeError, match="local_correlation.* has no second derivative"):
-        grad.sum().backward()
-    plain = [x.detach() for x in inputs]
-    for at in range(len(plain)):
-
-        def function(x, at=at):
-            return correlate(linear, where[0])(*plain[:at], x, *plain[at + 1 :])
-
-        with pytest.raises(NotImplementedError, match="forward-mode"):
-            torch.func.jvp(function, (plain[at],), (plain[at],))
-
-
 FEATURES, SUPPORT, COORDS, WEIGHT, BIAS = tensors(True)
 OWN = tensors(False, per_frame=True)[1]
+NESTED = torch.nested.nested_tensor([SUPPORT[0], SUPPORT[1]])
 
 
 @pytest.mark.parametrize(
@@ -202,6 +186,12 @@ OWN = tensors(False, per_frame=True)[1]
         ({"weight": WEIGHT.double()}, TypeError, "weight must have the dtype of features"),
         ({"bias": BIAS[1:]}, ValueError, r"bias must have shape \(7,\), as weight has rows, got \(6,\)"),
         ({"bias": 1.0}, TypeError, "bias must be a torch.Tensor"),
+        ({"weight": None}, TypeError, "weight must be a torch.Tensor, got NoneType"),
+        ({"support": None}, TypeError, "support must be a torch.Tensor, got NoneType"),
+        ({"coords": torch.tensor(1.0)}, ValueError, r"coords must have shape \[B, T, N, 2\], got \(\)"),
+        ({"features": torch.tensor(1.0)}, ValueError, "features must have shape"),
+        ({"support": NESTED}, TypeError, "support must be a dense"),
+        ({"coords": COORDS.to_sparse()}, TypeError, "coords must be a dense"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -215,19 +205,44 @@ def test_bad_arguments(arguments, error, message):
 
 
 def test_direct_calls_of_the_operators_are_checked():
-    """Kernels take raw pointers, so whoever calls `torch.ops` must not get past the checks either."""
+    """Kernels use the addresses of tensors, so callers of `torch.ops` must not get past the checks either."""
     good, options = (FEATURES, SUPPORT, COORDS), (1, False, True)
-    out = FWD(*good, *options, "reference")
-    flat = LINEAR_FWD(*good, WEIGHT, BIAS, *options, "reference")
-    for bad in (COORDS.double(), COORDS[:1]):
-        with pytest.raises(ValueError):
-            FWD(*good[:2], bad, *options, "reference")
-    with pytest.raises(ValueError):
-        FWD(*good, 16, False, True, "reference")
+    out = FWD(*good, *options)
+    flat = LINEAR_FWD(*good, WEIGHT, BIAS, *options)
+    with pytest.raises(TypeError, match="coords must be torch.float32"):
+        FWD(*good[:2], COORDS.double(), *options)
+    with pytest.raises(ValueError, match="coords"):
+        FWD(*good[:2], COORDS[:1], *options)
+    with pytest.raises(ValueError, match="radius"):
+        FWD(*good, 16, False, True)
     for bad in (out[:1], out.double()):
         with pytest.raises(ValueError, match="grad_out"):
-            BWD(bad, *good, *options, [True] * 3, "reference")
+            BWD(bad, *good, *options, [True] * 3)
     with pytest.raises(ValueError, match="grad_out"):
-        LINEAR_BWD(flat[..., 1:], *good, WEIGHT, *options, [True] * 4, "reference")
+        LINEAR_BWD(flat[..., 1:], *good, WEIGHT, *options, [True] * 5)
     with pytest.raises(ValueError, match="weight"):
-        LINEAR_BWD(flat, *good, WEIGHT[:, 1:], *options, [True] * 4, "reference")
+        LINEAR_BWD(flat, *good, WEIGHT[:, 1:], *options, [True] * 5)
+    with pytest.raises(ValueError, match="needs_grad must have 5 flags"):
+        LINEAR_BWD(flat, *good, WEIGHT, *options, [True] * 4)
+
+
+def test_the_binding_names_the_argument():
+    _cpp = pytest.importorskip("tritonkern._cpp", exc_type=ImportError)
+    tensors = dict(features=FEATURES, support=SUPPORT, position=COORDS, out=FEATURES.new_empty(2, 3, 5, 27))
+    options = dict(radius=1, zeros=False, y_first=True, num_threads=1)
+    _cpp.local_correlation_forward(**tensors, **options)
+    for name, bad, error in (
+        ("features", FEATURES.int(), TypeError),
+        ("support", SUPPORT[..., 1:], ValueError),
+        ("position", COORDS.double(), TypeError),
+        ("out", tensors["out"][..., 1:], ValueError),
+        ("out", tensors["out"].mT.contiguous().mT, ValueError),
+        ("radius", 16, ValueError),
+    ):
+        with pytest.raises(error, match=name):
+            _cpp.local_correlation_forward(**{**tensors, **options, name: bad})
+    left, right, out = torch.zeros(3, 4), torch.zeros(4, 5), torch.zeros(3, 5)
+    _cpp.local_correlation_multiply(left, right, False, 1, out)
+    for arguments, name in (((left[:, 1:], right, out), "right"), ((left, right, out[1:]), "out")):
+        with pytest.raises(ValueError, match=name):
+            _cpp.local_correlation_multiply(*arguments[:2], False, 1, arguments[2])

@@ -150,15 +150,29 @@ def track_attention_backward(
     grad_inverse_variance: Tensor | None,
 ) -> None: ...
 def local_correlation_forward(
-    shape: Sequence[int], options: tuple[int, int, bool, bool, bool, int], tensors: Sequence[_Tensor], /
+    features: Tensor,
+    support: Tensor,
+    position: Tensor,
+    radius: int,
+    zeros: bool,
+    y_first: bool,
+    num_threads: int,
+    out: Tensor,
 ) -> None: ...
 def local_correlation_backward(
-    shape: Sequence[int],
-    options: tuple[int, int, bool, bool, bool, int],
-    tensors: Sequence[_Tensor],
-    grads: Sequence[_Tensor],
-    /,
+    grad_out: Tensor,
+    features: Tensor,
+    support: Tensor,
+    position: Tensor,
+    radius: int,
+    zeros: bool,
+    y_first: bool,
+    num_threads: int,
+    grad_features: Tensor | None,
+    grad_support: Tensor | None,
+    grad_position: Tensor | None,
 ) -> None: ...
+def local_correlation_multiply(left: Tensor, right: Tensor, add: bool, num_threads: int, out: Tensor) -> None: ...
 def is_amd() -> bool: ...
 def full_attention_forward(
     query: Tensor, key: Tensor, value: Tensor, scale: float, num_threads: int, out: Tensor, lse: Tensor

@@ -1,13 +1,18 @@
-// Gradients of local correlation, added to what the caller has. Sums run over frames or points in their order, whoever runs
-// what: one task adds to a band of rows of a frame of features, or to the supports of a point.
+// Gradients of local correlation, added to the caller's. With g[t, n, p, s] the gradient of the result, G of the values at the
+// cells (`spread` of g) and v those values:
+//   grad_features[t, cell] += sum over n, s of G[t, n, cell, s] support[n, s]
+//   grad_support[n, s]     += sum over t, cells of G[t, n, cell, s] features[t, cell]
+//   grad_position[t, n]    += `slopes` of v and g
+// One task adds to a band of rows of a frame of features, or to the supports and positions of a point. Sums are in the order of
+// points or frames, so they do not depend on the number of threads.
 #pragma once
 
 #include "local_correlation/forward.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::local_correlation {
 
 template <class S, class R>
-class LocalBackward {
+class Backward {
     using A = Accumulator<S>;
 
     const LocalCorrelation& call;
@@ -30,23 +35,22 @@ class LocalBackward {
               grad_support(arena.take<A>(call.S * supports.rows_pitch())) {}
     };
 
-    // Cells to which gradients are added: a pointer and the gradients of their values.
+    // The cells of a lattice that exist: a pointer to the channels, and the gradients of the values there.
     template <class Target>
-    struct Met {
-        Target* rows[kMostSide * kMostSide];
-        const A* grads[kMostSide * kMostSide];
+    struct ExistingCells {
+        Target* rows[kMaxSide * kMaxSide];
+        const A* grads[kMaxSide * kMaxSide];
         int64_t count = 0;
     };
 
   public:
-    explicit LocalBackward(const LocalCorrelation& call)
-        : call(call), P((2 * call.radius + 1) * (2 * call.radius + 1)) {}
+    explicit Backward(const LocalCorrelation& call) : call(call), P((2 * call.radius + 1) * (2 * call.radius + 1)) {}
 
     void run() const {
         Arena count;
         Scratch(call, P, count);
         if (call.grad_features.data) {
-            // So many bands that the frames make work for the threads of a large machine.
+            // Few frames are divided into bands, so that there is work for the threads of a large machine.
             const int64_t bands = max<int64_t>(1, min(call.height, 32 / max<int64_t>(1, call.B * call.T)));
             parallel_for(call.B * call.T * bands, 1, call.num_threads, count.used,
                          [&](int64_t first, int64_t last, Arena arena) {
@@ -76,22 +80,22 @@ class LocalBackward {
         A* frame = static_cast<A*>(call.grad_features.data) + b * stride[0] + t * stride[1];
         for (int64_t n = 0; n < call.N; ++n) {
             lattice.place(call, b, t, n);
-            const auto meets = [&](int64_t row) { return begin <= row && row < end; };
-            if (!lattice.known || std::none_of(lattice.row_index, lattice.row_index + lattice.side, meets)) continue;
+            const auto in_band = [&](int64_t row) { return begin <= row && row < end; };
+            if (!lattice.known || std::none_of(lattice.row_index, lattice.row_index + lattice.side, in_band)) continue;
             scratch.supports.load_rows(b, n, t);
             load_grads(b, t, n, scratch);
             merge_repeated_cells(lattice, supports.pitch, scratch.grad_values);
-            Met<A> met;
+            ExistingCells<A> cells;
             for (int64_t y = 0; y < lattice.side; ++y) {
-                if (!meets(lattice.row_index[y]) || repeated(lattice.row_index, y, lattice.side)) continue;
+                if (!in_band(lattice.row_index[y]) || repeated(lattice.row_index, y, lattice.side)) continue;
                 for (int64_t x = 0; x < lattice.side; ++x) {
                     const int64_t column = lattice.column_index[x];
                     if (column < 0 || repeated(lattice.column_index, x, lattice.side)) continue;
-                    met.rows[met.count] = frame + lattice.row_index[y] * stride[2] + column * stride[3];
-                    met.grads[met.count++] = scratch.grad_values + (y * lattice.side + x) * supports.pitch;
+                    cells.rows[cells.count] = frame + lattice.row_index[y] * stride[2] + column * stride[3];
+                    cells.grads[cells.count++] = scratch.grad_values + (y * lattice.side + x) * supports.pitch;
                 }
             }
-            add_products(met.rows, met.grads, met.count, supports.rows(), supports.rows_pitch(), call.S, call.C);
+            add_products(cells.rows, cells.grads, cells.count, supports.rows(), supports.rows_pitch(), call.S, call.C);
         }
     }
 
@@ -130,14 +134,14 @@ class LocalBackward {
 
     void add_to_support(Scratch& scratch) const {
         const Lattice<S>& lattice = scratch.lattice;
-        Met<const A> met;
+        ExistingCells<const A> cells;
         for (int64_t i = 0; i < lattice.cells; ++i) {
             if (lattice.row_index[i / lattice.side] < 0 || lattice.column_index[i % lattice.side] < 0) continue;
-            met.rows[met.count] = scratch.cells.rows[i];
-            met.grads[met.count++] = scratch.grad_values + i * scratch.supports.pitch;
+            cells.rows[cells.count] = scratch.cells.rows[i];
+            cells.grads[cells.count++] = scratch.grad_values + i * scratch.supports.pitch;
         }
         const int64_t pitch = scratch.supports.rows_pitch();
-        add_transposed_products(met.rows, met.grads, met.count, call.S, pitch, scratch.grad_support, pitch);
+        add_transposed_products(cells.rows, cells.grads, cells.count, call.S, pitch, scratch.grad_support, pitch);
     }
 
     void write_support(int64_t b, int64_t n, int64_t t, const Scratch& scratch) const {
@@ -178,7 +182,7 @@ class LocalBackward {
         spread(scratch.grad_samples, lattice.side, pitch, lattice.slow, lattice.fast, scratch.grad_values);
     }
 
-    // Beyond a border several cells of a lattice are one cell of the map; the last of them takes the gradients of all.
+    // Beyond the border several cells of a lattice are one cell of the map; the last of them gets the gradients of all.
     static bool repeated(const int64_t* index, int64_t i, int64_t side) {
         return i + 1 < side && index[i] == index[i + 1];
     }
@@ -197,4 +201,4 @@ class LocalBackward {
     }
 };
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::local_correlation

@@ -1,58 +1,119 @@
-// The Python face of local correlation.
+// Bindings of local correlation. Inputs may have any strides.
 #include "common/bindings.h"
 
-#include <pybind11/stl.h>
-
-#include <array>
-#include <tuple>
+#include <utility>
 
 #include "local_correlation/call.h"
 
 namespace tritonkern {
+namespace {
 
-// (data pointer, strides) of a tensor; fewer than five strides are followed by zeros. A pointer of 0: not wanted.
-using PyView = std::pair<uintptr_t, std::array<int64_t, 5>>;
-// dtype, dtype of rows, zeros, supports_differ, x_is_fast, number of threads
-using PyLocalOptions = std::tuple<int, int, bool, bool, bool, int>;
+// The map as the kernels get it: transposed where x is the slow axis of offsets.
+TensorView map_of(TensorView x, bool x_is_fast) {
+    if (!x_is_fast) std::swap(x.shape[2], x.shape[3]), std::swap(x.stride[2], x.stride[3]);
+    return x;
+}
 
-inline LocalCorrelation local_correlation(const std::array<int64_t, 8>& shape, const PyLocalOptions& options,
-                                          const std::array<PyView, 4>& tensors) {
+// [B, N, S, C] as [B, N, T, S, C] with the same vectors in every frame.
+TensorView per_frame(TensorView x, int64_t T) {
+    if (x.rank == 5) return x;
+    for (int axis = 4; axis > 2; --axis) x.shape[axis] = x.shape[axis - 1], x.stride[axis] = x.stride[axis - 1];
+    x.rank = 5, x.shape[2] = T, x.stride[2] = 0;
+    return x;
+}
+
+void expect_adjacent(const char* name, const TensorView& x) {
+    if (x.stride[x.rank - 1] != 1) throw std::invalid_argument(std::string(name) + " must have an adjacent last axis");
+}
+
+// rows: out or grad_out, [B, T, N, P * S].
+LocalCorrelation describe(const char* rows_name, const TensorView& rows, const TensorView& features,
+                          const TensorView& support, const TensorView& position, int64_t radius, bool zeros,
+                          bool y_first, int num_threads) {
+    expect_rank("features", features, 5);
+    expect_floating("features", features);
+    expect_rank("support", support, support.rank == 5 ? 5 : 4);
+    if (radius < 0 || radius > kMaxLocalRadius)
+        throw std::invalid_argument("radius must be from 0 to 15, got " + std::to_string(radius));
     LocalCorrelation call{};
-    const auto view = [](const PyView& x) {
-        TensorView result;
-        result.data = reinterpret_cast<void*>(x.first);
-        for (int i = 0; i < 5; ++i) result.stride[i] = x.second[i];
-        return result;
-    };
-    call.B = shape[0], call.T = shape[1], call.N = shape[2], call.height = shape[3], call.width = shape[4];
-    call.C = shape[5], call.S = shape[6], call.radius = shape[7];
-    int dtype, rows_dtype;
-    std::tie(dtype, rows_dtype, call.zeros, call.supports_differ, call.x_is_fast, call.num_threads) = options;
-    call.dtype = static_cast<DType>(dtype), call.rows_dtype = static_cast<DType>(rows_dtype);
-    call.features = view(tensors[0]), call.support = view(tensors[1]), call.position = view(tensors[2]);
-    call.rows = view(tensors[3]);
+    call.dtype = features.dtype, call.rows_dtype = rows.dtype;
+    call.features = map_of(features, y_first), call.support = per_frame(support, features.shape[1]);
+    call.position = position, call.rows = rows;
+    call.B = features.shape[0], call.T = features.shape[1], call.N = support.shape[1];
+    call.height = call.features.shape[2], call.width = call.features.shape[3], call.C = features.shape[4];
+    call.S = call.support.shape[3], call.radius = radius;
+    call.zeros = zeros, call.supports_differ = support.rank == 5, call.x_is_fast = y_first;
+    call.num_threads = num_threads;
+    if (call.height < 1 || call.width < 1 || call.C < 1)
+        throw std::invalid_argument("features must have at least one cell and channel");
+    expect("support", call.support, call.dtype, {call.B, call.N, call.T, call.S, call.C});
+    expect("position", position, accumulator(call.dtype), {call.B, call.T, call.N, 2});
+    const int64_t samples = (2 * radius + 1) * (2 * radius + 1);
+    expect(rows_name, rows, rows.dtype == call.dtype ? call.dtype : accumulator(call.dtype),
+           {call.B, call.T, call.N, samples * call.S});
+    expect_adjacent(rows_name, rows);
     return call;
 }
 
+void forward(const TensorView& features, const TensorView& support, const TensorView& position, int64_t radius,
+             bool zeros, bool y_first, int num_threads, const TensorView& out) {
+    const auto call = describe("out", out, features, support, position, radius, zeros, y_first, num_threads);
+    TRITONKERN_KERNEL(local_correlation, forward)(call);
+}
+
+// The gradient of x, or null; in the type of sums, with adjacent channels.
+TensorView gradient(const char* name, const TensorView& grad, const TensorView& x) {
+    if (grad.rank < 0) return grad;
+    expect_shape(name, grad, x.rank, x.shape);
+    expect_dtype(name, grad, accumulator(x.dtype));
+    return grad;
+}
+
+void backward(const TensorView& grad_out, const TensorView& features, const TensorView& support,
+              const TensorView& position, int64_t radius, bool zeros, bool y_first, int num_threads,
+              const TensorView& grad_features, const TensorView& grad_support, const TensorView& grad_position) {
+    auto call = describe("grad_out", grad_out, features, support, position, radius, zeros, y_first, num_threads);
+    call.grad_features = gradient("grad_features", grad_features, features);
+    call.grad_support = gradient("grad_support", grad_support, support);
+    call.grad_position = gradient("grad_position", grad_position, position);
+    if (call.grad_features.data) {
+        expect_adjacent("grad_features", call.grad_features);
+        call.grad_features = map_of(call.grad_features, y_first);
+    }
+    if (call.grad_support.data) {
+        expect_adjacent("grad_support", call.grad_support);
+        call.grad_support = per_frame(call.grad_support, call.T);
+    }
+    TRITONKERN_KERNEL(local_correlation, backward)(call);
+}
+
+void multiply(const TensorView& left, const TensorView& right, bool add, int num_threads, const TensorView& out) {
+    expect_rank("left", left, 2);
+    expect_rank("right", right, 2);
+    LocalCorrelationProduct call{};
+    call.dtype = left.dtype, call.M = left.shape[0], call.K = left.shape[1], call.N = right.shape[1];
+    call.add = add, call.num_threads = num_threads;
+    call.left = left, call.right = right, call.out = out;
+    expect("left", left, accumulator(left.dtype), {call.M, call.K});
+    expect("right", right, left.dtype, {call.K, call.N});
+    expect("out", out, left.dtype, {call.M, call.N});
+    expect_contiguous("out", out);
+    if (left.stride[0] != 1 && left.stride[1] != 1)
+        throw std::invalid_argument("left must have adjacent numbers along one of its axes");
+    TRITONKERN_KERNEL(local_correlation, multiply)(call);
+}
+
+}  // namespace
+
 TRITONKERN_BINDINGS(m) {
-    const py::call_guard<py::gil_scoped_release> unlocked;
-    m.def(
-        "local_correlation_forward",
-        [=](const std::array<int64_t, 8>& shape, const PyLocalOptions& options, const std::array<PyView, 4>& tensors) {
-            TRITONKERN_OLD_KERNEL(local_correlation_forward)(local_correlation(shape, options, tensors));
-        },
-        unlocked);
-    m.def(
-        "local_correlation_backward",
-        [=](const std::array<int64_t, 8>& shape, const PyLocalOptions& options, const std::array<PyView, 4>& tensors,
-            const std::array<PyView, 3>& grads) {
-            auto call = local_correlation(shape, options, {tensors[0], tensors[1], tensors[2], tensors[3]});
-            const auto gradients = local_correlation(shape, options, {grads[0], grads[1], grads[2], PyView{}});
-            call.grad_features = gradients.features, call.grad_support = gradients.support;
-            call.grad_position = gradients.position;
-            TRITONKERN_OLD_KERNEL(local_correlation_backward)(call);
-        },
-        unlocked);
+    using py::arg;
+    m.def("local_correlation_forward", forward, arg("features"), arg("support"), arg("position"), arg("radius"),
+          arg("zeros"), arg("y_first"), arg("num_threads"), arg("out"), Unlocked());
+    m.def("local_correlation_backward", backward, arg("grad_out"), arg("features"), arg("support"), arg("position"),
+          arg("radius"), arg("zeros"), arg("y_first"), arg("num_threads"), arg("grad_features"), arg("grad_support"),
+          arg("grad_position"), Unlocked());
+    m.def("local_correlation_multiply", multiply, arg("left"), arg("right"), arg("add"), arg("num_threads"), arg("out"),
+          Unlocked());
 }
 
 }  // namespace tritonkern

@@ -6,7 +6,7 @@
 #include "local_correlation/lattice.h"
 #include "local_correlation/products.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::local_correlation {
 
 // `count` elements `stride` apart, in the type of sums.
 template <class S>
@@ -18,7 +18,7 @@ inline void widen_row(const S* in, int64_t stride, int64_t count, Accumulator<S>
     for (; i < count; ++i) out[i] = widen(in[i * stride]);
 }
 
-// The channels of the cells of a lattice: where they lie, or copied.
+// The channels of the cells of a lattice: in place, or copied into the type of sums.
 template <class S>
 class Cells {
     using A = Accumulator<S>;
@@ -26,7 +26,7 @@ class Cells {
     const LocalCorrelation& call;
 
   public:
-    const A* rows[kMostSide * kMostSide];  // a missing cell is a row of zeros
+    const A* rows[kMaxSide * kMaxSide];  // a missing cell is a row of zeros
     const bool in_place;
 
     Cells(const LocalCorrelation& call, bool whole_vectors, Arena& arena)
@@ -72,18 +72,19 @@ class Supports {
     static constexpr int64_t L = kLanes<A>;
 
   public:
-    const int64_t pitch;  // lanes of a plane: S rounded up to whole vectors
+    const int64_t pitch;  // lanes of a plane of values: S rounded up to whole vectors
 
     Supports(const LocalCorrelation& call, Arena& arena)
         : pitch(round_up(call.S, L)),
           call(call),
-          // A few supports more than whole vectors are dot products along the channels.
+          // A few supports beyond the last whole vector are dot products along the channels instead.
           dots(call.S % L <= L / 4 ? call.S % L : 0),
           vectors(ceil_div(call.S - dots, L)),
           row_pitch(round_up(call.C, L)),
           row(arena.take<A>(round_up(call.S, L) * round_up(call.C, L))),
           panels(arena.take<A>(vectors * L * row_pitch)) {}
 
+    // Loads them as rows alone.
     void load_rows(int64_t b, int64_t n, int64_t t) {
         const int64_t* stride = call.support.stride;
         const S* support = static_cast<const S*>(call.support.data) + b * stride[0] + n * stride[1] + t * stride[2];
@@ -95,7 +96,7 @@ class Supports {
         }
     }
 
-    // What `correlate` needs.
+    // Loads the supports of point n (in frame t, where they differ), ready for `correlate`.
     void load(int64_t b, int64_t n, int64_t t) {
         load_rows(b, n, t);
         for (int64_t first = 0; first < vectors; first += kTileVectors) {
@@ -110,7 +111,8 @@ class Supports {
     const A* rows() const { return row; }
     int64_t rows_pitch() const { return row_pitch; }
 
-    // values[cell * pitch + s]; lanes beyond S are zero. Meanwhile the rows `next`, unless null, are fetched.
+    // values[cell * pitch + s] = cells[cell] . support[s]; lanes beyond S are zero. The rows `next`, unless null, are prefetched
+    // meanwhile.
     void correlate(const A* const* cells, int64_t count, A* values, const A* const* next = nullptr) const {
         int64_t i = 0;
         for (; i + kTileCells <= count; i += kTileCells) correlate_tile<kTileCells>(cells, i, values, next);
@@ -153,4 +155,4 @@ class Supports {
     A *const row, *const panels;
 };
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::local_correlation

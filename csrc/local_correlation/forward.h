@@ -1,25 +1,26 @@
-// Correlations of all points with the samples around them.
+// The correlations of all points:
+//   out[t, n, p, s] = support[n, s] . f_t(position[t, n] + offset[p]),   f_t: frame t, bilinearly interpolated
 #pragma once
 
 #include <limits>
 
 #include "local_correlation/correlator.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::local_correlation {
 
-// The samples of one point and frame in the caller's memory; P * S adjacent numbers of type R.
+// The row of out or grad_out of one point and frame: P * S adjacent numbers of type R.
 template <class R>
 inline R* sample_row(const LocalCorrelation& call, int64_t b, int64_t t, int64_t n) {
     const int64_t* stride = call.rows.stride;
     return static_cast<R*>(call.rows.data) + b * stride[0] + t * stride[1] + n * stride[2];
 }
 
-// Frames of one point that are one task. Packing its supports costs about as much as one frame.
+// Frames of one point per task. Packing its supports costs about as much as one frame.
 constexpr int64_t kTaskFrames = 16;
 
-// R: the type of the result.
+// S, R: types of the inputs and of the result.
 template <class S, class R>
-class LocalForward {
+class Forward {
     using A = Accumulator<S>;
 
     struct Scratch {
@@ -42,7 +43,7 @@ class LocalForward {
     const LocalCorrelation& call;
 
   public:
-    explicit LocalForward(const LocalCorrelation& call) : call(call) {}
+    explicit Forward(const LocalCorrelation& call) : call(call) {}
 
     void run() const {
         Arena count;
@@ -100,4 +101,4 @@ class LocalForward {
     }
 };
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::local_correlation

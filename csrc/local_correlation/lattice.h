@@ -1,8 +1,8 @@
 // The cells that all samples of a point share, and interpolation between values at them.
 //
-//   o---o---o---o      Samples (x) are a whole number of cells apart, so that all have the same place between their four
-//   | x | x | x |      cells (o): `radius` 1 has 3 x 3 samples and 4 x 4 cells.
-//   o---o---o---o      Values at cells are planes of `pitch` lanes, one lane a support.
+//   o---o---o---o      Samples (x) are a whole number of cells apart, so all of them have the same position between their
+//   | x | x | x |      four cells (o): `radius` 1 has 3 x 3 samples and 4 x 4 cells.
+//   o---o---o---o      Values at cells are planes of `pitch` lanes, one lane per support.
 #pragma once
 
 #include <algorithm>
@@ -11,18 +11,18 @@
 #include "common/strided.h"
 #include "local_correlation/call.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::local_correlation {
 
-constexpr int64_t kMostSide = 32;
+constexpr int64_t kMaxSide = 2 * kMaxLocalRadius + 2;
 
 template <class S>
 struct Lattice {
     using A = Accumulator<S>;
 
     int64_t side, cells;
-    A slow, fast;                                           // fractions, of a step to the next row and column
-    bool known;                                             // false for a NaN position: nothing else is valid
-    int64_t row_index[kMostSide], column_index[kMostSide];  // clamped to the map; -1 where there is no cell
+    A slow, fast;                                         // fractions, of a step to the next row and column
+    bool known;                                           // false for a NaN position; then nothing else is valid
+    int64_t row_index[kMaxSide], column_index[kMaxSide];  // clamped to the map; -1: no cell
 
     explicit Lattice(const LocalCorrelation& call) : side(2 * call.radius + 2), cells(side * side) {}
 
@@ -39,7 +39,7 @@ struct Lattice {
 
   private:
     A axis(A position, int64_t size, const LocalCorrelation& call, int64_t* index) const {
-        // Beyond these, and at infinity, the samples meet the border alone, or nothing.
+        // Beyond these positions, and at infinity, the samples are the border alone, or zeros.
         position = max(A(-call.radius - 2), min(A(size + call.radius), position));
         const A floor = std::floor(position);
         for (int64_t i = 0; i < side; ++i) {
@@ -56,13 +56,14 @@ TRITONKERN_INLINE Vec<A> between(Vec<A> x, Vec<A> y, A fraction) {
     return (1 - fraction) * x + fraction * y;
 }
 
-// out[i] = between rows[i] and next[i]; `count` lanes, whole vectors.
+// out[i] = (1 - fraction) rows[i] + fraction next[i] for `count` lanes, whole vectors.
 template <class A>
 inline void between(const A* rows, const A* next, A fraction, int64_t count, A* out) {
     for (int64_t i = 0; i < count; i += kLanes<A>) store(out + i, between<A>(load(rows + i), load(next + i), fraction));
 }
 
-// Values at the cells -> samples[p * S + s], `count` in all. `row` holds a row of cells.
+// samples[p * S + s], `count` in all, from the values v at the cells, with row = (1 - slow) v[y] + slow v[y + 1]:
+//   samples[y, x] = (1 - fast) row[x] + fast row[x + 1]
 template <class A>
 inline void interpolate(const A* values, int64_t side, int64_t pitch, int64_t S, A slow, A fast, A* row, A* samples,
                         int64_t count) {
@@ -71,14 +72,15 @@ inline void interpolate(const A* values, int64_t side, int64_t pitch, int64_t S,
         between(here, here + side * pitch, slow, side * pitch, row);
         for (int64_t x = 0; x + 1 < side; ++x, samples += S, count -= S) {
             A* sample = row + x * pitch;
-            // Whole vectors may be written over the samples that follow, but not beyond the last one.
+            // Whole vectors may overwrite the samples that follow, which are written later, but not what is beyond the last.
             between(sample, sample + pitch, fast, pitch, count >= pitch ? samples : sample);
             if (count < pitch) std::copy(sample, sample + S, samples);
         }
     }
 }
 
-// The transpose of `interpolate`: gradients of samples (planes of `pitch` lanes) -> gradients of the values at the cells.
+// The transpose of `interpolate`: gradients g of the samples (planes of `pitch` lanes) -> gradients of the values at the cells.
+//   grad_values[y, x] = (1 - slow) sum[y, x] + slow sum[y - 1, x],   sum[y, x] = (1 - fast) g[y, x] + fast g[y, x - 1]
 template <class A>
 inline void spread(const A* grad_samples, int64_t side, int64_t pitch, A slow, A fast, A* grad_values) {
     for (int64_t i = 0; i < side * pitch; i += kLanes<A>) store(grad_values + i, Vec<A>{});
@@ -97,7 +99,8 @@ inline void spread(const A* grad_samples, int64_t side, int64_t pitch, A slow, A
     }
 }
 
-// The gradients of the two fractions.
+// The gradients of the two fractions: g times the slopes of the bilinear interpolation, summed over samples and supports.
+//   grad_fast = sum g[y, x] between(v[y, x + 1] - v[y, x], v[y + 1, x + 1] - v[y + 1, x]),   grad_slow likewise along y
 template <class A>
 inline void slopes(const A* values, const A* grad_samples, int64_t side, int64_t pitch, A slow, A fast, A* grad_slow,
                    A* grad_fast) {
@@ -119,4 +122,4 @@ inline void slopes(const A* values, const A* grad_samples, int64_t side, int64_t
     *grad_slow = sums[0], *grad_fast = sums[1];
 }
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::local_correlation

@@ -1,25 +1,25 @@
-// Products of the cells of a lattice with supports, from registers. Rows of cells are read where they lie.
+// Products of the cells of a lattice with supports, whose sums stay in registers. Rows of cells are read in place.
 #pragma once
 
 #include "common/banded.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::local_correlation {
 
-// Cells and vectors of supports whose sums stay in registers; the number of cells is always a multiple of 4.
+// Cells and vectors of supports of one tile of sums; the number of cells is always a multiple of 4.
 #if defined(__AVX512F__) || defined(__aarch64__)
 constexpr int kTileCells = 8;
 #else
 constexpr int kTileCells = 4;
 #endif
 constexpr int kTileVectors = 3;
-// Of the products that add to memory: rows, beside kColumns vectors of channels.
+// Rows of a tile of the products that add to memory; it has kColumns vectors of channels.
 constexpr int kSums = 6;
-// Long sums are made of shorter ones, so that rounding errors grow less.
+// Channels per partial sum: sums of short sums have smaller rounding errors.
 constexpr int64_t kDepth = 128;
 
 namespace detail {
 
-// values[cell * pitch + support] for Cells cells and V vectors of supports; panel[channel * V * lanes + support].
+// values[cell * pitch + s] = rows[cell] . support[s] for Cells cells and V vectors of supports; panel[channel * V * lanes + s].
 template <class A, int Cells, int V>
 inline void tile(const A* const* rows, const A* panel, int64_t channels, A* values, int64_t pitch) {
     constexpr int L = kLanes<A>;
@@ -141,4 +141,4 @@ inline void add_transposed_products(const A* const* rows, const A* const* weight
     });
 }
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::local_correlation

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from tritonkern.functional._arguments import autocast, real, refuse_forward_mode
 from tritonkern.ops import _backends
-from tritonkern.ops._contract import accumulator
+from tritonkern.ops._checks import check_dense
+from tritonkern.ops._dtypes import accumulator
 from tritonkern.ops.correlation_soft_argmax import op as _match_op
 from tritonkern.ops.local_correlation import op as _local_op
 
@@ -165,10 +166,11 @@ def local_correlation(
     All-Pair Correspondence for Point Tracking", ECCV 2024) and, on square maps, the local correlation of TAPIR (Doersch
     et al., ICCV 2023).
     """
-    features, support = autocast(features, support)
-    position, options = _local_correlation(features, support, coords, radius, padding, align_corners, axis_order)
     _backends.check_name(backend)
-    return _local_op.local_correlation_fwd(features, support, position, *options, backend)
+    features, support = autocast(features, support)
+    position = _position(features, support, coords, align_corners)
+    samples = _samples(radius, padding, axis_order)
+    return _local_op.local_correlation_fwd(features, support, position, *samples, backend)
 
 
 def local_correlation_linear(
@@ -199,12 +201,14 @@ def local_correlation_linear(
     Raises:
         TypeError, ValueError, NotImplementedError: as `local_correlation`.
     """
-    features, support, weight, bias = autocast(features, support, weight, bias)
-    position, options = _local_correlation(features, support, coords, radius, padding, align_corners, axis_order)
     _backends.check_name(backend)
-    _local_op.check_linear(features, support, weight, bias, radius)
-    refuse_forward_mode("local_correlation_linear", *(x for x in (weight, bias) if x is not None))
-    return _local_op.local_correlation_linear_fwd(features, support, position, weight, bias, *options, backend)
+    features, support, weight, bias = autocast(features, support, weight, bias)
+    position = _position(features, support, coords, align_corners)
+    samples = _samples(radius, padding, axis_order)
+    check_dense("weight", weight)
+    if bias is not None:
+        check_dense("bias", bias)
+    return _local_op.local_correlation_linear_fwd(features, support, position, weight, bias, *samples, backend)
 
 
 def correlation_pyramid(
@@ -288,25 +292,21 @@ def correlation_pyramid(
     return torch.cat(found, -1)
 
 
-def _local_correlation(
-    features: Tensor,
-    support: Tensor,
-    coords: Tensor,
-    radius: int,
-    padding: str,
-    align_corners: bool,
-    axis_order: str,
-) -> tuple[Tensor, tuple[int, bool, bool]]:
-    """Positions and options as the operators of local correlation take them."""
-    _local_op.check_tensors(features, support, coords)
-    _local_op.check_radius(radius)
+def _position(features: Tensor, support: Tensor, coords: Tensor, align_corners: bool) -> Tensor:
+    """Coordinates as the operators take them: in the type of sums, cell centres at whole numbers."""
+    for name, x in (("features", features), ("support", support), ("coords", coords)):
+        check_dense(name, x)
+    if not isinstance(align_corners, bool):
+        raise TypeError(f"align_corners must be a bool, got {type(align_corners).__name__}")
+    position = coords.to(accumulator(features.dtype))
+    return position if align_corners else position - 0.5
+
+
+def _samples(radius: int, padding: str, axis_order: str) -> _local_op.Samples:
+    if isinstance(radius, bool) or not isinstance(radius, int | torch.SymInt):
+        raise TypeError(f"radius must be an int, got {type(radius).__name__}")
     if padding not in ("border", "zeros"):
         raise ValueError(f"padding must be 'border' or 'zeros', got {padding!r}")
     if axis_order not in ("xy", "yx"):
         raise ValueError(f"axis_order must be 'xy' or 'yx', got {axis_order!r}")
-    if not isinstance(align_corners, bool):
-        raise TypeError(f"align_corners must be a bool, got {type(align_corners).__name__}")
-    refuse_forward_mode("local_correlation", features, support, coords)
-    position = coords.to(accumulator(features.dtype))
-    position = position if align_corners else position - 0.5
-    return position, (radius, padding == "zeros", axis_order == "yx")
+    return _local_op.Samples(radius, padding == "zeros", axis_order == "yx")
