@@ -12,12 +12,14 @@ pytest.importorskip("triton")
 
 from test_triton_aot import SHARED_KIB, TARGETS, compile_only, pool, resources  # noqa: E402, F401
 
+from tritonkern.ops.local_correlation.op import Samples  # noqa: E402
+
 HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
 # (channels, supports, radius, dtype): CoTracker3, LocoTrack, TAPIR, something odd.
 CASES = [(128, 49, 3, SINGLE), (128, 49, 3, HALF), (256, 49, 3, torch.float16), (256, 1, 3, HALF), (19, 70, 4, SINGLE)]
 CASES += [(64, 49, 3, DOUBLE)]
 # Bytes of stack that are no spilled registers: the kernel uses 80 of 255.
-STACK = {("sm_100", "support_kernel", 49): 8}
+STACK = {("sm_100", "local_correlation_bwd_kernel_support", 49): 8}
 
 
 @pytest.mark.slow
@@ -36,10 +38,9 @@ def launch(kernels, channels, supports, radius, dtype, points=3, frames=2, grid=
         (1, points, frames, supports, channels) if own else (1, points, supports, channels), dtype=dtype
     )
     position = torch.zeros(1, frames, points, 2, dtype=place)
-    out = torch.zeros(1, frames, points, (2 * radius + 1) ** 2, supports, dtype=dtype)
-    inputs = (features, support, position, radius, True, False)
-    kernels.correlate_into(out, *inputs)
-    kernels.add_gradients(out, *inputs, features.to(place), support.to(place), torch.zeros_like(position))
+    samples = Samples(radius, True, False)
+    out = kernels.forward(features, support, position, samples)
+    kernels.backward(out, features, support, position, samples, [True] * 3)
 
 
 def measure(target, *case):

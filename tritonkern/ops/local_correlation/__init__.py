@@ -1,1 +1,1 @@
-"""Supports of points times the features around them, frame by frame; see README.md in this folder."""
+"""Support vectors of points times the features around them, per frame; see README.md in this folder."""

@@ -1,5 +1,8 @@
-"""The operators of a backend from its kernels. The linear layer is applied block by block, so that the correlations of a
-block stay in the caches and those of the whole call are never stored."""
+"""The operators of a backend from its kernels.
+
+The linear layer is applied block by block: the correlations of a block stay in the caches, and those of the whole call
+are never stored.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +27,8 @@ class Kernels(NamedTuple):
     readable: Callable[[Tensor], Tensor]
     """``readable(features)``: the features in a layout that the kernels read without copying them again."""
     correlate_into: Callable[..., None]
-    """``correlate_into(out, features, support, position, samples)`` writes `[B, T, N, P * S]` in the dtype of out, which
-    is that of features or of sums; its last axis is adjacent."""
+    """``correlate_into(out, features, support, position, samples)`` writes `[B, T, N, P * S]`. out has the dtype of
+    features or of sums, and an adjacent last axis."""
     add_gradients: Callable[..., None]
     """``add_gradients(grad_out, features, support, position, samples, *grads)`` adds to those of the three gradients
     that are not None; they have the dtype of sums and adjacent channels. grad_out is as out above."""
@@ -114,7 +117,7 @@ def linear_backward(
 def _correlations(kernels: Kernels, tensors: tuple, samples: Samples) -> Tensor:
     """Of a block, `[points, P * S]` in the dtype of sums."""
     _, support, position = tensors
-    flat = position.new_empty((*position.shape[:3], samples.count * support.shape[-2]))
+    flat = position.new_empty((*position.shape[:3], samples.total * support.shape[-2]))
     kernels.correlate_into(flat, *tensors, samples)
     return flat.flatten(0, 2)
 

@@ -1,7 +1,6 @@
 """Tiles of the Triton kernels by the number of samples, supports and channels, and dtype.
 
-Estimate, not tuned. Known from ahead-of-time compilation (tests/test_local_correlation_triton.py) is that nothing
-spills on sm_80, sm_90, sm_100 and gfx942.
+Estimates, not tuned. Ahead-of-time compilation (tests/test_local_correlation_triton.py) shows that nothing spills.
 """
 
 from __future__ import annotations
@@ -10,11 +9,12 @@ from typing import NamedTuple
 
 import torch
 
-from tritonkern.ops._contract import tf32_allowed as tf32_allowed
+from tritonkern.ops._dtypes import tf32_allowed as tf32_allowed
+from tritonkern.ops._triton import block_size
 
 
 class Tile(NamedTuple):
-    """Of samples, supports and channels; a program goes through all tiles of its point."""
+    """Samples, supports and channels of a tile; a program computes all tiles of its point, one after the other."""
 
     samples: int
     supports: int
@@ -23,13 +23,9 @@ class Tile(NamedTuple):
 
 
 def tile(samples: int, supports: int, channels: int, dtype: torch.dtype) -> Tile:
-    """A matrix unit takes at least 16 of each; float64 goes without, and its products are cubes in registers."""
+    """A matrix unit takes at least 16 of each. float64 does not use it: its products are cubes in registers."""
     if dtype == torch.float64:
         return Tile(16, 16, 8, 4)
     if dtype == torch.float32:
-        return Tile(16, _power(supports, 64), 16, 4)
-    return Tile(_power(samples, 32), _power(supports, 64), _power(channels, 32), 4)
-
-
-def _power(n: int, most: int) -> int:
-    return min(most, 1 << max(4, (n - 1).bit_length()))
+        return Tile(16, min(64, block_size(supports)), 16, 4)
+    return Tile(min(32, block_size(samples)), min(64, block_size(supports)), min(32, block_size(channels)), 4)

@@ -28,7 +28,7 @@ class Samples(NamedTuple):
     """Whether y is the slow axis of p and x the fast one, as in an image, or the other way round."""
 
     @property
-    def count(self) -> int:
+    def total(self) -> int:
         return (2 * self.radius + 1) ** 2
 
 
@@ -64,7 +64,7 @@ def check_inputs(features: Tensor, support: Tensor, position: Tensor, samples: S
 
 
 def _check_linear(features: Tensor, support: Tensor, weight: Tensor, bias: Tensor | None, samples: Samples) -> None:
-    inputs = samples.count * support.shape[-2]
+    inputs = samples.total * support.shape[-2]
     for name, x, dims in (("weight", weight, 2), ("bias", bias, 1)):
         if x is None:
             continue
@@ -90,7 +90,7 @@ def _check_backward(grad_out: Tensor, shape: tuple[int, ...], features: Tensor, 
 
 def result_shape(support: Tensor, position: Tensor, samples: Samples) -> tuple[int, ...]:
     """`[B, T, N, P, S]`"""
-    return (*position.shape[:3], samples.count, support.shape[-2])
+    return (*position.shape[:3], samples.total, support.shape[-2])
 
 
 @operator(NAME, "forward")
@@ -107,7 +107,7 @@ def local_correlation_bwd(
     """Gradients of features, support and position, contiguous; of shape [0] where not needed."""
     check_inputs(features, support, position, samples)
     _check_backward(grad_out, result_shape(support, position, samples), features, needs_grad, 3)
-    return lambda: _empty_gradients((features, support, position), needs_grad)
+    return lambda: (_like(features, needs_grad[0]), _like(support, needs_grad[1]), _like(position, needs_grad[2]))
 
 
 @operator(NAME, "linear_forward")
@@ -135,13 +135,16 @@ def local_correlation_linear_bwd(
     _check_linear(features, support, weight, None, samples)
     _check_backward(grad_out, (*position.shape[:3], weight.shape[0]), features, needs_grad, 5)
     return lambda: (
-        *_empty_gradients((features, support, position, weight), needs_grad[:4]),
-        weight.new_empty(weight.shape[0] if needs_grad[4] else 0),
+        _like(features, needs_grad[0]),
+        _like(support, needs_grad[1]),
+        _like(position, needs_grad[2]),
+        _like(weight, needs_grad[3]),
+        _like(weight[:, 0], needs_grad[4]),
     )
 
 
-def _empty_gradients(inputs: tuple[Tensor, ...], needs_grad: list[bool]) -> tuple[Tensor, ...]:
-    return tuple(x.new_empty(x.shape if needed else 0) for x, needed in zip(inputs, needs_grad, strict=True))
+def _like(x: Tensor, needed: bool) -> Tensor:
+    return x.new_empty(x.shape if needed else 0)
 
 
 def _save(ctx, inputs, output):

@@ -62,7 +62,7 @@ def linear_backward(
     flat = _correlations(features, support, position, samples).flatten(3)
     grad_weight = torch.einsum("btno,btni->oi", grad_out, flat).to(weight.dtype)
     grad_bias = grad_out.sum((0, 1, 2)).to(weight.dtype)
-    grad_flat = rearrange(grad_out @ accurate(weight), "b t n (p s) -> b t n p s", p=samples.count)
+    grad_flat = rearrange(grad_out @ accurate(weight), "b t n (p s) -> b t n p s", p=samples.total)
     grads = backward(grad_flat, features, support, position, samples, needs_grad[:3])
     nothing = weight.new_empty(0)
     return (*grads, grad_weight if needs_grad[3] else nothing, grad_bias if needs_grad[4] else nothing)

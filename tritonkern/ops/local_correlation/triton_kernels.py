@@ -1,32 +1,29 @@
 """Triton kernels of local correlation, and their launchers.
 
-A program has one point in one frame (for the supports' gradient: one point). The samples of a tile of channels are made
-in registers from the four cells around each, most of which are in the first-level cache by then, and multiplied with
-the supports. Nothing is multiplied with cells, samples or positions of others, so that a NaN stays where it belongs.
+A program computes one point in one frame (for the supports' gradient: one point). The samples of a tile of channels are
+made in registers from the four cells around each, most of which are in the first-level cache by then, and multiplied
+with the supports. Nothing is multiplied with cells, samples or positions of other points, so a NaN does not spread.
+
+Kernels are specialised for the alignment of tensors, which makes loads of channels wide, and for no other argument.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonkern.ops.local_correlation import configs, reference
-
-
-@triton.jit
-def _product(a, b, total, PRECISION: tl.constexpr):
-    """total + a @ b; matrix units do not take float64 everywhere."""
-    if a.dtype == tl.float64:
-        return total + tl.sum(a[:, :, None] * b[None, :, :], 1)
-    else:
-        return tl.dot(a, b, total, input_precision=PRECISION)
+from tritonkern.ops._triton import launch, product
+from tritonkern.ops.local_correlation import blocks, configs, reference
+from tritonkern.ops.local_correlation.op import Samples
 
 
 @triton.jit
 def _axis(position, size, RADIUS: tl.constexpr):
-    """Cell and fraction of a position; beyond the ends, and at infinity, samples meet the border alone, or nothing."""
+    """Cell and fraction of a position. Far outside, and at infinity, all samples are the border, or zeros."""
     position = tl.where(position == position, position, 0.0)
     position = tl.minimum(tl.maximum(position, -RADIUS - 2.0), size + RADIUS + 0.0)
     cell = tl.floor(position)
@@ -38,7 +35,7 @@ def _corner(
     cell_x, cell_y, fraction_x, fraction_y, p, height, width,
     DX: tl.constexpr, DY: tl.constexpr, RADIUS: tl.constexpr, ZEROS: tl.constexpr, Y_FIRST: tl.constexpr,
 ):  # fmt: skip
-    """Of the samples p: the cell DX and DY steps after its floor, whether it exists, and its weights along x and y."""
+    """For the samples p: index of the cell DX, DY steps after the floor, whether it exists, its weights in x and y."""
     SIDE: tl.constexpr = 2 * RADIUS + 1
     first = p // SIDE - RADIUS
     second = p % SIDE - RADIUS
@@ -56,6 +53,7 @@ def _corner(
 
 @triton.jit
 def _cells(frame, index, exists, c, C: tl.constexpr, ACC: tl.constexpr):
+    """Channels c of the cells, `[p, c]`; zeros where there is no cell."""
     mask = exists[:, None] & (c < C)[None, :]
     return tl.load(frame + index[:, None] * C + c[None, :], mask=mask, other=0.0).to(ACC)
 
@@ -65,6 +63,7 @@ def _samples(
     frame, cell_x, cell_y, fraction_x, fraction_y, p, c, height, width,
     C: tl.constexpr, RADIUS: tl.constexpr, ZEROS: tl.constexpr, Y_FIRST: tl.constexpr, ACC: tl.constexpr,
 ):  # fmt: skip
+    """f(position + offset[p]) = sum over the four corners of along_x along_y cell, `[p, c]`."""
     total = tl.zeros([p.shape[0], c.shape[0]], ACC)
     for corner in tl.static_range(4):
         index, exists, along_x, along_y = _corner(
@@ -75,11 +74,12 @@ def _samples(
 
 
 @triton.jit(do_not_specialize=["frames", "points", "height", "width"])
-def forward_kernel(
+def local_correlation_fwd_kernel(
     features, support, position, out, frames: tl.int64, points: tl.int64, height: tl.int32, width: tl.int32,
     C: tl.constexpr, S: tl.constexpr, RADIUS: tl.constexpr, ZEROS: tl.constexpr, Y_FIRST: tl.constexpr,
     OWN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """out[row, p, s] = support[s] . f(position[row] + offset[p]),   row = (b, t, n). OWN: supports differ by frame."""
     ACC: tl.constexpr = tl.float64 if features.dtype.element_ty == tl.float64 else tl.float32
     P: tl.constexpr = (2 * RADIUS + 1) * (2 * RADIUS + 1)
     row = tl.program_id(0).to(tl.int64)  # [B, T, N]
@@ -97,27 +97,31 @@ def forward_kernel(
         for first_s in range(0, S, BLOCK_S):
             s = first_s + tl.arange(0, BLOCK_S)
             total = tl.zeros([BLOCK_P, BLOCK_S], ACC)
-            for first_c in range(0, C, BLOCK_C):
+            for first_c in range(0, C, BLOCK_C):  # total: products of the channels before first_c
                 c = first_c + tl.arange(0, BLOCK_C)
                 sample = _samples(
                     frame, cell_x, cell_y, fraction_x, fraction_y, p, c, height, width, C, RADIUS, ZEROS, Y_FIRST, ACC
                 )
                 mask = (c < C)[:, None] & (s < S)[None, :]
                 vector = tl.load(vectors + s[None, :] * C + c[:, None], mask=mask, other=0.0)
-                total = _product(sample.to(vector.dtype), vector, total, PRECISION)
+                total = product(sample, vector, total, PRECISION)
             total = tl.where(known, total, float("nan"))
-            to = out + row * P * S + p[:, None] * S + s[None, :]
-            tl.store(to, total.to(out.dtype.element_ty), mask=(p < P)[:, None] & (s < S)[None, :])
+            target = out + row * P * S + p[:, None] * S + s[None, :]
+            tl.store(target, total.to(out.dtype.element_ty), mask=(p < P)[:, None] & (s < S)[None, :])
 
 
 @triton.jit(do_not_specialize=["frames", "points", "height", "width"])
-def features_kernel(
+def local_correlation_bwd_kernel_features(
     grad_out, features, support, position, grad_features, grad_position, frames: tl.int64, points: tl.int64,
     height: tl.int32, width: tl.int32,
     C: tl.constexpr, S: tl.constexpr, RADIUS: tl.constexpr, ZEROS: tl.constexpr, Y_FIRST: tl.constexpr,
     OWN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Adds to the gradients of the cells that a point read, and writes that of its position."""
+    """With grad[p] = sum over s of grad_out[row, p, s] support[s]:
+
+    grad_features[cell] += sum over p of weight[p, cell] grad[p]          (atomic: points share cells)
+    grad_position[row]   = sum over p, corners of slope[p, corner] cell[p, corner] . grad[p]
+    """
     ACC: tl.constexpr = tl.float64 if features.dtype.element_ty == tl.float64 else tl.float32
     P: tl.constexpr = (2 * RADIUS + 1) * (2 * RADIUS + 1)
     row = tl.program_id(0).to(tl.int64)
@@ -132,27 +136,27 @@ def features_kernel(
     cell_y, fraction_y = _axis(y, height, RADIUS)
     grad_x = tl.zeros([BLOCK_P], ACC)
     grad_y = tl.zeros([BLOCK_P], ACC)
-    for first_p in range(0, P, BLOCK_P):
-        p = tl.where(known, first_p + tl.arange(0, BLOCK_P), P)  # nobody knows where a NaN position was
+    for first_p in range(0, P, BLOCK_P):  # grad_x, grad_y: sums over the samples before first_p, by place in the tile
+        p = tl.where(known, first_p + tl.arange(0, BLOCK_P), P)  # a NaN position has no cells
         for first_c in range(0, C, BLOCK_C):
             c = first_c + tl.arange(0, BLOCK_C)
             grad = tl.zeros([BLOCK_P, BLOCK_C], ACC)
-            for first_s in range(0, S, BLOCK_S):
+            for first_s in range(0, S, BLOCK_S):  # grad: products of the supports before first_s
                 s = first_s + tl.arange(0, BLOCK_S)
                 mask = (p < P)[:, None] & (s < S)[None, :]
                 arriving = tl.load(grad_out + row * P * S + p[:, None] * S + s[None, :], mask=mask, other=0.0)
                 mask = (s < S)[:, None] & (c < C)[None, :]
                 vector = tl.load(vectors + s[:, None] * C + c[None, :], mask=mask, other=0.0)
-                grad = _product(arriving.to(ACC), vector.to(ACC), grad, PRECISION)
+                grad = product(arriving, vector.to(ACC), grad, PRECISION)
             for corner in tl.static_range(4):
                 index, exists, along_x, along_y = _corner(
                     cell_x, cell_y, fraction_x, fraction_y, p, height, width, corner % 2, corner // 2, RADIUS, ZEROS,
                     Y_FIRST,
                 )  # fmt: skip
                 if grad_features is not None:
-                    to = grad_features + start + index[:, None] * C + c[None, :]
+                    target = grad_features + start + index[:, None] * C + c[None, :]
                     mask = exists[:, None] & (c < C)[None, :]
-                    tl.atomic_add(to, along_x * along_y * grad, mask=mask, sem="relaxed")
+                    tl.atomic_add(target, along_x * along_y * grad, mask=mask, sem="relaxed")
                 if grad_position is not None:
                     value = tl.sum(_cells(features + start, index, exists, c, C, ACC) * grad, 1)
                     grad_x += value * (along_y if corner % 2 else -along_y)
@@ -163,12 +167,15 @@ def features_kernel(
 
 
 @triton.jit(do_not_specialize=["frames", "points", "height", "width"])
-def support_kernel(
+def local_correlation_bwd_kernel_support(
     grad_out, features, position, grad_support, frames: tl.int64, points: tl.int64, height: tl.int32, width: tl.int32,
     C: tl.constexpr, S: tl.constexpr, RADIUS: tl.constexpr, ZEROS: tl.constexpr, Y_FIRST: tl.constexpr,
     OWN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of a tile of the supports of one point: a sum over frames, or that of one frame."""
+    """grad_support[s] = sum over frames (OWN: one) and p of grad_out[row, p, s] f(position[row] + offset[p])
+
+    A program writes a tile of supports and channels of one point.
+    """
     ACC: tl.constexpr = tl.float64 if features.dtype.element_ty == tl.float64 else tl.float32
     P: tl.constexpr = (2 * RADIUS + 1) * (2 * RADIUS + 1)
     TILES_C: tl.constexpr = (C + BLOCK_C - 1) // BLOCK_C
@@ -181,7 +188,7 @@ def support_kernel(
     first_t = owner % frames if OWN else 0
     stop_t = first_t + 1 if OWN else frames
     total = tl.zeros([BLOCK_S, BLOCK_C], ACC)
-    for t in range(first_t, stop_t):
+    for t in range(first_t, stop_t):  # total: the sum over the frames before t
         frame_number = point // points * frames + t
         row = frame_number * points + point % points
         frame = features + frame_number * height * width * C
@@ -197,75 +204,85 @@ def support_kernel(
             )
             mask = (p < P)[None, :] & (s < S)[:, None]
             arriving = tl.load(grad_out + row * P * S + p[None, :] * S + s[:, None], mask=mask, other=0.0)
-            total = _product(arriving.to(ACC), sample, total, PRECISION)
+            total = product(arriving, sample, total, PRECISION)
         total = tl.where(known, total, float("nan"))
-    to = grad_support + owner * S * C + s[:, None] * C + c[None, :]
-    tl.store(to, total, mask=(s < S)[:, None] & (c < C)[None, :])
+    target = grad_support + owner * S * C + s[:, None] * C + c[None, :]
+    tl.store(target, total, mask=(s < S)[:, None] & (c < C)[None, :])
 
 
-def readable(features: Tensor) -> Tensor:
-    """Contiguous: every cell is read many times."""
-    return features.contiguous()
+def _correlate_into(out: Tensor, features: Tensor, support: Tensor, position: Tensor, samples: Samples) -> None:
+    inputs = [x.contiguous() for x in (features, support, position)]
+    arguments, constants = _arguments(features, support, position, samples)
+    rows = position.shape[:3].numel()
+    launch(local_correlation_fwd_kernel, rows, *inputs, out, *arguments, **constants)
 
 
-def correlate_into(
-    out: Tensor, features: Tensor, support: Tensor, position: Tensor, radius: int, zeros: bool, y_first: bool
-) -> None:
-    """Writes the correlations into the contiguous `out`, in its dtype: features' or that of sums."""
-    if out.numel():
-        inputs = [x.contiguous() for x in (features, support, position)]
-        sizes, options, num_warps = _launch(features, support, position, radius, zeros, y_first)
-        forward_kernel[(position.shape[:3].numel(),)](*inputs, out, *sizes, *options, num_warps=num_warps, num_stages=2)
-
-
-def add_gradients(
+def _add_gradients(
     grad_out: Tensor,
     features: Tensor,
     support: Tensor,
     position: Tensor,
-    radius: int,
-    zeros: bool,
-    y_first: bool,
+    samples: Samples,
     grad_features: Tensor | None,
     grad_support: Tensor | None,
     grad_position: Tensor | None,
 ) -> None:
-    """Adds to the gradients that are not None; they have the dtype of sums, and that of features is contiguous."""
-    if not grad_out.numel():
-        return
     if grad_features is not None and torch.are_deterministic_algorithms_enabled():
-        # Points that share cells add to them in any order here, in a fixed one there.
-        slow = (grad_features, None, None)
-        reference.add_gradients(grad_out, features, support, position, radius, zeros, y_first, *slow)
+        # The atomic additions of points that share cells have no fixed order; the reference has one.
+        grad = grad_out.unflatten(-1, (samples.total, -1))
+        grad_features += reference.backward(grad, features, support, position, samples, [True, False, False])[0]
         grad_features = None
-    arriving, *inputs = [x.contiguous() for x in (grad_out, features, support, position)]
-    sizes, options, num_warps = _launch(features, support, position, radius, zeros, y_first)
+    grad_out, *inputs = [x.contiguous() for x in (grad_out, features, support, position)]
+    arguments, constants = _arguments(features, support, position, samples)
     if grad_features is not None or grad_position is not None:
-        places = None if grad_position is None else torch.empty_like(inputs[2])
-        grid = (position.shape[:3].numel(),)
-        features_kernel[grid](
-            arriving, *inputs, grad_features, places, *sizes, *options, num_warps=num_warps, num_stages=2
-        )
-        if grad_position is not None and places is not None:
-            grad_position += places
+        slopes = None if grad_position is None else torch.empty_like(inputs[2])
+        results = (grad_features, slopes)
+        rows = position.shape[:3].numel()
+        launch(local_correlation_bwd_kernel_features, rows, grad_out, *inputs, *results, *arguments, **constants)
+        if grad_position is not None and slopes is not None:
+            grad_position += slopes
     if grad_support is not None:
         sums = torch.empty(support.shape, dtype=position.dtype, device=support.device)
-        block_s, block_c = options[-3], options[-2]
-        tiles = triton.cdiv(support.shape[-1], block_c) * triton.cdiv(support.shape[-2], block_s)
-        grid = (support.shape[:-2].numel() * tiles,)
-        support_kernel[grid](arriving, inputs[0], inputs[2], sums, *sizes, *options, num_warps=num_warps, num_stages=2)
+        tiles = triton.cdiv(support.shape[-1], constants["BLOCK_C"]) * triton.cdiv(
+            support.shape[-2], constants["BLOCK_S"]
+        )
+        programs = support.shape[:-2].numel() * tiles
+        tensors = (grad_out, inputs[0], inputs[2], sums)
+        launch(local_correlation_bwd_kernel_support, programs, *tensors, *arguments, **constants)
         grad_support += sums
 
 
-def _launch(
-    features: Tensor, support: Tensor, position: Tensor, radius: int, zeros: bool, y_first: bool
-) -> tuple[tuple[int, ...], tuple[int | bool | str, ...], int]:
-    """Sizes, constants and warps of the kernels."""
+def _multiply_into(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
+    out.addmm_(left, right, beta=int(add))
+
+
+def _arguments(
+    features: Tensor, support: Tensor, position: Tensor, samples: Samples
+) -> tuple[tuple[int, ...], dict[str, int | bool | str]]:
+    """Sizes and constants of the kernels."""
     height, width, channels = features.shape[2:]
     supports = support.shape[-2]
-    tile = configs.tile((2 * radius + 1) ** 2, supports, channels, features.dtype)
-    blocks = (tile.samples, tile.supports, tile.channels)
-    precision = "tf32" if configs.tf32_allowed() else "ieee"
-    own = support.dim() == 5
-    sizes = (position.shape[1], position.shape[2], height, width)
-    return sizes, (channels, supports, radius, zeros, y_first, own, *blocks, precision), tile.num_warps
+    tile = configs.tile(samples.total, supports, channels, features.dtype)
+    constants = {
+        "C": channels,
+        "S": supports,
+        "RADIUS": samples.radius,
+        "ZEROS": samples.zeros,
+        "Y_FIRST": samples.y_first,
+        "OWN": support.dim() == 5,
+        "BLOCK_P": tile.samples,
+        "BLOCK_S": tile.supports,
+        "BLOCK_C": tile.channels,
+        "PRECISION": "tf32" if configs.tf32_allowed() else "ieee",
+        "num_warps": tile.num_warps,
+        "num_stages": 2,
+    }
+    return (position.shape[1], position.shape[2], height, width), constants
+
+
+# Every cell is read many times, so features are made contiguous once.
+_KERNELS = blocks.Kernels(Tensor.contiguous, _correlate_into, _add_gradients, _multiply_into)
+forward = functools.partial(blocks.forward, _KERNELS)
+backward = functools.partial(blocks.backward, _KERNELS)
+linear_forward = functools.partial(blocks.linear_forward, _KERNELS)
+linear_backward = functools.partial(blocks.linear_backward, _KERNELS)
