@@ -128,14 +128,14 @@ def test_second_derivative_is_refused(case):
 
 def test_transforms_of_functions_are_refused(case):
     function, x = case
-    for derivative in (
-        torch.func.grad(total(function)),
-        torch.func.grad(lambda x: torch.func.grad(total(function))(x).sum()),
-        torch.vmap(torch.func.grad(total(function))),
-        torch.func.jacrev(function),
+    for derivative, at in (
+        (torch.func.grad(total(function)), x),
+        (torch.func.grad(lambda x: torch.func.grad(total(function))(x).sum()), x),
+        (torch.vmap(torch.func.grad(total(function))), x[None]),
+        (torch.func.jacrev(function), x),
     ):
         with pytest.raises(NotImplementedError, match="cannot be differentiated by torch.func"):
-            derivative(x[None])
+            derivative(at)
 
 
 def test_compiled_second_derivative_is_refused(case):
