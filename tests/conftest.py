@@ -34,8 +34,8 @@ if collect_ignore_glob and os.environ.get("CI"):
 
 
 # Seconds that a test may take on an idle machine with two cores unless it is marked slow. The smaller of wall-clock and
-# CPU time is compared, because other work on a shared machine makes the first grow. Caches and clocks of a shared machine
-# still make the second grow up to fourfold, so that a test above _QUICK is listed at the end, and fails above _TOO_SLOW.
+# CPU time is compared, because other work on a shared machine makes the first grow. It can make the second grow up to
+# fourfold as well, so that a test above _QUICK is listed at the end, and fails only above _TOO_SLOW.
 _QUICK, _TOO_SLOW = 5.0, 20.0
 
 # Files whose slow tests take minutes, in the order in which they start: the longest ones first (`make test-slow`).
