@@ -89,9 +89,14 @@ inline void expect_like(const char* name, const TensorView& x, const TensorView&
     expect_dtype(name, x, other.dtype);
 }
 
-inline void expect_contiguous(const char* name, const TensorView& x) {
+inline bool is_empty(const TensorView& x) {
     for (int i = 0; i < x.rank; ++i)
-        if (x.shape[i] == 0) return;
+        if (x.shape[i] == 0) return true;
+    return false;
+}
+
+inline void expect_contiguous(const char* name, const TensorView& x) {
+    if (is_empty(x)) return;
     int64_t stride = 1;
     for (int i = x.rank - 1; i >= 0; stride *= x.shape[i--])
         if (x.stride[i] != stride && x.shape[i] > 1)
@@ -100,7 +105,7 @@ inline void expect_contiguous(const char* name, const TensorView& x) {
 }
 
 inline void expect_adjacent_channels(const char* name, const TensorView& x) {
-    if (x.stride[x.rank - 1] != 1)
+    if (!is_empty(x) && x.stride[x.rank - 1] != 1)
         throw std::invalid_argument(std::string(name) +
                                     " must have adjacent numbers along its last axis, got strides " +
                                     text_of(x.rank, x.stride));

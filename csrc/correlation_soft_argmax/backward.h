@@ -1,30 +1,31 @@
-// Gradients of query and features. With c_i the score of cell i and p_i its share of the softmax within the disc,
+// Gradients of query and features. With c_i the cost of cell i and p_i its share of the softmax within the disc,
 //
-//   d c_i = temperature * p_i * (centre_i - point) . grad_point            in the disc
-//           + grad_mean / cells                                             everywhere: one vector for a whole frame
-//           + grad_max at the best cell, grad_min at the worst
-//   grad_query = sum over frames and cells of d c_i * feature_i,   grad_feature_i = sum over queries of d c_i * query
+//   grad_c_i       = temperature * p_i * (centre_i - point) . grad_point    in the disc
+//                    + grad_mean / cells                                     in every cell: one vector for a whole frame
+//                    + grad_maximum in the best cell, grad_minimum in the worst one
+//   grad_query     = sum over frames and cells of grad_c_i * feature_i
+//   grad_feature_i = sum over queries of grad_c_i * query
 //
-// Scores in the disc are computed again, for each of the two, rather than kept: a disc may be the whole grid.
+// Costs in the disc are computed twice, once for each of the two sums, instead of stored: a disc may be the whole grid.
 #pragma once
 
 #include "correlation_soft_argmax/cells.h"
 #include "correlation_soft_argmax/disc.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::correlation_soft_argmax {
 
 template <class S>
-class CorrelationBackward {
+class Backward {
     using A = Accumulator<S>;
 
     const CorrelationSoftArgmax& call;
     const Disc disc;
     const int64_t cells, padded, strip, strips;
     const int threads;
-    // For the mean: sums over the queries [B, T, padded], and over the features [B, T, strips, padded].
+    // For grad_mean: weighted sums over the queries [B, T, padded], sums over the features [B, T, strips, padded].
     std::vector<A> query_sum, features_sum;
 
-    // Of the queries in a task, whose features are read frame by frame.
+    // Queries per task; a task reads the features frame by frame for all of them.
     static constexpr int64_t kChunk = 16;
 
     struct Scratch {
@@ -38,9 +39,9 @@ class CorrelationBackward {
     };
 
   public:
-    explicit CorrelationBackward(const CorrelationSoftArgmax& c)
+    explicit Backward(const CorrelationSoftArgmax& c)
         : call(c),
-          disc(c.radius, c.height, c.width),
+          disc(c.limit, c.height, c.width),
           cells(c.height * c.width),
           padded(round_up(c.C, kLanes<A>)),
           // The gradients of a strip, and its features, stay in a second-level cache of 512 KiB.
@@ -81,18 +82,18 @@ class CorrelationBackward {
                      [&](int64_t i, int64_t, Arena arena) { body(i, Scratch(padded, grads, call.C, arena)); });
     }
 
-    A scale_of(int64_t b, int64_t n) const {
-        return call.cosine ? static_cast<const A*>(call.query_scale)[b * call.N + n] : A(1);
+    A inverse_norm_of_query(int64_t b, int64_t n) const {
+        return call.cosine ? static_cast<const A*>(call.query_inverse_norm)[b * call.N + n] : A(1);
     }
-    const A* scales_of(int64_t b, int64_t t) const {
-        return call.cosine ? static_cast<const A*>(call.features_scale) + (b * call.T + t) * cells : nullptr;
+    const A* inverse_norms_of_frame(int64_t b, int64_t t) const {
+        return call.cosine ? static_cast<const A*>(call.features_inverse_norm) + (b * call.T + t) * cells : nullptr;
     }
 
     const A* unit_query(int64_t b, int64_t n, A* scratch) const {
         const A* row = Cells<S>::queries(call, b).row(n, scratch);
         if (!call.cosine) return row;
-        const A scale = scale_of(b, n);
-        for (int64_t d = 0; d < padded; d += kLanes<A>) store(scratch + d, load(row + d) * scale);
+        const A factor = inverse_norm_of_query(b, n);
+        for (int64_t d = 0; d < padded; d += kLanes<A>) store(scratch + d, load(row + d) * factor);
         return scratch;
     }
 
@@ -106,8 +107,9 @@ class CorrelationBackward {
         });
     }
 
-    // use(cell, gradient of its score, its row) for those of the cells begin..end-1 that query n reaches in frame t, but
-    // for the gradient of the mean. Normalised features are scale * row.
+    // use(cell, gradient of its cost without that of the mean, its row) for the cells among begin..end-1 that are in the
+    // disc of query n in frame t or are its best or worst. The feature is row, with `cosine` factor * row.
+    // `best` and `worst` may hold any number: cells outside of the grid do not take part.
     template <class Use>
     void for_gradients(int64_t b, int64_t n, int64_t t, int64_t begin, int64_t end, const A* query, A* row_scratch,
                        const Use& use) const {
@@ -115,7 +117,7 @@ class CorrelationBackward {
         const auto at = [&](const void* x) { return static_cast<const A*>(x)[pair]; };
         const Cells<S> frame = Cells<S>::frame(call, b, t);
         if (call.grad_points) {
-            const A* scale = scales_of(b, t);
+            const A* factor = inverse_norms_of_frame(b, t);
             const PointGradient<A> gradient(A(call.temperature), at(call.maximum), at(call.weight),
                                             static_cast<const A*>(call.points) + 2 * pair,
                                             static_cast<const A*>(call.grad_points) + 2 * pair, best, call.width);
@@ -124,8 +126,8 @@ class CorrelationBackward {
                 const A* rows[Batch<A>::kSize];
                 for (int i = 0; i < batch.count; ++i) rows[i] = frame.row(batch.cell[i], row_scratch + i * padded);
                 row_products(query, rows, batch.count, padded, batch.score);
-                if (scale) {
-                    for (int i = 0; i < batch.count; ++i) batch.score[i] *= scale[batch.cell[i]];
+                if (factor) {
+                    for (int i = 0; i < batch.count; ++i) batch.score[i] *= factor[batch.cell[i]];
                 }
                 gradient(batch);
                 for (int i = 0; i < batch.count; ++i) use(batch.cell[i], batch.value[i], rows[i]);
@@ -146,12 +148,12 @@ class CorrelationBackward {
     void features_gradient(int64_t b, int64_t t, int64_t s, const Scratch& scratch, const Result<S>& result) {
         const int64_t begin = s * strip, end = min(begin + strip, cells), frame_index = b * call.T + t;
         const Cells<S> frame = Cells<S>::frame(call, b, t);
-        const A* scale = scales_of(b, t);
+        const A* factor = inverse_norms_of_frame(b, t);
         for (int64_t i = 0; i < end - begin; ++i) {
             A* grad = scratch.grad + i * padded;
             if (call.grad_mean) {
                 std::memcpy(grad, query_sum.data() + frame_index * padded, padded * sizeof(A));
-                add_scaled(scale ? scale[begin + i] : A(1), frame.row(begin + i, scratch.rows), padded,
+                add_scaled(factor ? factor[begin + i] : A(1), frame.row(begin + i, scratch.rows), padded,
                            features_sum.data() + (frame_index * strips + s) * padded);
             } else {
                 std::memset(grad, 0, padded * sizeof(A));
@@ -168,9 +170,9 @@ class CorrelationBackward {
         }
         for (int64_t i = 0; i < end - begin; ++i) {
             A* grad = scratch.grad + i * padded;
-            if (scale) {
+            if (factor) {
                 const A* row = frame.row(begin + i, scratch.rows);
-                normalize_backward(row, scale[begin + i], A(call.eps), padded, grad);
+                normalize_backward(row, factor[begin + i], A(call.eps), padded, grad);
             }
             result.write((frame_index * cells + begin + i) * call.C, call.C, grad);
         }
@@ -180,12 +182,12 @@ class CorrelationBackward {
         const int64_t end = min(begin + kChunk, call.N);
         std::memset(scratch.grad, 0, (end - begin) * padded * sizeof(A));
         for (int64_t t = 0; t < call.T; ++t) {
-            const A* scale = scales_of(b, t);
+            const A* factor = inverse_norms_of_frame(b, t);
             for (int64_t n = begin; n < end; ++n) {
                 A* sum = scratch.grad + (n - begin) * padded;
                 const A* query = unit_query(b, n, scratch.query);
                 for_gradients(b, n, t, 0, cells, query, scratch.rows, [&](int64_t cell, A grad, const A* row) {
-                    add_scaled(scale ? grad * scale[cell] : grad, row, padded, sum);
+                    add_scaled(factor ? grad * factor[cell] : grad, row, padded, sum);
                 });
                 if (call.grad_mean) {
                     const A grad = static_cast<const A*>(call.grad_mean)[(b * call.N + n) * call.T + t] / A(cells);
@@ -197,11 +199,11 @@ class CorrelationBackward {
             A* grad = scratch.grad + (n - begin) * padded;
             if (call.cosine) {
                 const A* row = Cells<S>::queries(call, b).row(n, scratch.query);
-                normalize_backward(row, scale_of(b, n), A(call.eps), padded, grad);
+                normalize_backward(row, inverse_norm_of_query(b, n), A(call.eps), padded, grad);
             }
             result.write((b * call.N + n) * call.C, call.C, grad);
         }
     }
 };
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::correlation_soft_argmax

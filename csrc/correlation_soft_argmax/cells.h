@@ -1,4 +1,4 @@
-// Feature vectors as rows that vector code can use, their products, and results written back.
+// Feature vectors as rows that vector code can use, products of rows, and the writing of results.
 #pragma once
 
 #include <cmath>
@@ -6,7 +6,7 @@
 #include "common/strided.h"
 #include "correlation_soft_argmax/call.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::correlation_soft_argmax {
 
 // out[0..padded) = in[0..channels), then zeros.
 template <class S, class A = Accumulator<S>>
@@ -51,7 +51,7 @@ struct Cells {
         return data + y * row_stride + x * column_stride;
     }
 
-    // `padded` channels of one cell: where they lie, or widened into `scratch`.
+    // `padded` channels of one cell: in place, or widened into `scratch`.
     const A* row(int64_t cell, A* scratch) const {
         const S* in = at(cell);
         if constexpr (std::is_same_v<S, A>) {
@@ -62,7 +62,7 @@ struct Cells {
     }
 };
 
-// Brings cells into the second-level cache, some lines at a time, in the order in which they lie in memory.
+// Brings cells into the second-level cache, some lines at a time, in the order of their numbers.
 template <class S>
 class Prefetch {
     const Cells<S>& cells;
@@ -91,7 +91,7 @@ inline int64_t copied(int64_t count, int64_t channels) {
     return Cells<S>::usable_in_place(channels) ? 0 : count * round_up(channels, kLanes<Accumulator<S>>);
 }
 
-// out[i] = x_i . y_i over `dim` channels (whole vectors). Bit for bit the same wherever a pair stands among the four.
+// out[i] = x(i) . y[i] over `dim` channels (whole vectors). The bits of out[i] do not depend on i.
 template <class A, class X>
 TRITONKERN_INLINE void dots(const X& x, const A* const (&y)[4], int64_t dim, A* out) {
     constexpr int L = kLanes<A>;
@@ -145,15 +145,18 @@ inline void add_scaled(A factor, const A* x, int64_t dim, A* out) {
     for (int64_t d = 0; d < dim; d += kLanes<A>) store(out + d, load(out + d) + factor * load(x + d));
 }
 
-// The gradient of x, from the gradient of x / sqrt(max(x . x, eps)) in `grad`. Vectors shorter than sqrt(eps) were
-// divided by a constant.
+// The gradient of x, from the gradient g of u = x * factor, factor = 1 / sqrt(max(x . x, eps)), which is in `grad`:
+//   grad_x = (g - u (u . g)) * factor,   and g * factor for vectors shorter than sqrt(eps), whose factor is constant
 template <class A>
-inline void normalize_backward(const A* x, A scale, A eps, int64_t dim, A* grad) {
+inline void normalize_backward(const A* x, A factor, A eps, int64_t dim, A* grad) {
     const A *rows[4] = {x, x, x, x}, *const first[4] = {x, grad, x, x};
     A sums[4];
     dots<A>([&](int i) { return rows[i]; }, first, dim, sums);
-    const A along = sums[0] < eps ? A(0) : sums[1] * scale * scale * scale;
-    for (int64_t d = 0; d < dim; d += kLanes<A>) store(grad + d, load(grad + d) * scale - along * load(x + d));
+    const A along = sums[0] < eps ? A(0) : sums[1] * factor;
+    for (int64_t d = 0; d < dim; d += kLanes<A>) {
+        const Vec<A> unit = load(x + d) * factor;
+        store(grad + d, (load(grad + d) - unit * along) * factor);
+    }
 }
 
 // A result that is written in runs of `run` numbers, each once.
@@ -162,8 +165,8 @@ class Result {
     using A = Accumulator<S>;
 
     S* const data;
-    // Results that leave the caches before anyone reads them are written past them, in whole lines: an ordinary write of
-    // a line that is not in a cache reads it first.
+    // Results larger than the caches are written past them, in whole lines: an ordinary write of a line that is not in
+    // a cache reads it first.
     const bool streams;
 
     static constexpr int64_t kPerLine = kCacheLine / int64_t(sizeof(S));
@@ -194,4 +197,4 @@ class Result {
     }
 };
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::correlation_soft_argmax

@@ -5,7 +5,7 @@
 #include "correlation_soft_argmax/cells.h"
 #include "correlation_soft_argmax/disc.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::correlation_soft_argmax {
 
 template <class S>
 class CostVolume {
@@ -14,7 +14,7 @@ class CostVolume {
     // Costs whose maximum is found at once; the piece that has the largest is looked through again for its place.
     static constexpr int64_t kPiece = 512;
 
-    const SoftArgmax& call;
+    const SoftArgmax2d& call;
     const Disc disc;
     const int64_t frames, cells, row_stride, column_stride;
     int threads;
@@ -38,9 +38,9 @@ class CostVolume {
     }
 
   public:
-    explicit CostVolume(const SoftArgmax& c)
+    explicit CostVolume(const SoftArgmax2d& c)
         : call(c),
-          disc(c.radius, c.height, c.width),
+          disc(c.limit, c.height, c.width),
           frames(c.frames[0] * c.frames[1] * c.frames[2]),
           cells(c.height * c.width),
           row_stride(c.cost.stride[3]),
@@ -177,4 +177,4 @@ class CostVolume {
     }
 };
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::correlation_soft_argmax

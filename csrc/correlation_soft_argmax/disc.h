@@ -8,18 +8,15 @@
 #include "common/parallel.h"
 #include "common/simd.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::correlation_soft_argmax {
 
-// The cells of a grid strictly closer than `radius` to a centre.
+// The cells (x, y) of a grid with (x - centre_x)^2 + (y - centre_y)^2 < limit.
 class Disc {
     const int64_t height, width;
     std::vector<int64_t> half;  // half[|dy|]: the largest |dx|; as many entries as there are values of |dy|
 
   public:
-    Disc(double radius, int64_t h, int64_t w) : height(h), width(w) {
-        // As PyTorch compares integers with a number: in float32. Whole numbers below x are those below its ceiling.
-        const float squared = float(radius * radius);
-        const int64_t limit = squared < 0x1p62f ? int64_t(std::ceil(squared)) : int64_t(1) << 62;
+    Disc(int64_t limit, int64_t h, int64_t w) : height(h), width(w) {
         for (int64_t dy = 0; dy < h && dy * dy < limit; ++dy) {
             int64_t dx = min(int64_t(std::sqrt(double(limit - dy * dy))) + 1, w - 1);
             while (dx * dx + dy * dy >= limit) --dx;
@@ -27,13 +24,14 @@ class Disc {
         }
     }
 
-    // Whether any of the cells begin..end-1 may be near `centre`.
+    // Whether any of the cells begin..end-1 may be in the disc around `centre`.
     bool reaches(int64_t centre, int64_t begin, int64_t end) const {
         const int64_t rows = int64_t(half.size());
         return centre + rows * width > begin && centre - rows * width < end;
     }
 
-    // use(cell, dx, dy) for the cells around `centre` that are among begin..end-1, in order.
+    // use(cell, dx, dy) for the cells in the disc around `centre` that are among begin..end-1, in order; dx and dy are their
+    // distances to the centre in cells. A centre outside of the grid is allowed.
     template <class Use>
     void for_cells(int64_t centre, int64_t begin, int64_t end, const Use& use) const {
         const int64_t reach = int64_t(half.size()) - 1, row = centre / width, column = centre % width;
@@ -54,7 +52,7 @@ struct Batch {
     static constexpr int kSize = 16;
 
     alignas(kCacheLine) A dx[kSize] = {}, dy[kSize] = {}, score[kSize], value[kSize];
-    int64_t cell[kSize];  // or any other number of theirs
+    int64_t cell[kSize];  // number of the cell, or another index of its score
     int count = 0;
 
     void add(int64_t number, int64_t x, int64_t y) {
@@ -63,20 +61,24 @@ struct Batch {
     }
     bool full() const { return count == kSize; }
 
-    // use(dx, dy, e^(temperature * (score - maximum)), store position) for whole vectors; 0 beyond `count`.
+    // use(dx, dy, weight, place of the results in `value`) for whole vectors, with
+    //   weight = e^(temperature * (score - maximum)),   0 beyond `count`
     template <class Use>
     TRITONKERN_INLINE void weights(A temperature, A maximum, const Use& use) {
         for (int i = count; i < kSize; ++i) score[i] = -std::numeric_limits<A>::infinity();
         TRITONKERN_UNROLL
         for (int i = 0; i < kSize; i += kLanes<A>) {
             const Vec<A> exponent = temperature * (load(score + i) - maximum);
-            // The maximum was found with another order of sums, so that rounding may lift a score above it.
+            // The maximum was found with another order of sums, so that a rounded score may be larger than it.
             use(load(dx + i), load(dy + i), exp<A>(exponent > 0 ? Vec<A>{} : exponent), value + i);
         }
     }
 };
 
-// The soft-argmax around a finite maximum. fill(batch) puts scores to a batch of cells with numbers number(cell, dx, dy).
+// The soft-argmax around a finite maximum. With w_i = e^(temperature * (score_i - maximum)),
+//   weight = sum over the disc of w_i,   point = best + 0.5 + sum over the disc of w_i * (dx_i, dy_i) / weight
+// Offsets from the best cell lose less in a sum than coordinates. number(cell, dx, dy) is what a batch stores for a cell, and
+// fill(batch) computes the scores from these numbers.
 template <class A, class Number, class Fill>
 inline void locate(const Disc& disc, int64_t cells, int64_t width, int64_t best, A temperature, A maximum,
                    const Number& number, const Fill& fill, A* point, A* weight) {
@@ -105,8 +107,8 @@ inline void no_point(A* point, A* weight) {
     point[0] = point[1] = *weight = std::numeric_limits<A>::quiet_NaN();
 }
 
-// The gradient of the point, as a gradient of the scores around it:
-//   temperature * weight_i / sum of weights * (centre_i - point) . grad_point
+// The gradient of the scores in the disc from that of the point:
+//   grad_score_i = temperature * w_i / weight * (centre_i - point) . grad_point
 template <class A>
 struct PointGradient {
     A temperature, maximum, factor, grad_x, grad_y, constant;
@@ -125,4 +127,4 @@ struct PointGradient {
     }
 };
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::correlation_soft_argmax

@@ -4,9 +4,9 @@
 #include "correlation_soft_argmax/disc.h"
 #include "correlation_soft_argmax/product.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::correlation_soft_argmax {
 
-// How the work is cut: (b, t, chunk of queries, strip of cells), by the shapes alone, so that results do not depend on the
+// The tasks: (b, t, chunk of queries, strip of cells). They depend on the shapes alone, so that results do not depend on the
 // number of threads.
 template <class S>
 struct ForwardPlan {
@@ -35,7 +35,7 @@ struct ForwardPlan {
 };
 
 template <class S>
-class CorrelationForward {
+class Forward {
     using A = Accumulator<S>;
     using Statistics = PanelStatistics<A>;
 
@@ -43,7 +43,7 @@ class CorrelationForward {
     const ForwardPlan<S> plan;
     const Disc disc;
 
-    // So few queries leave a vector of them nearly empty; channels fill it, and cells are read one after the other.
+    // With at most this many queries a vector of queries would be nearly empty: the lanes are channels instead.
     static constexpr int64_t kFewQueries = kLanes<A> < 3 ? kLanes<A> : 3;
 
     struct Scratch {
@@ -71,14 +71,14 @@ class CorrelationForward {
     };
 
   public:
-    explicit CorrelationForward(const CorrelationSoftArgmax& c) : call(c), plan(c), disc(c.radius, c.height, c.width) {}
+    explicit Forward(const CorrelationSoftArgmax& c) : call(c), plan(c), disc(c.limit, c.height, c.width) {}
 
     void run() const {
-        if (call.cosine) scale_queries();
+        if (call.cosine) measure_queries();
         const int64_t panels = plan.chunk / kPanel<A>;
         Arena count;
         Scratch(plan, call.C, count);
-        // A thread that scans a frame alone finds the cells of the points still in a cache.
+        // A thread that scans a whole frame finds the cells of the discs still in a cache.
         if (plan.strips == 1 || plan.groups >= 4 * plan.threads) {
             parallel_for(plan.groups, 1, plan.threads, count.used, [&](int64_t index, int64_t, Arena arena) {
                 const Group group(call, plan, index);
@@ -106,7 +106,7 @@ class CorrelationForward {
     }
 
   private:
-    void scale_queries() const {
+    void measure_queries() const {
         const int64_t queries = call.B * call.N, grain = max<int64_t>(4, 65536 / plan.padded);
         parallel_for(
             queries, grain, plan.threads, copied<S>(4, call.C) * int64_t(sizeof(A)),
@@ -122,19 +122,19 @@ class CorrelationForward {
                     }
                     sums_of_squares(rows, 4, plan.padded, squares);
                     for (int64_t k = 0; k < min<int64_t>(4, last - i); ++k)
-                        static_cast<A*>(call.query_scale)[i + k] = inverse_norm(squares[k], A(call.eps));
+                        static_cast<A*>(call.query_inverse_norm)[i + k] = inverse_norm(squares[k], A(call.eps));
                 }
             });
     }
 
-    // A query, normalised if need be, in `scratch`.
+    // The query, with `cosine` normalised, in `scratch`.
     void unit_query(const Cells<S>& queries, int64_t b, int64_t n, A* scratch) const {
         const A* row = queries.row(n, scratch);
-        const A scale = call.cosine ? static_cast<const A*>(call.query_scale)[b * call.N + n] : A(1);
-        for (int64_t d = 0; d < plan.padded; d += kLanes<A>) store(scratch + d, load(row + d) * scale);
+        const A factor = call.cosine ? static_cast<const A*>(call.query_inverse_norm)[b * call.N + n] : A(1);
+        for (int64_t d = 0; d < plan.padded; d += kLanes<A>) store(scratch + d, load(row + d) * factor);
     }
 
-    // Into panels; the last ones remain in `query_rows` as well.
+    // The queries of a group as panels [padded][kPanel]. The last panel stays in `query_rows` as well, row by row.
     void pack(const Group& group, const Scratch& scratch) const {
         const Cells<S> queries = Cells<S>::queries(call, group.b);
         for (int64_t n = group.begin; n < group.end; n += kPanel<A>) {
@@ -146,27 +146,32 @@ class CorrelationForward {
         }
     }
 
-    // The statistics of a strip of cells, for each panel.
+    // Statistics of the cells of a strip in the order of their numbers, for all queries of a group. After each block of cells,
+    // with c the costs of the cells so far,
+    //   maximum = max c,   best = the first cell with c = maximum      (minimum and worst alike)
+    //   total   = sum of c
+    // A NaN counts as larger than every maximum and as smaller than every minimum, so the first NaN stays.
     void scan(const Group& group, int64_t strip, const Scratch& scratch, Statistics* statistics) const {
         const int64_t begin = strip * plan.strip, end = min(begin + plan.strip, plan.cells);
         const int64_t queries = group.end - group.begin;
         for (int64_t n = 0; n < queries; n += kPanel<A>) statistics[n / kPanel<A>].reset(begin);
         if (queries <= kFewQueries) std::memset(scratch.scores, 0, plan.block * kLanes<A> * sizeof(A));
         const Cells<S> frame = Cells<S>::frame(call, group.b, group.t);
-        A* features_scale = static_cast<A*>(call.features_scale) + (group.b * call.T + group.t) * plan.cells;
+        A* features_inverse_norm =
+            static_cast<A*>(call.features_inverse_norm) + (group.b * call.T + group.t) * plan.cells;
         for (int64_t first = begin; first < end; first += plan.block) {
             const int64_t count = min(plan.block, end - first);
             const A* rows[kMostCells];
-            A squares[kMostCells], scale[kMostCells], products[kMostCells];
-            const A* factors = call.cosine ? scale : nullptr;
+            A squares[kMostCells], inverse_norms[kMostCells], products[kMostCells];
+            const A* factors = call.cosine ? inverse_norms : nullptr;
             for (int64_t i = 0; i < count; ++i) rows[i] = frame.row(first + i, scratch.rows + i * plan.padded);
             for (int64_t i = count; i % kCellMultiple; ++i) rows[i] = rows[count - 1];
             if (call.cosine) {
                 sums_of_squares(rows, count, plan.padded, squares);
                 for (int64_t i = 0; i < count; ++i) {
-                    scale[i] = inverse_norm(squares[i], A(call.eps));
-                    // Every chunk of queries writes the same, and has it for its points at once.
-                    __atomic_store(features_scale + first + i, scale + i, __ATOMIC_RELAXED);
+                    inverse_norms[i] = inverse_norm(squares[i], A(call.eps));
+                    // Every chunk of queries writes the same number, and reads it in `finish`.
+                    __atomic_store(features_inverse_norm + first + i, inverse_norms + i, __ATOMIC_RELAXED);
                 }
             }
             if (queries <= kFewQueries) {
@@ -177,7 +182,7 @@ class CorrelationForward {
                 if (queries) detail::panel_statistics<A, 1>(scratch.scores, count, factors, first, *statistics);
                 continue;
             }
-            // The tiles read many rows side by side, each too short for the hardware to foresee the next.
+            // Tiles read many rows at once, each too short for the hardware prefetcher.
             Prefetch<S> ahead(frame, first + count, min(first + count + plan.block, end));
             const int64_t lines = ceil_div(ahead.lines(), ceil_div(queries, int64_t(kPanel<A>)) * 8);
             const auto fetch = [&] { ahead.fetch(lines); };
@@ -195,7 +200,9 @@ class CorrelationForward {
         }
     }
 
-    // Joins the strips of query n, and computes its point.
+    // Merges the strips of query n and computes its point. Strips are merged in the order of their cells, and a later strip
+    // replaces the maximum only if it is larger or the first NaN: equal cells keep the first one, as in `scan`.
+    //   mean = sum over strips of total / cells,   point: see `locate`
     void finish(const Group& group, int64_t n, const Statistics* statistics, const Scratch& scratch) const {
         const int64_t lane = (n - group.begin) % kPanel<A>, panels = plan.chunk / kPanel<A>;
         statistics += (n - group.begin) / kPanel<A>;
@@ -215,7 +222,8 @@ class CorrelationForward {
         A *point = static_cast<A*>(call.points) + 2 * pair, *weight = static_cast<A*>(call.weight) + pair;
         if (std::isfinite(maximum)) {
             const Cells<S> frame = Cells<S>::frame(call, group.b, group.t);
-            const A* features_scale = static_cast<A*>(call.features_scale) + (group.b * call.T + group.t) * plan.cells;
+            const A* features_inverse_norm =
+                static_cast<A*>(call.features_inverse_norm) + (group.b * call.T + group.t) * plan.cells;
             A* query = scratch.query_rows;
             unit_query(Cells<S>::queries(call, group.b), group.b, n, query);
             const auto score = [&](Batch<A>& batch) {
@@ -224,10 +232,10 @@ class CorrelationForward {
                     rows[i] = frame.row(batch.cell[i], scratch.rows + i * plan.padded);
                 row_products(query, rows, batch.count, plan.padded, batch.score);
                 if (call.cosine) {
-                    for (int i = 0; i < batch.count; ++i) batch.score[i] *= features_scale[batch.cell[i]];
+                    for (int i = 0; i < batch.count; ++i) batch.score[i] *= features_inverse_norm[batch.cell[i]];
                 }
             };
-            // Rounded as the scores around it are; the product that found it sums in another order.
+            // Computed again with the sums of the disc's scores; `scan` sums in another order.
             Batch<A> only;
             only.add(best, 0, 0);
             score(only);
@@ -245,4 +253,4 @@ class CorrelationForward {
     }
 };
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::correlation_soft_argmax

@@ -5,7 +5,7 @@
 
 #include "correlation_soft_argmax/cells.h"
 
-namespace tritonkern::TRITONKERN_ISA {
+namespace tritonkern::TRITONKERN_ISA::correlation_soft_argmax {
 
 // A panel is two vectors of queries: columns[channel * kPanel + query]. Its last one may be a single vector.
 template <class A>
@@ -22,7 +22,7 @@ constexpr int kNarrowTileCells = 12;
 constexpr int kCellMultiple = 12;
 constexpr int kMostCells = 48;
 
-// Of all cells seen so far, in the order of their numbers, for each query of a panel.
+// Statistics of all cells so far, in the order of their numbers, for each query of a panel.
 template <class A>
 struct PanelStatistics {
     using Integer = typename VecTypes<A>::Integer;
@@ -40,7 +40,7 @@ struct PanelStatistics {
     }
 };
 
-// Whether x becomes the extremum: if it is beyond it, or the first NaN.
+// Whether x replaces the extremum: it is beyond it, or the first NaN.
 struct Above {
     template <class V>
     TRITONKERN_INLINE auto operator()(V x, V extremum) const {
@@ -56,7 +56,7 @@ struct Below {
 
 namespace detail {
 
-// scores[cell][query] (+)= sum over `depth` channels
+// scores[cell][query] (+)= sum over `depth` channels d of rows[cell][d] * panel[d][query]
 template <class A, int Cells, int V>
 inline void tile(const A* const* rows, const A* panel, int64_t depth, bool add, A* scores) {
     constexpr int L = kLanes<A>;
@@ -86,7 +86,7 @@ inline void tile(const A* const* rows, const A* panel, int64_t depth, bool add, 
 }
 
 template <class A, int V>
-inline void panel_statistics(const A* scores, int64_t count, const A* scale, int64_t first_cell,
+inline void panel_statistics(const A* scores, int64_t count, const A* factors, int64_t first_cell,
                              PanelStatistics<A>& statistics) {
     constexpr int L = kLanes<A>;
     using Integer = typename VecTypes<A>::Integer;
@@ -96,7 +96,7 @@ inline void panel_statistics(const A* scores, int64_t count, const A* scale, int
         IntVec<A> best = load(statistics.best + v * L), worst = load(statistics.worst + v * L);
         for (int64_t i = 0; i < count; ++i) {
             Vec<A> score = load(scores + (i * V + v) * L);
-            if (scale) score = score * scale[i];
+            if (factors) score = score * factors[i];
             const IntVec<A> cell = Integer(first_cell + i) - IntVec<A>{};
             const IntVec<A> above = Above{}(score, maximum), below = Below{}(score, minimum);
             maximum = above ? score : maximum, best = above ? cell : best;
@@ -111,11 +111,11 @@ inline void panel_statistics(const A* scores, int64_t count, const A* scale, int
 
 }  // namespace detail
 
-// Takes `count` cells, numbered from `first_cell`, into the statistics of a panel of V vectors. `rows` has count rounded up
-// to kCellMultiple entries, `scores` room for as many times the queries; scale[i] multiplies the scores of a cell, unless null.
+// Adds `count` cells, numbered from `first_cell`, to the statistics of a panel of V vectors. `rows` has count rounded up
+// to kCellMultiple entries, `scores` room for as many times the queries; factors[i] multiplies the scores of a cell, unless null.
 // between_tiles() is called before each tile.
 template <class A, int V, class BetweenTiles>
-inline void update_panel(const A* const* rows, int64_t count, const A* scale, int64_t first_cell, const A* panel,
+inline void update_panel(const A* const* rows, int64_t count, const A* factors, int64_t first_cell, const A* panel,
                          int64_t dim, A* scores, PanelStatistics<A>& statistics, const BetweenTiles& between_tiles) {
     // A part of a panel and of the rows of a tile (16 + 6 KiB in float32) share the first-level cache with the scores.
     constexpr int64_t deepest = 16384 / (kPanel<A> * int64_t(sizeof(A)));
@@ -130,7 +130,7 @@ inline void update_panel(const A* const* rows, int64_t count, const A* scale, in
                                       scores + i * V * kLanes<A>);
         }
     }
-    detail::panel_statistics<A, V>(scores, count, scale, first_cell, statistics);
+    detail::panel_statistics<A, V>(scores, count, factors, first_cell, statistics);
 }
 
-}  // namespace tritonkern::TRITONKERN_ISA
+}  // namespace tritonkern::TRITONKERN_ISA::correlation_soft_argmax

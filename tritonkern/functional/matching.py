@@ -83,8 +83,6 @@ def correlation_soft_argmax(
     temperature, radius, eps = real("temperature", temperature), real("radius", radius), real("eps", eps)
     if not isinstance(cosine, bool):
         raise TypeError(f"cosine must be a bool, got {type(cosine).__name__}")
-    _match_op.check_options(temperature, radius, eps)
-    refuse_forward_mode("correlation_soft_argmax", query, features)
     return Match(*_match_op.correlation_soft_argmax_fwd(query, features, temperature, radius, cosine, eps, backend)[:4])
 
 
@@ -110,8 +108,6 @@ def soft_argmax_2d(
     _backends.check_name(backend)
     _match_op.check_cost_volume(cost_volume)
     temperature, radius = real("temperature", temperature), real("radius", radius)
-    _match_op.check_options(temperature, radius)
-    refuse_forward_mode("soft_argmax_2d", cost_volume)
     return _match_op.soft_argmax_2d_fwd(cost_volume, temperature, radius, backend)[0]
 
 

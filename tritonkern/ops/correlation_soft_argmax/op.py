@@ -1,4 +1,4 @@
-"""Contract, operators and gradients of the correlation with soft-argmax, and of the soft-argmax alone."""
+"""Checks, operators and gradients of the correlation with soft-argmax, and of the soft-argmax alone."""
 
 from __future__ import annotations
 
@@ -8,16 +8,21 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonkern.ops import _backends, _registry
-from tritonkern.ops._contract import accumulator, check_dense, check_saved
+from tritonkern.ops._checks import check_dense, check_saved
+from tritonkern.ops._dtypes import accumulator
+from tritonkern.ops._registry import Results, differentiable, operator
 
 NAME = "correlation_soft_argmax"
 # Flat cell numbers are int32 in the kernels.
 MAX_CELLS = 2**30
+# The largest distance of two cells whose square the Triton kernels compute, below 2**31.
+FARTHEST = 46340
+# Options in between are normal float32 numbers, and so are their products with correlations, distances and gradients.
+SMALLEST, LARGEST = 1.2e-38, 1e30
 
 
-class Forward(NamedTuple):
-    """What every backend's `forward` returns, contiguous, in float32 (float64 for float64) where not said otherwise."""
+class Outputs(NamedTuple):
+    """Results of the forward operator, contiguous, in float32 (float64 for float64) where nothing else is said."""
 
     points: Tensor
     """[B, N, T, 2] (x, y) in cells; cell i has its centre at i + 0.5."""
@@ -31,19 +36,45 @@ class Forward(NamedTuple):
     """[B, N, T] int32: the same for the minimum."""
     weight: Tensor
     """[B, N, T]: sum over the disc of exp(temperature * (cost - maximum)); NaN where the point is."""
-    query_scale: Tensor
+    query_inverse_norm: Tensor
     """[B, N]: 1 / sqrt(max(sum of squares, eps)); [0] unless cosine."""
-    features_scale: Tensor
+    features_inverse_norm: Tensor
     """[B, T, h, w]: likewise."""
 
 
-class SoftArgmax(NamedTuple):
-    """What every backend's `soft_argmax_forward` returns, for a cost volume `[..., h, w]`; see `Forward`."""
+class Saved(NamedTuple):
+    """What the backward operator needs of `Outputs`."""
+
+    points: Tensor
+    maximum: Tensor
+    best: Tensor
+    worst: Tensor
+    weight: Tensor
+    query_inverse_norm: Tensor
+    features_inverse_norm: Tensor
+
+
+class Grads(NamedTuple):
+    """Gradients of the results that have one; None where nothing depends on the result."""
+
+    points: Tensor | None
+    mean: Tensor | None
+    maximum: Tensor | None
+    minimum: Tensor | None
+
+
+class Outputs2d(NamedTuple):
+    """Results of the forward operator of `soft_argmax_2d` for a cost volume `[..., h, w]`; see `Outputs`."""
 
     points: Tensor
     maximum: Tensor
     best: Tensor
     weight: Tensor
+
+
+def disc_limit(radius: float) -> int:
+    """Squared distances (whole numbers) are below radius**2 exactly if they are below this. The best cell always is."""
+    return max(1, math.ceil(min(radius * radius, 2.0**62)))
 
 
 def check_tensors(query: Tensor, features: Tensor) -> None:
@@ -72,277 +103,149 @@ def check_cost_volume(cost_volume: Tensor) -> None:
     check_dense("cost_volume", cost_volume)
     if cost_volume.dim() < 2:
         raise ValueError(f"cost_volume must have shape [..., h, w], got {tuple(cost_volume.shape)}")
-    _check_grid("cost_volume", *cost_volume.shape[-2:])
+    _check_grid("cost_volume", cost_volume.shape[-2], cost_volume.shape[-1])
 
 
-def check_options(temperature: float, radius: float, eps: float = 1.0) -> None:
-    """Raise ValueError unless all are positive in float32; the radius alone may be infinite."""
-    # Comparisons, as torch.compile knows no math.isinf of a number that it has made a variable.
-    for name, x in (("temperature", temperature), ("radius", radius), ("eps", eps)):
-        if not x >= 1.2e-38 or (x == math.inf and name != "radius"):
-            finite = "" if name == "radius" else " finite"
-            raise ValueError(f"{name} must be a positive{finite} number, got {x}; the smallest is 1.2e-38")
+def _check_grid(name: str, h: int, w: int) -> None:
+    if h == 0 or w == 0:
+        raise ValueError(f"{name} must have at least one cell, got a grid of {h} x {w}")
+    if h * w > MAX_CELLS:
+        raise ValueError(f"{name} must have at most 2**30 cells per frame, got {h} x {w}")
 
 
-def _check_grid(name: str, rows: int, columns: int) -> None:
-    if rows == 0 or columns == 0:
-        raise ValueError(f"{name} must have at least one cell, got a grid of {rows} x {columns}")
-    if rows * columns > MAX_CELLS:
-        raise ValueError(f"{name} must have at most 2**30 cells a frame, got {rows} x {columns}")
+def _check_options(h: int, w: int, temperature: float, radius: float, eps: float = 1.0) -> None:
+    for name, x in (("temperature", temperature), ("eps", eps)):
+        if not SMALLEST <= x <= LARGEST:
+            raise ValueError(f"{name} must be a positive finite number from {SMALLEST} to {LARGEST}, got {x}")
+    if not radius >= SMALLEST:
+        raise ValueError(f"radius must be a positive number, {SMALLEST} or more, got {radius}")
+    if radius > FARTHEST and radius * radius <= (h - 1) ** 2 + (w - 1) ** 2:
+        raise ValueError(f"radius must be at most {FARTHEST} cells or cover the whole grid, got {radius} on {h} x {w}")
 
 
-def _forward(
+def _check(query: Tensor, features: Tensor, temperature: float, radius: float, eps: float) -> None:
+    check_tensors(query, features)
+    _check_options(features.shape[2], features.shape[3], temperature, radius, eps)
+
+
+@operator(NAME, "forward")
+def correlation_soft_argmax_fwd(
+    query: Tensor, features: Tensor, temperature: float, radius: float, cosine: bool, eps: float
+) -> Results[Outputs]:
+    """query `[B, N, C]`, features `[B, T, h, w, C]`; see `Outputs`."""
+    _check(query, features, temperature, radius, eps)
+
+    def make() -> Outputs:
+        pairs, dtype = (query.shape[0], query.shape[1], features.shape[1]), accumulator(query.dtype)
+        return Outputs(
+            points=query.new_empty((*pairs, 2), dtype=dtype),
+            mean=query.new_empty(pairs, dtype=dtype),
+            maximum=query.new_empty(pairs, dtype=dtype),
+            minimum=query.new_empty(pairs, dtype=dtype),
+            best=query.new_empty(pairs, dtype=torch.int32),
+            worst=query.new_empty(pairs, dtype=torch.int32),
+            weight=query.new_empty(pairs, dtype=dtype),
+            query_inverse_norm=query.new_empty(query.shape[:2] if cosine else (0,), dtype=dtype),
+            features_inverse_norm=query.new_empty(features.shape[:4] if cosine else (0,), dtype=dtype),
+        )
+
+    return make
+
+
+@operator(NAME, "backward")
+def correlation_soft_argmax_bwd(
+    grad: Grads,
     query: Tensor,
     features: Tensor,
+    saved: Saved,
     temperature: float,
     radius: float,
     cosine: bool,
     eps: float,
-    backend: str | None = None,
-) -> tuple[Tensor, ...]:
-    check_tensors(query, features)
-    check_options(temperature, radius, eps)
-    kernels = _backends.load(NAME, query.device, backend)
-    return kernels.forward(query, features, temperature, radius, cosine, eps)
-
-
-def _forward_fake(
-    query: Tensor,
-    features: Tensor,
-    temperature: float,
-    radius: float,
-    cosine: bool,
-    eps: float,
-    backend: str | None = None,
-) -> tuple[Tensor, ...]:
-    check_tensors(query, features)
-    check_options(temperature, radius, eps)
-    pairs = (query.shape[0], query.shape[1], features.shape[1])
-    dtype = accumulator(query.dtype)
-    real, whole = (lambda shape: query.new_empty(shape, dtype=dtype)), torch.int32
-    return Forward(
-        points=real((*pairs, 2)),
-        mean=real(pairs),
-        maximum=real(pairs),
-        minimum=real(pairs),
-        best=query.new_empty(pairs, dtype=whole),
-        worst=query.new_empty(pairs, dtype=whole),
-        weight=real(pairs),
-        query_scale=real(query.shape[:2] if cosine else (0,)),
-        features_scale=real(features.shape[:4] if cosine else (0,)),
-    )
-
-
-def _check_backward(grads, query, features, saved, temperature, radius, cosine, eps) -> None:
-    check_tensors(query, features)
-    check_options(temperature, radius, eps)
+) -> Results[tuple[Tensor, Tensor]]:
+    """Gradients of query and features, contiguous."""
+    _check(query, features, temperature, radius, eps)
     pairs, dtype = (query.shape[0], query.shape[1], features.shape[1]), accumulator(query.dtype)
-    grad_points, grad_mean, grad_max, grad_min = grads
-    points, maximum, best, worst, weight, query_scale, features_scale = saved
-    check_saved(
-        {
-            "grad_points": (grad_points, (*pairs, 2), dtype),
-            "grad_mean": (grad_mean, pairs, dtype),
-            "grad_max": (grad_max, pairs, dtype),
-            "grad_min": (grad_min, pairs, dtype),
-            "points": (points, (*pairs, 2), dtype),
-            "maximum": (maximum, pairs, dtype),
-            "best": (best, pairs, torch.int32),
-            "worst": (worst, pairs, torch.int32),
-            "weight": (weight, pairs, dtype),
-            "query_scale": (query_scale, tuple(query.shape[:2]) if cosine else (0,), dtype),
-            "features_scale": (features_scale, tuple(features.shape[:4]) if cosine else (0,), dtype),
-        },
-        query.device,
-    )
+    others = {  # all but [B, N, T] of the accumulator's type
+        "points": ((*pairs, 2), dtype),
+        "best": (pairs, torch.int32),
+        "worst": (pairs, torch.int32),
+        "query_inverse_norm": (query.shape[:2] if cosine else (0,), dtype),
+        "features_inverse_norm": (features.shape[:4] if cosine else (0,), dtype),
+    }
+    expected = {
+        f"{group}_{name}": (x, *others.get(name, (pairs, dtype)))
+        for group, tensors in (("grad", grad), ("saved", saved))
+        for name, x in tensors._asdict().items()
+    }
+    check_saved(expected, query.device)
+    return lambda: (query.new_empty(query.shape), features.new_empty(features.shape))
 
 
-def _backward(
-    grad_points: Tensor | None,
-    grad_mean: Tensor | None,
-    grad_max: Tensor | None,
-    grad_min: Tensor | None,
-    query: Tensor,
-    features: Tensor,
-    points: Tensor,
-    maximum: Tensor,
-    best: Tensor,
-    worst: Tensor,
-    weight: Tensor,
-    query_scale: Tensor,
-    features_scale: Tensor,
-    temperature: float,
-    radius: float,
-    cosine: bool,
-    eps: float,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    grads = (grad_points, grad_mean, grad_max, grad_min)
-    saved = (points, maximum, best, worst, weight, query_scale, features_scale)
-    _check_backward(grads, query, features, saved, temperature, radius, cosine, eps)
-    kernels = _backends.load(NAME, query.device, backend)
-    return kernels.backward(*grads, query, features, *saved, temperature, radius, cosine, eps)
-
-
-def _backward_fake(
-    grad_points: Tensor | None,
-    grad_mean: Tensor | None,
-    grad_max: Tensor | None,
-    grad_min: Tensor | None,
-    query: Tensor,
-    features: Tensor,
-    points: Tensor,
-    maximum: Tensor,
-    best: Tensor,
-    worst: Tensor,
-    weight: Tensor,
-    query_scale: Tensor,
-    features_scale: Tensor,
-    temperature: float,
-    radius: float,
-    cosine: bool,
-    eps: float,
-    backend: str | None = None,
-) -> tuple[Tensor, Tensor]:
-    grads = (grad_points, grad_mean, grad_max, grad_min)
-    saved = (points, maximum, best, worst, weight, query_scale, features_scale)
-    _check_backward(grads, query, features, saved, temperature, radius, cosine, eps)
-    return query.new_empty(query.shape), features.new_empty(features.shape)
-
-
-correlation_soft_argmax_fwd = _registry.define(
-    "correlation_soft_argmax_fwd(Tensor query, Tensor features, float temperature, float radius, bool cosine,"
-    " float eps, str? backend=None)"
-    " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _forward,
-    _forward_fake,
-)
-correlation_soft_argmax_bwd = _registry.define(
-    "correlation_soft_argmax_bwd(Tensor? grad_points, Tensor? grad_mean, Tensor? grad_max, Tensor? grad_min,"
-    " Tensor query, Tensor features, Tensor points, Tensor maximum, Tensor best, Tensor worst, Tensor weight,"
-    " Tensor query_scale, Tensor features_scale, float temperature, float radius, bool cosine, float eps,"
-    " str? backend=None) -> (Tensor, Tensor)",
-    _backward,
-    _backward_fake,
-)
-
-
-def _setup_context(ctx, inputs, output):
+def _save(ctx, inputs, output):
     query, features, *ctx.options = inputs
-    result = Forward(*output)
-    ctx.mark_non_differentiable(*result[4:])
+    outputs = Outputs(*output)
+    ctx.mark_non_differentiable(*outputs[4:])
     ctx.set_materialize_grads(False)
-    saved = (result.points, result.maximum, result.best, result.worst, *result[6:])
-    ctx.save_for_backward(query, features, *saved)
+    ctx.save_for_backward(query, features, *(getattr(outputs, name) for name in Saved._fields))
 
 
-def _gradient(ctx, grad_points, grad_mean, grad_max, grad_min, *_):
-    grads = (grad_points, grad_mean, grad_max, grad_min)
+def _gradient(ctx, *grads):
     if all(grad is None for grad in grads):
-        return (None, None, *(None for _ in ctx.options))
-    results = correlation_soft_argmax_bwd(*grads, *ctx.saved_tensors, *ctx.options)
-    needed = (grad if need else None for grad, need in zip(results, ctx.needs_input_grad, strict=False))
-    return (*needed, *(None for _ in ctx.options))
+        return ()
+    return correlation_soft_argmax_bwd(*grads[: len(Grads._fields)], *ctx.saved_tensors, *ctx.options)
 
 
-_registry.attach_gradient(correlation_soft_argmax_fwd, _setup_context, _gradient)
-_registry.forbid_gradient(correlation_soft_argmax_bwd, NAME)
+differentiable(correlation_soft_argmax_fwd, _save, _gradient)
 
 
-def _soft_argmax_forward(
-    cost_volume: Tensor, temperature: float, radius: float, backend: str | None = None
-) -> tuple[Tensor, ...]:
+@operator(NAME, "soft_argmax_2d_forward")
+def soft_argmax_2d_fwd(cost_volume: Tensor, temperature: float, radius: float) -> Results[Outputs2d]:
+    """cost_volume `[..., h, w]`; see `Outputs2d`."""
     check_cost_volume(cost_volume)
-    check_options(temperature, radius)
-    kernels = _backends.load(NAME, cost_volume.device, backend)
-    return kernels.soft_argmax_forward(cost_volume, temperature, radius)
+    _check_options(cost_volume.shape[-2], cost_volume.shape[-1], temperature, radius)
+
+    def make() -> Outputs2d:
+        frames, dtype = cost_volume.shape[:-2], accumulator(cost_volume.dtype)
+        return Outputs2d(
+            points=cost_volume.new_empty((*frames, 2), dtype=dtype),
+            maximum=cost_volume.new_empty(frames, dtype=dtype),
+            best=cost_volume.new_empty(frames, dtype=torch.int32),
+            weight=cost_volume.new_empty(frames, dtype=dtype),
+        )
+
+    return make
 
 
-def _soft_argmax_forward_fake(
-    cost_volume: Tensor, temperature: float, radius: float, backend: str | None = None
-) -> tuple[Tensor, ...]:
+@operator(NAME, "soft_argmax_2d_backward")
+def soft_argmax_2d_bwd(
+    grad_points: Tensor, cost_volume: Tensor, saved: Outputs2d, temperature: float, radius: float
+) -> Results[Tensor]:
+    """Gradient of the cost volume, contiguous."""
     check_cost_volume(cost_volume)
-    check_options(temperature, radius)
-    frames, dtype = cost_volume.shape[:-2], accumulator(cost_volume.dtype)
-    return SoftArgmax(
-        points=cost_volume.new_empty((*frames, 2), dtype=dtype),
-        maximum=cost_volume.new_empty(frames, dtype=dtype),
-        best=cost_volume.new_empty(frames, dtype=torch.int32),
-        weight=cost_volume.new_empty(frames, dtype=dtype),
-    )
-
-
-def _check_soft_argmax_backward(grad_points, cost_volume, points, maximum, best, weight, temperature, radius) -> None:
-    check_cost_volume(cost_volume)
-    check_options(temperature, radius)
+    _check_options(cost_volume.shape[-2], cost_volume.shape[-1], temperature, radius)
     frames, dtype = tuple(cost_volume.shape[:-2]), accumulator(cost_volume.dtype)
     check_saved(
         {
             "grad_points": (grad_points, (*frames, 2), dtype),
-            "points": (points, (*frames, 2), dtype),
-            "maximum": (maximum, frames, dtype),
-            "best": (best, frames, torch.int32),
-            "weight": (weight, frames, dtype),
+            "saved_points": (saved.points, (*frames, 2), dtype),
+            "saved_maximum": (saved.maximum, frames, dtype),
+            "saved_best": (saved.best, frames, torch.int32),
+            "saved_weight": (saved.weight, frames, dtype),
         },
         cost_volume.device,
     )
+    return lambda: cost_volume.new_empty(cost_volume.shape)
 
 
-def _soft_argmax_backward(
-    grad_points: Tensor,
-    cost_volume: Tensor,
-    points: Tensor,
-    maximum: Tensor,
-    best: Tensor,
-    weight: Tensor,
-    temperature: float,
-    radius: float,
-    backend: str | None = None,
-) -> Tensor:
-    saved = (points, maximum, best, weight)
-    _check_soft_argmax_backward(grad_points, cost_volume, *saved, temperature, radius)
-    kernels = _backends.load(NAME, cost_volume.device, backend)
-    return kernels.soft_argmax_backward(grad_points, cost_volume, *saved, temperature, radius)
-
-
-def _soft_argmax_backward_fake(
-    grad_points: Tensor,
-    cost_volume: Tensor,
-    points: Tensor,
-    maximum: Tensor,
-    best: Tensor,
-    weight: Tensor,
-    temperature: float,
-    radius: float,
-    backend: str | None = None,
-) -> Tensor:
-    _check_soft_argmax_backward(grad_points, cost_volume, points, maximum, best, weight, temperature, radius)
-    return cost_volume.new_empty(cost_volume.shape)
-
-
-soft_argmax_2d_fwd = _registry.define(
-    "soft_argmax_2d_fwd(Tensor cost_volume, float temperature, float radius, str? backend=None)"
-    " -> (Tensor, Tensor, Tensor, Tensor)",
-    _soft_argmax_forward,
-    _soft_argmax_forward_fake,
-)
-soft_argmax_2d_bwd = _registry.define(
-    "soft_argmax_2d_bwd(Tensor grad_points, Tensor cost_volume, Tensor points, Tensor maximum, Tensor best,"
-    " Tensor weight, float temperature, float radius, str? backend=None) -> Tensor",
-    _soft_argmax_backward,
-    _soft_argmax_backward_fake,
-)
-
-
-def _soft_argmax_setup_context(ctx, inputs, output):
+def _save_2d(ctx, inputs, output):
     cost_volume, *ctx.options = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(cost_volume, *output)
 
 
-def _soft_argmax_gradient(ctx, grad_points, *_):
-    return (soft_argmax_2d_bwd(grad_points, *ctx.saved_tensors, *ctx.options), *(None for _ in ctx.options))
+def _gradient_2d(ctx, grad_points, *_):
+    return soft_argmax_2d_bwd(grad_points, *ctx.saved_tensors, *ctx.options)
 
 
-_registry.attach_gradient(soft_argmax_2d_fwd, _soft_argmax_setup_context, _soft_argmax_gradient)
-_registry.forbid_gradient(soft_argmax_2d_bwd, "soft_argmax_2d")
+differentiable(soft_argmax_2d_fwd, _save_2d, _gradient_2d)
