@@ -72,6 +72,33 @@ class Outputs2d(NamedTuple):
     weight: Tensor
 
 
+def allocate(query: Tensor, features: Tensor, cosine: bool) -> Outputs:
+    """Uninitialised outputs."""
+    pairs, dtype = (query.shape[0], query.shape[1], features.shape[1]), accumulator(query.dtype)
+    return Outputs(
+        points=query.new_empty((*pairs, 2), dtype=dtype),
+        mean=query.new_empty(pairs, dtype=dtype),
+        maximum=query.new_empty(pairs, dtype=dtype),
+        minimum=query.new_empty(pairs, dtype=dtype),
+        best=query.new_empty(pairs, dtype=torch.int32),
+        worst=query.new_empty(pairs, dtype=torch.int32),
+        weight=query.new_empty(pairs, dtype=dtype),
+        query_inverse_norm=query.new_empty(query.shape[:2] if cosine else (0,), dtype=dtype),
+        features_inverse_norm=query.new_empty(features.shape[:4] if cosine else (0,), dtype=dtype),
+    )
+
+
+def allocate_2d(cost_volume: Tensor) -> Outputs2d:
+    """Uninitialised outputs."""
+    frames, dtype = cost_volume.shape[:-2], accumulator(cost_volume.dtype)
+    return Outputs2d(
+        points=cost_volume.new_empty((*frames, 2), dtype=dtype),
+        maximum=cost_volume.new_empty(frames, dtype=dtype),
+        best=cost_volume.new_empty(frames, dtype=torch.int32),
+        weight=cost_volume.new_empty(frames, dtype=dtype),
+    )
+
+
 def disc_limit(radius: float) -> int:
     """Squared distances (whole numbers) are below radius**2 exactly if they are below this. The best cell always is."""
     return max(1, math.ceil(min(radius * radius, 2.0**62)))
@@ -134,22 +161,7 @@ def correlation_soft_argmax_fwd(
 ) -> Results[Outputs]:
     """query `[B, N, C]`, features `[B, T, h, w, C]`; see `Outputs`."""
     _check(query, features, temperature, radius, eps)
-
-    def make() -> Outputs:
-        pairs, dtype = (query.shape[0], query.shape[1], features.shape[1]), accumulator(query.dtype)
-        return Outputs(
-            points=query.new_empty((*pairs, 2), dtype=dtype),
-            mean=query.new_empty(pairs, dtype=dtype),
-            maximum=query.new_empty(pairs, dtype=dtype),
-            minimum=query.new_empty(pairs, dtype=dtype),
-            best=query.new_empty(pairs, dtype=torch.int32),
-            worst=query.new_empty(pairs, dtype=torch.int32),
-            weight=query.new_empty(pairs, dtype=dtype),
-            query_inverse_norm=query.new_empty(query.shape[:2] if cosine else (0,), dtype=dtype),
-            features_inverse_norm=query.new_empty(features.shape[:4] if cosine else (0,), dtype=dtype),
-        )
-
-    return make
+    return lambda: allocate(query, features, cosine)
 
 
 @operator(NAME, "backward")
@@ -173,7 +185,7 @@ def correlation_soft_argmax_bwd(
         "query_inverse_norm": (query.shape[:2] if cosine else (0,), dtype),
         "features_inverse_norm": (features.shape[:4] if cosine else (0,), dtype),
     }
-    expected = {
+    expected: dict = {
         f"{group}_{name}": (x, *others.get(name, (pairs, dtype)))
         for group, tensors in (("grad", grad), ("saved", saved))
         for name, x in tensors._asdict().items()
@@ -204,17 +216,7 @@ def soft_argmax_2d_fwd(cost_volume: Tensor, temperature: float, radius: float) -
     """cost_volume `[..., h, w]`; see `Outputs2d`."""
     check_cost_volume(cost_volume)
     _check_options(cost_volume.shape[-2], cost_volume.shape[-1], temperature, radius)
-
-    def make() -> Outputs2d:
-        frames, dtype = cost_volume.shape[:-2], accumulator(cost_volume.dtype)
-        return Outputs2d(
-            points=cost_volume.new_empty((*frames, 2), dtype=dtype),
-            maximum=cost_volume.new_empty(frames, dtype=dtype),
-            best=cost_volume.new_empty(frames, dtype=torch.int32),
-            weight=cost_volume.new_empty(frames, dtype=dtype),
-        )
-
-    return make
+    return lambda: allocate_2d(cost_volume)
 
 
 @operator(NAME, "soft_argmax_2d_backward")

@@ -1,209 +1,306 @@
-"""The Triton backend: what is launched when, on which tiles.
+"""Launchers of the Triton kernels: which one runs when, on which tiles.
 
 Forward is one pass over all cells for the statistics (triton_statistics.py), then one over the discs (triton_discs.py).
-Backward goes over the discs twice: by query, which leaves the gradients of their costs in patches, and by cell, which
-reads these. Nothing is ever copied to the host, so that a CUDA graph can hold it all.
+Backward (triton_gradients.py) runs over the discs twice: by query, which stores the gradients of their costs in
+patches, and by cell, which reads these. Nothing is copied to the host, so that a CUDA graph can hold all of it.
 """
 
+from __future__ import annotations
+
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
 
-from tritonkern.ops._contract import accumulator
+from tritonkern.ops._triton import UNIT, block_size, launch, readable
 from tritonkern.ops.correlation_soft_argmax import (
     configs,
     triton_discs,
+    triton_gradients,
     triton_soft_argmax,
     triton_statistics,
-    triton_tiles,
 )
+from tritonkern.ops.correlation_soft_argmax.op import Grads, Outputs, Outputs2d, Saved, allocate, allocate_2d
+from tritonkern.ops.correlation_soft_argmax.triton_common import disc
 
 
-def forward(
-    query: Tensor, features: Tensor, temperature: float, radius: float, cosine: bool, eps: float
-) -> tuple[Tensor, ...]:
-    """query `[B, N, C]`, features `[B, T, h, w, C]` -> what `op.Forward` lists."""
-    B, N, _ = query.shape
-    T, h, w = features.shape[1:4]
-    dtype = accumulator(query.dtype)
-    points = query.new_empty((B, N, T, 2), dtype=dtype)
-    mean, maximum, minimum, weight = (query.new_empty((B, N, T), dtype=dtype) for _ in range(4))
-    best, worst = (query.new_empty((B, N, T), dtype=torch.int32) for _ in range(2))
-    query_scale = query.new_empty((B, N) if cosine else (0,), dtype=dtype)
-    features_scale = query.new_empty((B, T, h, w) if cosine else (0,), dtype=dtype)
-    results = points, mean, maximum, minimum, best, worst, weight, query_scale, features_scale
+class _Inputs(NamedTuple):
+    """Arguments that the kernels over queries and cells share. Sizes of channels and strides are in UNITs."""
 
-    (query, query_strides), (features, strides) = triton_tiles.readable(query), triton_tiles.readable(features)
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor]  # query, features and their inverse norms
+    strides: list[int]  # of the first two axes of query and the first four of features
+    B: int
+    T: int
+    N: int
+    h: int
+    w: int
+    C: int
+    cosine: bool
+
+    @classmethod
+    def of(cls, query: Tensor, features: Tensor, inverse_norms: tuple[Tensor, Tensor], cosine: bool) -> _Inputs:
+        (query, query_strides), (features, strides) = readable(query), readable(features)
+        B, T, h, w, C = features.shape
+        tensors = (query, features, inverse_norms[0].contiguous(), inverse_norms[1].contiguous())
+        return cls(tensors, query_strides + strides, B, T, query.shape[1], h, w, C // UNIT.value, cosine)
+
+    def constants(self, tiles: configs.Tiles) -> dict:
+        """Of every kernel that multiplies queries and cells."""
+        return {
+            "COSINE": self.cosine,
+            "BLOCK_N": tiles.block_n,
+            "BLOCK_C": tiles.block_c,
+            "PRECISION": configs.precision(self.tensors[0].dtype),
+            "num_warps": tiles.num_warps,
+            "num_stages": tiles.num_stages,
+        }
+
+
+def forward(query: Tensor, features: Tensor, temperature: float, radius: float, cosine: bool, eps: float) -> Outputs:
+    """query `[B, N, C]`, features `[B, T, h, w, C]`; see `op.Outputs`."""
+    outputs = allocate(query, features, cosine)
+    inputs = _Inputs.of(query, features, outputs[7:], cosine)
     if cosine:
-        _scale(query[:, :, None, None], (*query_strides, 0, 0), query_scale, eps)
-        _scale(features, strides, features_scale, eps)
-    if maximum.numel() == 0:
-        return results
-    inputs = query, features, query_scale, features_scale
-    C = query.shape[-1]
-    units = C // triton_tiles.UNIT.value
+        query, features, *inverse_norms = inputs.tensors
+        _inverse_norms(query[:, :, None, None], [*inputs.strides[:2], 0, 0], inverse_norms[0], eps)
+        _inverse_norms(features, inputs.strides[2:], inverse_norms[1], eps)
+    if outputs.maximum.numel():
+        _statistics(inputs, outputs)
+        _points(inputs, outputs, temperature, radius)
+    return outputs
 
-    tiles = configs.statistics_tiles(C, query.dtype)
+
+def _inverse_norms(vectors: Tensor, strides: list[int], inverse_norm: Tensor, eps: float) -> None:
+    _, T, h, w, C = vectors.shape
+    block_c = min(64, block_size(C))
+    block = 2048 // block_c
+    count = inverse_norm.numel()
+    launch(
+        triton_statistics.correlation_soft_argmax_fwd_kernel_inverse_norms, triton.cdiv(count, block),
+        vectors, inverse_norm, T, h, w, C // UNIT.value, count, eps, *strides, BLOCK=block, BLOCK_C=block_c,
+    )  # fmt: skip
+
+
+def _statistics(inputs: _Inputs, outputs: Outputs) -> None:
+    """Statistics of runs of cells, as many as fill the GPU, and their merge."""
+    query, *_ = inputs.tensors
+    _, strides, B, T, N, h, w, C, _ = inputs
+    tiles = configs.statistics_tiles(query.shape[-1], query.dtype)
     block_cells, blocks = tiles.tile_h * tiles.tile_w, triton.cdiv(N, tiles.block_n)
     steps = triton.cdiv(h * w, block_cells)
     run = triton.cdiv(steps, min(steps, triton.cdiv(configs.PROGRAMS, B * T * blocks))) * block_cells
     runs = triton.cdiv(h * w, run)
-    partial = [query.new_empty((runs, B, T, N), dtype=dtype) for _ in range(3)]
-    partial += [query.new_empty((runs, B, T, N), dtype=torch.int32) for _ in range(2)]
-    _launch(
-        triton_statistics.statistics_kernel, B * T * runs * blocks, tiles,
-        *inputs, *partial, B * T, T, N, w, h * w, units, run, runs, *query_strides, *strides,
-        COSINE=cosine, BLOCK_N=tiles.block_n, BLOCK_CELLS=block_cells, BLOCK_C=tiles.block_c,
-        PRECISION=configs.precision(query.dtype), STAGES=tiles.num_stages,
+    dtypes = (outputs.mean.dtype,) * 3 + (torch.int32,) * 2
+    partial = [query.new_empty((runs, B, T, N), dtype=dtype) for dtype in dtypes]
+    launch(
+        triton_statistics.correlation_soft_argmax_fwd_kernel_statistics, B * T * runs * blocks,
+        *inputs.tensors, *partial, B * T, T, N, w, h * w, C, run, runs, *strides,
+        **inputs.constants(tiles), BLOCK_CELLS=block_cells, STAGES=tiles.num_stages,
     )  # fmt: skip
-    _launch(
-        triton_statistics.merge_kernel, triton.cdiv(B * T * N, 256), None,
-        *partial, mean, maximum, minimum, best, worst, T, N, h * w, runs, B * T * N, BLOCK=256,
+    launch(
+        triton_statistics.correlation_soft_argmax_fwd_kernel_merge, triton.cdiv(B * T * N, 256),
+        *partial, *outputs[1:6], T, N, h * w, runs, B * T * N, BLOCK=256,
     )  # fmt: skip
 
-    tiles = configs.points_tiles(C, query.dtype)
-    limit, reach = triton_tiles.disc(radius, h, w)
-    _launch(
-        triton_discs.points_kernel, B * T * triton.cdiv(N, tiles.block_n), tiles,
-        *inputs, torch.sort(_keys(best, w), stable=True).indices, best, maximum, points, weight,
-        T, N, h, w, units, *reach, limit, temperature, *query_strides, *strides,
-        COSINE=cosine, BLOCK_N=tiles.block_n, TILE_H=tiles.tile_h, TILE_W=tiles.tile_w, BLOCK_C=tiles.block_c,
-        PRECISION=configs.precision(query.dtype), STAGES=tiles.num_stages,
+
+def _points(inputs: _Inputs, outputs: Outputs, temperature: float, radius: float) -> None:
+    query, *_ = inputs.tensors
+    _, strides, B, T, N, h, w, C, _ = inputs
+    tiles = configs.points_tiles(query.shape[-1], query.dtype)
+    order = torch.sort(_keys(outputs.best, w), stable=True).indices
+    limit, reach = disc(radius, h, w)
+    launch(
+        triton_discs.correlation_soft_argmax_fwd_kernel_points, B * T * triton.cdiv(N, tiles.block_n),
+        *inputs.tensors, order, outputs.best, outputs.maximum, outputs.points, outputs.weight,
+        T, N, h, w, C, *reach, limit, temperature, *strides,
+        **inputs.constants(tiles), TILE_H=tiles.tile_h, TILE_W=tiles.tile_w, STAGES=tiles.num_stages,
     )  # fmt: skip
-    return results
+
+
+class _Group(NamedTuple):
+    """Discs, one per query and frame, whose cells have gradients: those of the points, or the cells of the minima."""
+
+    centres: Tensor  # [B, N, T]: flat cells
+    limit: int
+    reach: tuple[int, int]
+    patch: tuple[int, int]  # rows and columns of the part of the grid that a disc can cover
+    grad_points: Tensor | None
+    grad_centre: Tensor | None
+
+    @classmethod
+    def of(cls, centres, radius, h, w, grad_points, grad_centre) -> _Group:
+        limit, reach = disc(radius, h, w)
+        patch = min(2 * reach[0] + 1, h), min(2 * reach[1] + 1, w)
+        grads = (None if x is None else x.contiguous() for x in (grad_points, grad_centre))
+        return cls(centres, limit, reach, patch, *grads)
+
+    @property
+    def has_gradient(self) -> bool:
+        return self.grad_points is not None or self.grad_centre is not None
 
 
 def backward(
-    grad_points: Tensor | None,
-    grad_mean: Tensor | None,
-    grad_max: Tensor | None,
-    grad_min: Tensor | None,
+    grad: Grads,
     query: Tensor,
     features: Tensor,
-    points: Tensor,
-    maximum: Tensor,
-    best: Tensor,
-    worst: Tensor,
-    weight: Tensor,
-    query_scale: Tensor,
-    features_scale: Tensor,
+    saved: Saved,
     temperature: float,
     radius: float,
     cosine: bool,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of query and features."""
-    if maximum.numel() == 0:
+    if saved.maximum.numel() == 0:
         return query.new_zeros(query.shape), features.new_zeros(features.shape)
-    B, N, T = maximum.shape
-    h, w, channels = features.shape[2:]
-    (query, query_strides), (features, strides) = triton_tiles.readable(query), triton_tiles.readable(features)
-    points, maximum, best, worst, weight = (x.contiguous() for x in (points, maximum, best, worst, weight))
-    query_scale, features_scale = query_scale.contiguous(), features_scale.contiguous()
-    inputs = query, features, query_scale, features_scale
-    C, dtype = query.shape[-1], maximum.dtype
-    units = C // triton_tiles.UNIT.value
+    channels = features.shape[-1]
+    saved = Saved(*(x.contiguous() for x in saved))
+    inputs = _Inputs.of(query, features, saved[5:], cosine)
+    B, T, h, w = inputs.B, inputs.T, inputs.h, inputs.w
+    grad_query, grad_mean = _mean_gradients(inputs, grad.mean, saved.maximum.dtype)
+    grad_features = features.new_empty((B, T, h, w, inputs.tensors[1].shape[-1]))
 
-    grad_query = query.new_zeros((B, N, C), dtype=dtype)
-    grad_frame = points  # not read without grad_mean
-    if grad_mean is not None:
-        # The same for all cells of a frame, so that their sum stands for them.
-        share = grad_mean / (h * w)
-        unit_query = query.to(dtype) * query_scale[..., None] if cosine else query.to(dtype)
-        grad_frame = torch.einsum("bnt,bnc->btc", share, unit_query).contiguous()
-        grad_query += torch.einsum("bnt,btc->bnc", share, _sum(features, strides, features_scale, cosine, dtype))
-
-    # The discs, and the cells of the minima as discs of one cell.
-    centres = torch.stack([best, worst] if grad_min is not None else [best])
-    order, starts = _sorted(centres, h, w)
-    groups = [(*triton_tiles.disc(radius, h, w), grad_points, grad_max), (1, (0, 0), None, grad_min)]
-    present = [group[2] is not None or group[3] is not None for group in groups]
-    patch = [(min(2 * reach_y + 1, h), min(2 * reach_x + 1, w)) for _, (reach_y, reach_x), *_ in groups]
-    planes = 2 if cosine else 1
-    frames = configs.MAX_PATCHES // (B * N * planes * math.prod(patch[0]))
-    # A frame at a time, every query is met by one program, so that additions to its gradient have one order.
-    frames = 1 if torch.are_deterministic_algorithms_enabled() else max(1, min(frames, T))
-    grad_features = features.new_empty((B, T, h, w, C))
+    groups = [_Group.of(saved.best, radius, h, w, grad.points, grad.maximum)]
+    if grad.minimum is not None:
+        groups.append(_Group.of(saved.worst, 1.0, h, w, None, grad.minimum))
+    entries = _sorted(torch.stack([group.centres for group in groups]), h, w)
+    frames = _frames_per_launch(inputs, groups[0])
     for first in range(0, T, frames):
-        count = min(frames, T - first)
-        tiles = configs.query_gradient_tiles(C, query.dtype)
-        sizes = [B * count * N * math.prod(size) for size in patch]
-        patches = query.new_empty(planes * sum(sizes[: len(centres)]), dtype=dtype)
-        for group, (limit, reach, grad_disc, grad_centre) in enumerate(groups):
-            if not present[group]:
-                continue
-            _launch(
-                triton_discs.query_gradient_kernel, B * count * triton.cdiv(N, tiles.block_n), tiles,
-                *inputs, order[group], centres[group], points, maximum, weight,
-                points if grad_disc is None else grad_disc.contiguous(),
-                maximum if grad_centre is None else grad_centre.contiguous(),
-                patches[planes * sum(sizes[:group]) :], grad_query,
-                T, N, h, w, units, count, first, grad_disc is not None, grad_centre is not None,
-                *reach, *patch[group], limit, sizes[group], temperature, *query_strides, *strides,
-                COSINE=cosine, BLOCK_N=tiles.block_n, TILE_H=tiles.tile_h, TILE_W=tiles.tile_w, BLOCK_C=tiles.block_c,
-                PRECISION=configs.precision(query.dtype), STAGES=tiles.num_stages,
-            )  # fmt: skip
-        tiles = configs.features_gradient_tiles(C, query.dtype)
-        cell_tiles = triton.cdiv(h, tiles.tile_h) * triton.cdiv(w, tiles.tile_w)
-        limit, reach, *_ = groups[0]
-        # Vectors shorter than sqrt(eps) have this scale, up to rounding.
-        longest_scale = eps**-0.5 * (1 - 4 * torch.finfo(dtype).eps)
-        _launch(
-            triton_discs.features_gradient_kernel, B * count * cell_tiles, tiles,
-            *inputs, order, centres, starts, patches, grad_frame, grad_features,
-            T, N, h, w, units, count, first, 0 if present[0] else 1, len(centres), grad_mean is not None,
-            *reach, *patch[0], limit, B * count * N, B * T * N, B * T, longest_scale, *query_strides, *strides,
-            COSINE=cosine, BAND=configs.BAND, BLOCK_N=tiles.block_n, TILE_H=tiles.tile_h, TILE_W=tiles.tile_w,
-            BLOCK_C=tiles.block_c, PRECISION=configs.precision(query.dtype),
-        )  # fmt: skip
-
-    if cosine:
-        accurate = query.to(dtype)
-        along = (grad_query * accurate).sum(-1) * query_scale**3
-        along = torch.where(accurate.square().sum(-1) < eps, 0, along)
-        grad_query = grad_query * query_scale[..., None] - accurate * along[..., None]
+        span = (first, min(frames, T - first))
+        patches = _query_gradient(inputs, groups, entries[0], saved, temperature, span, grad_query)
+        _features_gradient(inputs, groups, entries, patches, grad_mean, eps, span, grad_features)
+    grad_query = _through_the_norm(inputs, grad_query, eps) if cosine else grad_query
     return grad_query.to(query.dtype)[..., :channels].contiguous(), grad_features[..., :channels].contiguous()
 
 
-def soft_argmax_forward(cost: Tensor, temperature: float, radius: float) -> tuple[Tensor, ...]:
-    """cost `[..., h, w]` -> points `[..., 2]`, maximum, best (flat cell, int32) and weight, all `[...]`."""
-    frames, (h, w) = cost.shape[:-2], cost.shape[-2:]
-    dtype = accumulator(cost.dtype)
-    points, maximum, weight = (cost.new_empty(shape, dtype=dtype) for shape in ((*frames, 2), frames, frames))
-    best = cost.new_empty(frames, dtype=torch.int32)
-    limit, reach = triton_tiles.disc(radius, h, w)
+def _frames_per_launch(inputs: _Inputs, group: _Group) -> int:
+    """As many as configs.MAX_PATCHES allows.
+
+    One in deterministic mode: each query is then in one program of a launch, so that the atomic additions to its
+    gradient have one order.
+    """
+    if torch.are_deterministic_algorithms_enabled():
+        return 1
+    planes = 2 if inputs.cosine else 1
+    return max(1, min(configs.MAX_PATCHES // (inputs.B * inputs.N * planes * math.prod(group.patch)), inputs.T))
+
+
+def _mean_gradients(inputs: _Inputs, grad_mean: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+    """What the gradient of the mean adds to the (normalised) queries, `[B, N, C]`, and to every cell, `[B, T, C]`."""
+    query, features, query_inverse_norm, features_inverse_norm = inputs.tensors
+    grad_query = query.new_zeros(query.shape, dtype=dtype)
+    if grad_mean is None:
+        return grad_query, None
+    # The same for all cells of a frame, so one sum of features per frame is enough.
+    share = grad_mean / (inputs.h * inputs.w)
+    unit_query = query.to(dtype) * query_inverse_norm[..., None] if inputs.cosine else query.to(dtype)
+    total = query.new_empty((inputs.B, inputs.T, query.shape[-1]), dtype=dtype)
+    block_c = min(64, block_size(query.shape[-1]))
+    launch(
+        triton_statistics.correlation_soft_argmax_bwd_kernel_sum,
+        inputs.B * inputs.T * triton.cdiv(query.shape[-1], block_c),
+        features, features_inverse_norm, total, inputs.T, inputs.h * inputs.w, inputs.w, inputs.C, *inputs.strides[2:],
+        COSINE=inputs.cosine, BLOCK=2048 // block_c, BLOCK_C=block_c,
+    )  # fmt: skip
+    grad_query += torch.einsum("bnt,btc->bnc", share, total)
+    return grad_query, torch.einsum("bnt,bnc->btc", share, unit_query).contiguous()
+
+
+def _query_gradient(
+    inputs: _Inputs,
+    groups: list[_Group],
+    order: Tensor,
+    saved: Saved,
+    temperature: float,
+    span: tuple[int, int],
+    grad_query: Tensor,
+) -> Tensor:
+    """Adds to `grad_query`; returns the gradients of the costs in the discs, those of the second group last."""
+    query, *_ = inputs.tensors
+    _, strides, B, T, N, h, w, C, cosine = inputs
+    first, count = span
+    tiles = configs.query_gradient_tiles(query.shape[-1], query.dtype)
+    sizes = [B * count * N * math.prod(group.patch) * (2 if cosine else 1) for group in groups]
+    patches = query.new_empty(sum(sizes), dtype=saved.maximum.dtype)
+    for group, own_order, own in zip(groups, order, patches.split(sizes), strict=True):
+        if group.has_gradient:
+            has_points, has_centre = group.grad_points is not None, group.grad_centre is not None
+            launch(
+                triton_gradients.correlation_soft_argmax_bwd_kernel_query, B * count * triton.cdiv(N, tiles.block_n),
+                *inputs.tensors, own_order, group.centres, saved.points, saved.maximum, saved.weight,
+                group.grad_points if has_points else saved.points,
+                group.grad_centre if has_centre else saved.maximum, own, grad_query,
+                T, N, h, w, C, count, first, has_points, has_centre, *group.reach, *group.patch, group.limit,
+                temperature, *strides,
+                **inputs.constants(tiles), TILE_H=tiles.tile_h, TILE_W=tiles.tile_w, STAGES=tiles.num_stages,
+            )  # fmt: skip
+    return patches
+
+
+def _features_gradient(
+    inputs: _Inputs,
+    groups: list[_Group],
+    entries: tuple[Tensor, Tensor, Tensor],
+    patches: Tensor,
+    grad_mean: Tensor | None,
+    eps: float,
+    span: tuple[int, int],
+    grad_features: Tensor,
+) -> None:
+    """Writes the gradient of the frames of `span`."""
+    query, *_ = inputs.tensors
+    _, strides, B, T, N, h, w, C, cosine = inputs
+    first, count = span
+    discs, first_group = groups[0], 0 if groups[0].has_gradient else 1
+    minima = B * count * N * math.prod(discs.patch) * (2 if cosine else 1)
+    tiles = configs.features_gradient_tiles(query.shape[-1], query.dtype)
+    # Vectors shorter than sqrt(eps) have this inverse norm, up to rounding.
+    longest = eps**-0.5 * (1 - 4 * torch.finfo(patches.dtype).eps)
+    launch(
+        triton_gradients.correlation_soft_argmax_bwd_kernel_features,
+        B * count * triton.cdiv(h, tiles.tile_h) * triton.cdiv(w, tiles.tile_w),
+        *inputs.tensors, *entries, patches, patches if grad_mean is None else grad_mean, grad_features,
+        T, N, h, w, C, count, first, first_group, len(groups), grad_mean is not None,
+        *discs.reach, *discs.patch, discs.limit, minima, B * T, longest, *strides,
+        **inputs.constants(tiles), BAND=configs.BAND, TILE_H=tiles.tile_h, TILE_W=tiles.tile_w,
+    )  # fmt: skip
+
+
+def _through_the_norm(inputs: _Inputs, grad: Tensor, eps: float) -> Tensor:
+    """The gradient of the queries from that of the normalised ones; see csrc/correlation_soft_argmax/cells.h."""
+    query, _, inverse_norm, _ = inputs.tensors
+    accurate = query.to(grad.dtype)
+    unit = accurate * inverse_norm[..., None]
+    along = torch.where(accurate.square().sum(-1) < eps, 0, (grad * unit).sum(-1))
+    return (grad - unit * along[..., None]) * inverse_norm[..., None]
+
+
+def soft_argmax_2d_forward(cost: Tensor, temperature: float, radius: float) -> Outputs2d:
+    """cost `[..., h, w]`; see `op.Outputs2d`."""
+    outputs, (h, w) = allocate_2d(cost), cost.shape[-2:]
+    limit, reach = disc(radius, h, w)
     cost = cost.reshape(-1, h, w)
-    _launch(
-        triton_soft_argmax.forward_kernel, cost.shape[0], None,
-        cost, points, maximum, best, weight, h, w, *reach, limit, temperature, *cost.stride(),
+    launch(
+        triton_soft_argmax.soft_argmax_2d_fwd_kernel, cost.shape[0],
+        cost, *outputs, h, w, *reach, limit, temperature, *cost.stride(),
         **configs.SOFT_ARGMAX_TILES, **configs.DISC_TILES,
     )  # fmt: skip
-    return points, maximum, best, weight
+    return outputs
 
 
-def soft_argmax_backward(
-    grad_points: Tensor,
-    cost: Tensor,
-    points: Tensor,
-    maximum: Tensor,
-    best: Tensor,
-    weight: Tensor,
-    temperature: float,
-    radius: float,
+def soft_argmax_2d_backward(
+    grad_points: Tensor, cost: Tensor, saved: Outputs2d, temperature: float, radius: float
 ) -> Tensor:
-    """Gradient of the cost volume, zero beyond the disc."""
-    shape = cost.shape
-    h, w = shape[-2:]
+    """Gradient of the cost volume, zero outside of the disc."""
+    h, w = cost.shape[-2:]
+    grad_cost = cost.new_empty(cost.shape)
     cost = cost.reshape(-1, h, w)
-    grad_cost = cost.new_empty(shape)
-    saved = (x.contiguous() for x in (points, maximum, best, weight))
-    limit, _ = triton_tiles.disc(radius, h, w)
-    _launch(
-        triton_soft_argmax.backward_kernel, cost.shape[0], None,
-        grad_points.contiguous(), cost, *saved, grad_cost, h, w, limit, temperature, *cost.stride(),
-        **configs.SOFT_ARGMAX_TILES,
+    limit, _ = disc(radius, h, w)
+    launch(
+        triton_soft_argmax.soft_argmax_2d_bwd_kernel, cost.shape[0],
+        grad_points.contiguous(), cost, *(x.contiguous() for x in saved), grad_cost,
+        h, w, limit, temperature, *cost.stride(), **configs.SOFT_ARGMAX_TILES,
     )  # fmt: skip
     return grad_cost
 
@@ -214,42 +311,9 @@ def _keys(centres: Tensor, w: int) -> Tensor:
     return (row // configs.BAND * w + centres - row * w).mT.contiguous()
 
 
-def _sorted(centres: Tensor, h: int, w: int) -> tuple[Tensor, Tensor]:
-    """Queries `[..., T, N]` in the order of triton_discs.py, and where each band's columns begin in it."""
+def _sorted(centres: Tensor, h: int, w: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Queries and their centres in the order of triton_discs.py, `[..., T, N]`, and where each band's columns begin."""
     keys, order = torch.sort(_keys(centres, w), stable=True)
     boundaries = torch.arange(triton.cdiv(h, configs.BAND) * w + 1, device=keys.device, dtype=keys.dtype)
-    return order, torch.searchsorted(keys, boundaries.expand(*keys.shape[:-1], -1).contiguous(), out_int32=True)
-
-
-def _scale(vectors: Tensor, strides: tuple[int, ...], scale: Tensor, eps: float) -> None:
-    _, T, h, w, C = vectors.shape
-    block_c = min(64, configs.block_c(C))
-    block = 2048 // block_c
-    _launch(
-        triton_statistics.scale_kernel, triton.cdiv(scale.numel(), block), None,
-        vectors, scale, T, h, w, C // triton_tiles.UNIT.value, scale.numel(), eps, *strides,
-        BLOCK=block, BLOCK_C=block_c,
-    )  # fmt: skip
-
-
-def _sum(features: Tensor, strides: tuple[int, ...], scale: Tensor, cosine: bool, dtype: torch.dtype) -> Tensor:
-    """`[B, T, C]`: sum over the cells of a frame of the (normalised) features."""
-    B, T, h, w, C = features.shape
-    total = features.new_empty((B, T, C), dtype=dtype)
-    block_c = min(64, configs.block_c(C))
-    _launch(
-        triton_statistics.sum_kernel, B * T * triton.cdiv(C, block_c), None,
-        features, scale, total, T, h * w, w, C // triton_tiles.UNIT.value, *strides,
-        COSINE=cosine, BLOCK=2048 // block_c, BLOCK_C=block_c,
-    )  # fmt: skip
-    return total
-
-
-def _launch(kernel, programs: int, tiles: configs.Tiles | None, *arguments, **constants) -> None:
-    if programs == 0:
-        return
-    if programs >= 2**31:
-        raise ValueError(f"too much work for one launch of the triton backend ({programs} programs); split the batch")
-    if tiles is not None:
-        constants |= {"num_warps": tiles.num_warps, "num_stages": tiles.num_stages}
-    kernel[(programs,)](*arguments, **constants)
+    starts = torch.searchsorted(keys, boundaries.expand(*keys.shape[:-1], -1).contiguous(), out_int32=True)
+    return order, centres.mT.gather(-1, order), starts

@@ -1,9 +1,10 @@
-"""Triton kernels of the soft-argmax of a given cost volume: a program reads one frame once, and its disc again."""
+"""Triton kernels of `soft_argmax_2d`: a program reads one frame of the cost volume once, and its disc again."""
 
 import triton
 import triton.language as tl
 
-from tritonkern.ops.correlation_soft_argmax import triton_tiles as tiles
+from tritonkern.ops._triton import kernel
+from tritonkern.ops.correlation_soft_argmax.triton_common import distance_squared
 
 
 @triton.jit
@@ -12,8 +13,11 @@ def _tile(y0, x0, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
     return y0 + tl.arange(0, TILE_H)[:, None], x0 + tl.arange(0, TILE_W)[None, :]
 
 
-@triton.jit(do_not_specialize=range(14))
-def forward_kernel(
+# maximum = max over the cells i of cost_i, best = the first i that has it, or the first NaN
+# weight  = sum over the disc of e^(temperature (cost_i - maximum)) =: sum of w_i
+# points  = best + 0.5 + sum over the disc of w_i (cell_i - best) / weight
+@kernel
+def soft_argmax_2d_fwd_kernel(
     cost, points, maximum, best, weight,
     h: tl.int32, w: tl.int32, reach_y: tl.int32, reach_x: tl.int32, limit: tl.uint32, temperature: tl.float64,
     stride_frame: tl.int64, stride_y: tl.int64, stride_x: tl.int64,
@@ -23,42 +27,42 @@ def forward_kernel(
     frame = tl.program_id(0).to(tl.int64)
     cost += frame * stride_frame
     temperature = tl.full([], temperature, ACC)
-    # Every place of the tile keeps the best of the cells that it has met; one search among the places ends it.
+    # Every place of the tile keeps the best of its own cells; the best of all places is found after the loops.
     high = tl.full([TILE_H, TILE_W], float("-inf"), ACC)
     high_cell = tl.zeros([TILE_H, TILE_W], tl.int32) + h * w
     for y0 in tl.range(0, h, TILE_H, num_stages=1):
-        for x0 in tl.range(0, w, TILE_W, num_stages=1):
+        for x0 in tl.range(0, w, TILE_W, num_stages=1):  # high, high_cell: of the tiles before this one
             y, x = _tile(y0, x0, TILE_H, TILE_W)
             exists = (y < h) & (x < w)
             value = tl.load(cost + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x, mask=exists, other=0.0)
             value = value.to(ACC)
-            # In the order of the cells, so that the first of equals stays; a NaN is larger than everything.
+            # Cells come in order, so that the first of equals stays; a NaN is larger than every number.
             better = (value > high) | (high_cell == h * w) | ((value != value) & (high == high))
             high = tl.where(exists & better, value, high)
             high_cell = tl.where(exists & better, y * w + x, high_cell)
-    broken = tl.min(tl.reshape(tl.where(high != high, high_cell, h * w), [TILE_H * TILE_W]), 0)
+    nan = tl.min(tl.reshape(tl.where(high != high, high_cell, h * w), [TILE_H * TILE_W]), 0)
     highest = tl.max(tl.reshape(tl.where(high != high, float("-inf"), high), [TILE_H * TILE_W]), 0)
     centre = tl.min(tl.reshape(tl.where(high == highest, high_cell, h * w), [TILE_H * TILE_W]), 0)
-    centre = tl.where(broken < h * w, broken, centre)
-    highest = tl.where(broken < h * w, float("nan"), highest)
+    centre = tl.where(nan < h * w, nan, centre)
+    highest = tl.where(nan < h * w, float("nan"), highest)
 
     row = centre // w
     column = centre - row * w
     sums = tl.zeros([DISC_H, DISC_W], ACC)
     across = tl.zeros([DISC_H, DISC_W], ACC)
     down = tl.zeros([DISC_H, DISC_W], ACC)
+    left = tl.maximum(column - reach_x, 0)
+    right = tl.minimum(column + reach_x, w - 1) + 1
     for y0 in tl.range(tl.maximum(row - reach_y, 0), tl.minimum(row + reach_y, h - 1) + 1, DISC_H, num_stages=1):
-        for x0 in tl.range(
-            tl.maximum(column - reach_x, 0), tl.minimum(column + reach_x, w - 1) + 1, DISC_W, num_stages=1
-        ):
+        for x0 in tl.range(left, right, DISC_W, num_stages=1):  # sums, across, down: of the tiles before this one
             y, x = _tile(y0, x0, DISC_H, DISC_W)
-            kept = (tiles.distance_squared(y, x, row, column) < limit) & (y < h) & (x < w)
-            value = tl.load(cost + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x, mask=kept, other=0.0)
-            here = tl.where(kept, tl.exp(temperature * (value.to(ACC) - highest)), 0.0)
+            inside = (distance_squared(y, x, row, column) < limit) & (y < h) & (x < w)
+            value = tl.load(cost + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x, mask=inside, other=0.0)
+            here = tl.where(inside, tl.exp(temperature * (value.to(ACC) - highest)), 0.0)
             sums += here
             across += here * (x - column).to(ACC)
             down += here * (y - row).to(ACC)
-    # NaN where any cell of the frame breaks the softmax
+    # NaN where the maximum is not finite
     total = tl.sum(tl.reshape(sums, [DISC_H * DISC_W]), 0) + highest * 0.0
     x = tl.sum(tl.reshape(across, [DISC_H * DISC_W]), 0) / total
     y = tl.sum(tl.reshape(down, [DISC_H * DISC_W]), 0) / total
@@ -69,14 +73,15 @@ def forward_kernel(
     tl.store(weight + frame, total)
 
 
-@triton.jit(do_not_specialize=range(14))
-def backward_kernel(
+# grad_cost_i = temperature w_i / weight (centre_i - point) . grad_point in the disc, 0 outside; w_i as in the forward
+@kernel
+def soft_argmax_2d_bwd_kernel(
     grad_points, cost, points, maximum, best, weight, grad_cost,
     h: tl.int32, w: tl.int32, limit: tl.uint32, temperature: tl.float64,
     stride_frame: tl.int64, stride_y: tl.int64, stride_x: tl.int64,
     TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    """Writes a frame's gradient in one pass, zeros and disc; reads no more of the cost volume than the disc."""
+    """Writes the gradient of a frame, zeros and disc, in one pass; reads the disc alone of the cost volume."""
     ACC: tl.constexpr = maximum.dtype.element_ty
     frame = tl.program_id(0).to(tl.int64)
     cost += frame * stride_frame
@@ -95,9 +100,9 @@ def backward_kernel(
         for x0 in tl.range(0, w, TILE_W, num_stages=1):
             y, x = _tile(y0, x0, TILE_H, TILE_W)
             exists = (y < h) & (x < w)
-            kept = (tiles.distance_squared(y, x, row, column) < limit) & exists
-            value = tl.load(cost + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x, mask=kept, other=0.0)
+            inside = (distance_squared(y, x, row, column) < limit) & exists
+            value = tl.load(cost + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x, mask=inside, other=0.0)
             here = tl.exp(temperature * (value.to(ACC) - highest)) * factor
             grad = here * ((x.to(ACC) + 0.5 - point_x) * grad_x + (y.to(ACC) + 0.5 - point_y) * grad_y)
             at = grad_cost + y.to(tl.int64) * w + x
-            tl.store(at, tl.where(kept, grad, 0.0).to(grad_cost.dtype.element_ty), mask=exists)
+            tl.store(at, tl.where(inside, grad, 0.0).to(grad_cost.dtype.element_ty), mask=exists)

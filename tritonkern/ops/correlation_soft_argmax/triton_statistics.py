@@ -1,4 +1,4 @@
-"""Triton kernels that meet every cell: lengths of vectors, and maximum, minimum and sum of the correlation.
+"""Triton kernels over all cells: inverse norms of vectors, and maximum, minimum and sum of the correlation.
 
 A program owns a block of queries and a run of cells of one frame. Programs that share a frame are neighbours, so that
 each feature is fetched from memory once and from the L2 cache by the others.
@@ -7,22 +7,20 @@ each feature is fetched from memory once and from the L2 cache by the others.
 import triton
 import triton.language as tl
 
-from tritonkern.ops.correlation_soft_argmax import triton_tiles as tiles
-from tritonkern.ops.correlation_soft_argmax.triton_tiles import UNIT
-
-# Left to itself Triton compiles again whenever an argument becomes 1 or a multiple of 16. The ranges count every
-# argument but the constants at the end.
+from tritonkern.ops._triton import UNIT, kernel
+from tritonkern.ops.correlation_soft_argmax.triton_common import cell_addresses, inner_products, load_channels
 
 
-@triton.jit(do_not_specialize=range(12))
-def scale_kernel(
-    vectors, scale,
+# inverse_norm[b, t, y, x] = 1 / sqrt(max(sum over c of vectors[b, t, y, x, c]^2, eps))
+@kernel
+def correlation_soft_argmax_fwd_kernel_inverse_norms(
+    vectors, inverse_norm,
     T: tl.int32, h: tl.int32, w: tl.int32, C: tl.int32, total: tl.int64, eps: tl.float64,
     stride_b: tl.int64, stride_t: tl.int64, stride_y: tl.int64, stride_x: tl.int64,
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """1 / sqrt(max(sum of squares, eps)) of all vectors of a `[B, T, h, w, C]`."""
-    ACC: tl.constexpr = scale.dtype.element_ty
+    """For BLOCK vectors of a `[B, T, h, w, C]`; `total` is the number of all of them."""
+    ACC: tl.constexpr = inverse_norm.dtype.element_ty
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     present = place < total
     number = tl.minimum(place, total - 1)
@@ -31,24 +29,25 @@ def scale_kernel(
     t, b = rest % T, rest // T
     rows = vectors + (b * stride_b + t * stride_t + y * stride_y + x * stride_x) * UNIT
     squares = tl.zeros([BLOCK, BLOCK_C], ACC)
-    for start in tl.range(0, C * UNIT, BLOCK_C):
-        tile = tiles.load_channels(rows, start, C * UNIT, BLOCK_C).to(ACC)
+    for start in tl.range(0, C * UNIT, BLOCK_C):  # squares: sums over the channels below start, BLOCK_C of them
+        tile = load_channels(rows, start, C * UNIT, BLOCK_C).to(ACC)
         squares += tile * tile
-    # A NaN is no maximum here: it has to reach the scale.
-    length = tl.sum(squares, 1)
+    # `where`, not a maximum, which would drop a NaN.
+    square = tl.sum(squares, 1)
     eps = tl.full([], eps, ACC)
-    length = tl.where(length < eps, eps, length)
-    tl.store(scale + place, 1.0 / tl.sqrt(length), mask=present)
+    square = tl.where(square < eps, eps, square)
+    tl.store(inverse_norm + place, 1.0 / tl.sqrt(square), mask=present)
 
 
-@triton.jit(do_not_specialize=range(11))
-def sum_kernel(
-    features, scale, total,
+# total[b, t, c] = sum over the cells i of features[b, t, i, c], times inverse_norm[b, t, i] if COSINE
+@kernel
+def correlation_soft_argmax_bwd_kernel_sum(
+    features, inverse_norm, total,
     T: tl.int32, cells: tl.int32, w: tl.int32, C: tl.int32,
     stride_b: tl.int64, stride_t: tl.int64, stride_y: tl.int64, stride_x: tl.int64,
     COSINE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Sum of the (normalised) features of a frame, `[B, T, C]`, for BLOCK_C channels."""
+    """For BLOCK_C channels of one frame."""
     ACC: tl.constexpr = total.dtype.element_ty
     C = C * UNIT
     blocks = tl.cdiv(C, BLOCK_C)
@@ -57,15 +56,15 @@ def sum_kernel(
     b = (frame // T).to(tl.int64)
     features += (b * stride_b + (frame - b * T) * stride_t) * UNIT
     sums = tl.zeros([BLOCK, BLOCK_C], ACC)
-    for first in tl.range(0, cells, BLOCK):
+    for first in tl.range(0, cells, BLOCK):  # sums: over the cells below first, BLOCK of them
         cell = first + tl.arange(0, BLOCK)
         exists = cell < cells
         cell = tl.minimum(cell, cells - 1)
         y = cell // w
-        addresses = tiles.cell_addresses(features, y, cell - y * w, stride_y, stride_x)
-        tile = tiles.load_channels(addresses, start, C, BLOCK_C).to(ACC)
+        addresses = cell_addresses(features, y, cell - y * w, stride_y, stride_x)
+        tile = load_channels(addresses, start, C, BLOCK_C).to(ACC)
         if COSINE:
-            tile = tile * tl.load(scale + frame.to(tl.int64) * cells + cell)[:, None]
+            tile = tile * tl.load(inverse_norm + frame.to(tl.int64) * cells + cell)[:, None]
         sums += tl.where(exists[:, None], tile, 0.0)
     channel = start + tl.arange(0, BLOCK_C)
     tl.store(total + frame.to(tl.int64) * C + channel, tl.sum(sums, 0), mask=channel < C)
@@ -73,21 +72,41 @@ def sum_kernel(
 
 @triton.jit
 def _scores(
-    rows, row_scale, frame, frame_scale, cell, w, C, stride_y, stride_x,
+    rows, row_factor, frame, frame_factors, cell, w, C, stride_y, stride_x,
     COSINE: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Correlation `[queries, cells]`."""
+    """Correlation `[queries, cells]` of the queries at `rows` with the numbered cells of a frame."""
     y = cell // w
-    cells = tiles.cell_addresses(frame, y, cell - y * w, stride_y, stride_x)
-    score = tiles.inner_products(rows, cells, C, BLOCK_C, PRECISION, STAGES)
+    cells = cell_addresses(frame, y, cell - y * w, stride_y, stride_x)
+    score = inner_products(rows, cells, C, BLOCK_C, PRECISION, STAGES)
     if COSINE:
-        score = score * row_scale[:, None] * tl.load(frame_scale + cell)[None, :]
+        score = score * row_factor[:, None] * tl.load(frame_factors + cell)[None, :]
     return score
 
 
-@triton.jit(do_not_specialize=range(23))
-def statistics_kernel(
-    query, features, query_scale, features_scale, total, highest, lowest, best, worst,
+@triton.jit
+def _first_nan(
+    begin, stop, rows, row_factor, frame, frame_factors, w, C, stride_y, stride_x,
+    COSINE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_CELLS: tl.constexpr, BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The first of the cells begin..stop-1 whose correlation is NaN, for each query; `stop` where there is none."""
+    first = tl.zeros([BLOCK_N], tl.int32) + stop
+    for start in tl.range(begin, stop, BLOCK_CELLS, num_stages=1):  # first: among the cells below start
+        cell = tl.minimum(start + tl.arange(0, BLOCK_CELLS), stop - 1)
+        score = _scores(
+            rows, row_factor, frame, frame_factors, cell, w, C, stride_y, stride_x, COSINE, BLOCK_C, PRECISION, 1
+        )
+        first = tl.minimum(first, tl.min(tl.where(score != score, cell[None, :], stop), 1))
+    return first
+
+
+# With c_i = query . feature_i, both times their inverse norms if COSINE, over the cells i of a run, for each query:
+#   total = sum c_i,   highest = max c_i,   best = the first i with c_i = highest      (lowest and worst alike)
+#   where any c_i is NaN: highest = lowest = NaN, best = worst = the first such i
+@kernel
+def correlation_soft_argmax_fwd_kernel_statistics(
+    query, features, query_inverse_norm, features_inverse_norm, total, highest, lowest, best, worst,
     frames: tl.int32, T: tl.int32, N: tl.int32, w: tl.int32, cells: tl.int32, C: tl.int32, run: tl.int32,
     runs: tl.int32,
     stride_qb: tl.int64, stride_qn: tl.int64, stride_b: tl.int64, stride_t: tl.int64, stride_y: tl.int64,
@@ -95,24 +114,22 @@ def statistics_kernel(
     COSINE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_CELLS: tl.constexpr, BLOCK_C: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """Statistics of one run of cells, each `[runs, B, T, N]`; `merge_kernel` makes one of all runs."""
+    """One run of `run` cells; results are `[runs, B, T, N]`, of which the merge kernel makes `[B, N, T]`."""
     ACC: tl.constexpr = total.dtype.element_ty
     blocks = tl.cdiv(N, BLOCK_N)
-    program = tl.program_id(0)
-    place = program // blocks  # of the frame and the run
+    place = tl.program_id(0) // blocks  # of the frame and the run
     frame = place // runs
     part = place - frame * runs
     b = frame // T
-    t = frame - b * T
-    first = (program - place * blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
-    # Queries and cells beyond the last are that one once more: their loads need no mask, and no extremum changes.
+    first = (tl.program_id(0) - place * blocks) * BLOCK_N + tl.arange(0, BLOCK_N)
+    # Queries and cells beyond the last one are the last one again: their loads need no mask, and no extremum changes.
     n = tl.minimum(first, N - 1)
     rows = query + (b.to(tl.int64) * stride_qb + n.to(tl.int64) * stride_qn) * UNIT
-    features += (b.to(tl.int64) * stride_b + t.to(tl.int64) * stride_t) * UNIT
-    features_scale += frame.to(tl.int64) * cells
-    row_scale = tl.zeros([BLOCK_N], ACC)
+    features += (b.to(tl.int64) * stride_b + (frame - b * T).to(tl.int64) * stride_t) * UNIT
+    factors = features_inverse_norm + frame.to(tl.int64) * cells
+    row_factor = tl.zeros([BLOCK_N], ACC)
     if COSINE:
-        row_scale = tl.load(query_scale + b.to(tl.int64) * N + n)
+        row_factor = tl.load(query_inverse_norm + b.to(tl.int64) * N + n)
     C = C * UNIT
 
     begin = part * run
@@ -122,15 +139,14 @@ def statistics_kernel(
     low = tl.full([BLOCK_N], float("inf"), ACC)
     high_cell = tl.zeros([BLOCK_N], tl.int32) + begin
     low_cell = high_cell
-    for start in tl.range(begin, stop, BLOCK_CELLS, num_stages=1):
+    for start in tl.range(begin, stop, BLOCK_CELLS, num_stages=1):  # sums to low_cell: of the cells below start
         column = tl.arange(0, BLOCK_CELLS)
         cell = tl.minimum(start + column, stop - 1)
         score = _scores(
-            rows, row_scale, features, features_scale, cell, w, C, stride_y, stride_x,
-            COSINE, BLOCK_C, PRECISION, STAGES,
-        )  # fmt: skip
+            rows, row_factor, features, factors, cell, w, C, stride_y, stride_x, COSINE, BLOCK_C, PRECISION, STAGES
+        )
         sums += tl.sum(tl.where((column < stop - start)[None, :], score, 0.0), 1)
-        # NaN cells are passed over here; the sum tells of them.
+        # Maximum and minimum skip NaN; the sum keeps it.
         tile_high = tl.max(score, 1)
         tile_low = tl.min(score, 1)
         # Any of the repeated last cells is that cell.
@@ -142,17 +158,14 @@ def statistics_kernel(
         low = tl.where(tile_low < low, tile_low, low)
 
     if tl.max((sums != sums).to(tl.int32), 0) > 0:  # a NaN, or infinities of both signs
-        broken = tl.zeros([BLOCK_N], tl.int32) + stop
-        for start in tl.range(begin, stop, BLOCK_CELLS, num_stages=1):
-            cell = tl.minimum(start + tl.arange(0, BLOCK_CELLS), stop - 1)
-            score = _scores(
-                rows, row_scale, features, features_scale, cell, w, C, stride_y, stride_x, COSINE, BLOCK_C, PRECISION, 1
-            )
-            broken = tl.minimum(broken, tl.min(tl.where(score != score, cell[None, :], stop), 1))
-        high = tl.where(broken < stop, float("nan"), high)
-        low = tl.where(broken < stop, float("nan"), low)
-        high_cell = tl.where(broken < stop, broken, high_cell)
-        low_cell = tl.where(broken < stop, broken, low_cell)
+        nan = _first_nan(
+            begin, stop, rows, row_factor, features, factors, w, C, stride_y, stride_x,
+            COSINE, BLOCK_N, BLOCK_CELLS, BLOCK_C, PRECISION,
+        )  # fmt: skip
+        high = tl.where(nan < stop, float("nan"), high)
+        low = tl.where(nan < stop, float("nan"), low)
+        high_cell = tl.where(nan < stop, nan, high_cell)
+        low_cell = tl.where(nan < stop, nan, low_cell)
 
     at = (part.to(tl.int64) * frames + frame) * N + first
     present = first < N
@@ -163,13 +176,16 @@ def statistics_kernel(
     tl.store(worst + at, low_cell, mask=present)
 
 
-@triton.jit(do_not_specialize=range(15))
-def merge_kernel(
+# mean = sum over the runs of total / cells
+# maximum = max over the runs of highest, best = its cell in the first run that has it, or the first NaN; minimum and
+# worst alike
+@kernel
+def correlation_soft_argmax_fwd_kernel_merge(
     total, highest, lowest, high_cells, low_cells, mean, maximum, minimum, best, worst,
     T: tl.int32, N: tl.int32, cells: tl.int32, runs: tl.int32, pairs: tl.int64,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`[runs, B, T, N]` -> `[B, N, T]`."""
+    """`[runs, B, T, N]` -> `[B, N, T]`; `pairs` is B T N."""
     ACC: tl.constexpr = mean.dtype.element_ty
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     present = at < pairs
@@ -182,7 +198,7 @@ def merge_kernel(
     low = tl.load(lowest + at, mask=present, other=0.0)
     high_cell = tl.load(high_cells + at, mask=present, other=0)
     low_cell = tl.load(low_cells + at, mask=present, other=0)
-    for part in tl.range(0, runs):
+    for part in tl.range(0, runs):  # sums to low_cell: of the runs below part, and of the first one
         here = part * pairs + at
         sums += tl.load(total + here, mask=present, other=0.0)
         value = tl.load(highest + here, mask=present, other=0.0)

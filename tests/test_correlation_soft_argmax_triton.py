@@ -1,0 +1,134 @@
+"""The Triton kernels of `correlation_soft_argmax` and `soft_argmax_2d`, compiled ahead of time without a GPU."""
+
+import itertools
+import os
+import re
+from typing import NamedTuple
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from test_triton_aot import (  # noqa: E402
+    DTYPES,
+    MATRIX,
+    SHARED_KIB,
+    TARGETS,
+    compile_only,
+    pool,  # noqa: F401
+    resources,
+)
+
+from tritonkern.ops.correlation_soft_argmax.op import NAME, Grads, Outputs2d, Saved  # noqa: E402
+
+# Scalar registers kept in lanes of vector registers, of 6400 (100 vector registers of 64 lanes): arguments of the
+# kernels that sum gradients.
+LANES = 96
+
+
+class Case(NamedTuple):
+    """A call, whose launcher starts several kernels."""
+
+    function: str
+    target: str
+    channels: int
+    dtype: torch.dtype
+    cosine: bool = False
+    tf32: bool = False
+
+
+def launch(kernels, function, query, features, cosine, radius=5.0):
+    pairs = query.shape[0], query.shape[1], features.shape[1]
+    real = query.new_ones(pairs, dtype=torch.promote_types(query.dtype, torch.float32))
+    cells, points = real.int(), torch.stack([real, real], -1)
+    if function == "forward":
+        kernels.forward(query, features, 20.0, radius, cosine, 1e-6)
+    elif function == "backward":
+        inverse_norms = (real.new_ones(x.shape[:-1] if cosine else 0) for x in (query, features))
+        saved = Saved(points, real, cells, cells, real, *inverse_norms)
+        kernels.backward(Grads(points, real, real, real), query, features, saved, 20.0, radius, cosine, 1e-6)
+    elif function == "soft_argmax_2d_forward":
+        kernels.soft_argmax_2d_forward(features[..., 0], 20.0, radius)
+    else:
+        saved = Outputs2d(points[:, 0], real[:, 0], cells[:, 0], real[:, 0])
+        kernels.soft_argmax_2d_backward(points[:, 0], features[..., 0], saved, 20.0, radius)
+
+
+def measure(case):
+    kernels, compiled = compile_only(NAME, case.target, case.tf32)
+    query = torch.zeros(2, 3, case.channels, dtype=case.dtype)
+    features = torch.zeros(2, 5, 6, 7, case.channels, dtype=case.dtype)
+    launch(kernels, case.function, query, features, case.cosine)
+    return [resources(kernel, case.target) for kernel in {kernel.hash: kernel for kernel in compiled}.values()]
+
+
+def cases():
+    """Calls whose launchers start all kernels of the operation; `make aot` (TRITONKERN_AOT=all) has more of them."""
+    everything = os.environ.get("TRITONKERN_AOT") == "all"
+    half, single, double = torch.bfloat16, torch.float32, torch.float64
+    for target in TARGETS:
+        for function in ("forward", "backward"):
+            if everything:
+                for channels, cosine in itertools.product((8, 24, 32, 64, 768), (False, True)):
+                    yield from (Case(function, target, channels, dtype, cosine) for dtype in DTYPES)
+            else:
+                yield from (Case(function, target, 768, dtype, cosine=True) for dtype in (half, single))
+                if target in ("sm_90", "gfx942"):
+                    yield Case(function, target, 768, torch.float16)
+            if target == "sm_80":
+                yield Case(function, target, 768, double, cosine=True)
+            if target != "gfx942" and (everything or target == "sm_90"):
+                yield Case(function, target, 768, single, cosine=True, tf32=True)
+        for function in ("soft_argmax_2d_forward", "soft_argmax_2d_backward"):
+            yield from (Case(function, target, 1, dtype) for dtype in (DTYPES if everything else (half,)))
+
+
+@pytest.mark.slow
+def test_no_kernel_spills_or_overflows_shared_memory(pool):  # noqa: F811
+    futures = {case: pool.submit(measure, case) for case in cases()}
+    table, faults = [], []
+    for case, future in futures.items():
+        for used in future.result():
+            row = (
+                f"{used.kernel:48} {case.target:6} C={case.channels:<3} {str(case.dtype)[6:]:8} "
+                f"cosine={case.cosine:d} tf32={case.tf32:d}: {used.registers:3} registers, "
+                f"{used.shared:6} bytes shared, {used.spilled} spilled, {used.lanes} in lanes"
+            )
+            table.append(row)
+            if used.spilled or used.lanes > LANES:
+                faults.append(row)
+            if used.shared > SHARED_KIB[case.target] * 1024:
+                faults.append(f"{row}: too much shared memory")
+            if not used.kernel.endswith(("_statistics", "_points", "_query")):
+                continue
+            if case.dtype.itemsize == 2 and re.search(r"ld\.global\.[bu]16|global_load_[us]short", used.assembly):
+                faults.append(f"{row}: vectors are not read as such")
+            # AMD's matrix units take float32 as it is.
+            tensor_cores = case.dtype.itemsize == 2 or case.tf32
+            tensor_cores |= case.dtype == torch.float32 and case.target == "gfx942"
+            if bool(re.search(MATRIX[case.target], used.assembly)) != tensor_cores:
+                faults.append(f"{row}: tensor cores are {'not ' if tensor_cores else ''}used")
+    print("\n".join(table))
+    assert not faults, "\n".join(faults)
+
+
+def variants(target):
+    """Names of all kernels compiled for one block of channels while every other size, stride and option changes."""
+    kernels, compiled = compile_only(NAME, target)
+    sizes = [(2, 3, 5, 6, 7, 48), (1, 1, 1, 1, 1, 64), (1, 16, 16, 16, 16, 40), (16, 48, 1, 64, 2, 33)]
+    for (B, N, T, h, w, C), radius in itertools.product(sizes, (0.5, 5.0, float("inf"))):
+        query = torch.zeros(B, N, C, dtype=torch.float16)
+        features = torch.zeros(B, T, h * w + 1, C, dtype=torch.float16)[:, :, 1:].unflatten(2, (h, w))
+        for function in ("forward", "backward", "soft_argmax_2d_forward", "soft_argmax_2d_backward"):
+            launch(kernels, function, query, features, True, radius)
+            launch(kernels, function, query, features.mT.contiguous().mT, True, radius)
+    names = {kernel.metadata.name for kernel in compiled}
+    return len({kernel.hash for kernel in compiled}), len(names), len(compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_nothing_but_channels_dtype_and_cosine_recompiles(pool, target):  # noqa: F811
+    hashes, names, launches = pool.submit(variants, target).result()
+    assert launches > 200 and hashes == names == 9
