@@ -3,16 +3,24 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import assert_as_exact_as_eager, match_eager, native_backends, peak_memory, soft_argmax_textbook
+from oracle import (
+    assert_as_exact_as_eager,
+    fast_backends,
+    match_eager,
+    native_backends,
+    peak_memory,
+    soft_argmax_textbook,
+)
+from test_correlation_soft_argmax import EXTREMES, whims
 
 from tritonkern import soft_argmax_2d
 from tritonkern.ops.correlation_soft_argmax import op, reference
 
-FWD = op.soft_argmax_2d_fwd
+FWD, BWD = op.soft_argmax_2d_fwd, op.soft_argmax_2d_bwd
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=native_backends(op.NAME))
+@pytest.fixture(params=fast_backends(op.NAME))
 def where(request):
     return request.param
 
@@ -129,16 +137,52 @@ def test_empty(where, shape):
     assert points.shape == (*shape[:-2], 2) and grad.shape == shape
 
 
-def test_gradcheck(where):
-    cost = random_cost(2, 4, 5, dtype=torch.float64, device=where[1]).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: soft_argmax_2d(x, radius=2.0, backend=where[0]), [cost])
+@pytest.mark.parametrize("backend", list(native_backends(op.NAME)))
+def test_gradcheck(backend):
+    cost = random_cost(2, 4, 5, dtype=torch.float64, device=backend[1]).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: soft_argmax_2d(x, radius=2.0, backend=backend[0]), [cost])
 
 
-def test_second_derivative_is_refused(where):
-    cost = random_cost(2, 4, 5, device=where[1]).requires_grad_()
-    (grad,) = torch.autograd.grad(soft_argmax_2d(cost, backend=where[0]).sum(), cost, create_graph=True)
-    with pytest.raises(RuntimeError, match="soft_argmax_2d has no second derivative"):
-        grad.sum().backward()
+@pytest.mark.parametrize("axis", range(4), ids=["b", "frame", "h", "w"])
+def test_strides_of_axes_of_size_1_mean_nothing(where, axis):
+    """Of the cost volume and everything that the backward operator gets."""
+    sizes = [3, 2, 7, 9]
+    sizes[axis] = 1
+    cost = random_cost(*sizes, device=where[1])
+    saved = FWD(cost, 20.0, 2.0, where[0])
+    tensors = [torch.randn_like(saved[0]), cost, *saved]
+    expected = [*saved, BWD(*tensors, 20.0, 2.0, where[0])]
+    for index, tensor in enumerate(tensors):
+        if axis < tensor.dim() and tensor.shape[axis] == 1 and tensor.is_floating_point():
+            for strange in whims(tensor, axis):
+                changed = [*tensors[:index], strange, *tensors[index + 1 :]]
+                results = [*FWD(changed[1], 20.0, 2.0, where[0]), BWD(*changed, 20.0, 2.0, where[0])]
+                assert all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
+
+
+@pytest.mark.parametrize("cell", [-1, 63, 10**9, -(2**31), 2**31 - 1])
+def test_cells_outside_of_the_grid_take_no_part(where, cell):
+    """The operators are public: best may hold any number. The memory driver watches what is read."""
+    cost = random_cost(3, 7, 9, device=where[1])
+    points, maximum, best, weight = FWD(cost, 20.0, 0.5, where[0])
+    saved = points, maximum, torch.full_like(best, cell), weight
+    assert not BWD(torch.ones_like(points), cost, *saved, 20.0, 0.5, where[0]).any()
+
+
+@pytest.mark.parametrize("size", EXTREMES, ids=str)
+@pytest.mark.parametrize("option", ["temperature", "radius"])
+@pytest.mark.parametrize("backend", list(native_backends(op.NAME)))
+def test_options_at_the_ends_of_their_ranges(backend, option, size):
+    """Finite results, or refused; the same on every backend."""
+    cost = random_cost(3, 7, 9, device=backend[1])
+    cost[0, 2, 3] = cost[0, 2, 4] = 1  # two best cells
+    cost[1] = 0
+    if size >= 1.2e-38 and (size <= 1e30 or option == "radius"):
+        results = with_gradient(lambda x: soft_argmax_2d(x, backend=backend[0], **{option: size}), cost)
+        assert all(x.isfinite().all() for x in results)
+    else:
+        with pytest.raises(ValueError, match=f"{option} must be a positive"):
+            soft_argmax_2d(cost, backend=backend[0], **{option: size})
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -150,7 +194,7 @@ def test_non_finite_cell_stays_in_its_frame(where, bad, cell):
     points, grad = with_gradient(lambda x: soft_argmax_2d(x, backend=where[0]), cost)
     others = [0, 1, 2, 4]
     assert torch.equal(points[others], clean[0][others]) and torch.equal(grad[others], clean[1][others])
-    expected = reference.soft_argmax_forward(cost.cpu().double(), 20.0, 5.0)[0]
+    expected = reference.soft_argmax_2d_forward(cost.cpu().double(), 20.0, 5.0)[0]
     assert expected[3].isnan().all() == (bad != float("-inf"))
     torch.testing.assert_close(points.double(), expected, rtol=1e-5, atol=1e-5, equal_nan=True)
     assert grad[3].isfinite().all() == (bad == float("-inf"))
@@ -171,11 +215,23 @@ def test_same_bits_every_time(where):
         assert all(torch.equal(x, y) for x, y in zip(again, first, strict=True))
 
 
+@pytest.mark.parametrize("backend", [p for p in fast_backends(op.NAME) if p.values[0][1] == "cpu"])
+def test_same_bits_on_any_number_of_threads(backend):
+    cost = random_cost(200, 20, 24)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 3, 8):
+            torch.set_num_threads(threads)
+            results.append(with_gradient(lambda x: soft_argmax_2d(x, backend=backend[0]), cost))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(x, y) for result in results[1:] for x, y in zip(result, results[0], strict=True))
+
+
 def test_memory_is_that_of_the_gradient(where):
     """The official form keeps several temporaries of the cost volume's size, and one of twice that."""
     backend, device = where
-    if backend == "reference":
-        pytest.skip("the reference does as the official form")
     cost = random_cost(2000, 64, 64, device=device)  # 31 MiB
     soft_argmax_2d(cost[:10], backend=backend)
     with peak_memory(device) as peak:
@@ -183,6 +239,7 @@ def test_memory_is_that_of_the_gradient(where):
     assert peak.mebibytes < 4
 
 
+@pytest.mark.slow
 def test_properties(where):
     """Any shape, stride, dtype and option."""
     hypothesis = pytest.importorskip("hypothesis")

@@ -8,7 +8,14 @@ import torch
 from oracle import native_backends
 from torch.autograd import forward_ad
 
-from tritonkern import temporal_window_attention, track_sample_attention, track_splat_attention
+from tritonkern import (
+    correlation_soft_argmax,
+    soft_argmax_2d,
+    temporal_window_attention,
+    track_sample_attention,
+    track_splat_attention,
+)
+from tritonkern.ops.correlation_soft_argmax import op as correlation_op
 from tritonkern.ops.full_attention import op as full_op
 from tritonkern.ops.temporal_window_attention import op as window_op
 from tritonkern.ops.track_attention import op as track_op
@@ -34,11 +41,21 @@ def track_attention(x, backend):
     return track_splat_attention(grid, sampled, sampled, x[:, :, 0, :, 0, :2], sigma=x.sum().exp(), backend=backend)
 
 
+def correlation(x, backend):
+    return correlation_soft_argmax(x[..., 0, 0, :], x, cosine=True, backend=backend).points
+
+
+def soft_argmax(x, backend):
+    return soft_argmax_2d(x, backend=backend)
+
+
 # Per operation: a function of one tensor that needs a gradient, that tensor, the folder of the operation.
 CASES = {
     "temporal_window_attention": (window_attention, torch.randn(1, 5, 2, 8), window_op.NAME),
     "temporal_window_attention_fwd": (window_operator, torch.randn(1, 5, 1, 2, 8), window_op.NAME),
     "full_attention_fwd": (full_operator, torch.randn(1, 5, 2, 8), full_op.NAME),
+    "correlation_soft_argmax": (correlation, torch.randn(1, 2, 3, 4, 8), correlation_op.NAME),
+    "soft_argmax_2d": (soft_argmax, torch.randn(2, 3, 4), correlation_op.NAME),
     "track_attention": (track_attention, torch.randn(1, 2, 1, 4, 2, 8), track_op.NAME),
 }
 

@@ -3,13 +3,12 @@
 A stand-in for Triton's driver names the architecture and every launch stops after compilation, so that compile keys,
 tiles and warps are the real ones. `make aot` (TRITONKERN_AOT=all) does so for every head dim; the default is a choice
 that still holds every kernel on every architecture, where it needs most registers, and every dtype, tile size and width
-of the head on one. Likewise for the channels of correlation_soft_argmax.
+of the head on one.
 """
 
 import concurrent.futures
 import functools
 import importlib
-import itertools
 import multiprocessing
 import os
 import re
@@ -37,7 +36,6 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 # Scalar registers kept in lanes of vector registers, which is no memory traffic. Masks of heads above 128 that are no
 # power of two take them.
 LANES = {("backward", "gfx942", head_dim): 16 for head_dim in range(136, 256, 8)}
-MATCH_LANES = 96  # of 6400 (100 vector registers of 64 lanes); arguments of the kernels that sum gradients
 BUCKETS = (16, 32, 64, 128, 256)
 NARROW, WIDE = 13, 201
 
@@ -50,17 +48,6 @@ class Case(NamedTuple):
     head_dim: int
     dtype: torch.dtype
     window: int = NARROW
-    tf32: bool = False
-
-
-class Match(NamedTuple):
-    """A call of correlation_soft_argmax or soft_argmax_2d, whose launchers start several kernels."""
-
-    function: str
-    target: str
-    channels: int
-    dtype: torch.dtype
-    cosine: bool = False
     tf32: bool = False
 
 
@@ -152,31 +139,6 @@ def measure(case):
     return resources(kernel, case.target)
 
 
-def launch_match(kernels, function, query, features, cosine, radius=5.0):
-    pairs = query.shape[0], query.shape[1], features.shape[1]
-    real = query.new_ones(pairs, dtype=torch.promote_types(query.dtype, torch.float32))
-    cells, points = real.int(), torch.stack([real, real], -1)
-    if function == "forward":
-        kernels.forward(query, features, 20.0, radius, cosine, 1e-6)
-    elif function == "backward":
-        scales = (real.new_ones(x.shape[:-1] if cosine else 0) for x in (query, features))
-        saved = points, real, cells, cells, real, *scales
-        kernels.backward(points, real, real, real, query, features, *saved, 20.0, radius, cosine, 1e-6)
-    elif function == "soft_argmax_forward":
-        kernels.soft_argmax_forward(features[..., 0], 20.0, radius)
-    else:
-        points, real = points[:, 0], real[:, 0]
-        kernels.soft_argmax_backward(points, features[..., 0], points, real, real.int(), real, 20.0, radius)
-
-
-def measure_match(case):
-    kernels, compiled = compile_only("correlation_soft_argmax", case.target, case.tf32)
-    query = torch.zeros(2, 3, case.channels, dtype=case.dtype)
-    features = torch.zeros(2, 5, 6, 7, case.channels, dtype=case.dtype)
-    launch_match(kernels, case.function, query, features, case.cosine)
-    return [resources(kernel, case.target) for kernel in {kernel.hash: kernel for kernel in compiled}.values()]
-
-
 def resources(kernel, target):
     name = kernel.metadata.name
     if target == "gfx942":
@@ -243,79 +205,6 @@ def test_no_kernel_spills_or_overflows_shared_memory(pool):
             faults.append(f"{row}: tensor cores are {'not ' if tensor_cores else ''}used")
     print("\n".join(table))
     assert not faults, "\n".join(faults)
-
-
-def match_cases():
-    """Calls whose launchers start all kernels of the room."""
-    everything = os.environ.get("TRITONKERN_AOT") == "all"
-    half, single, double = torch.bfloat16, torch.float32, torch.float64
-    for target in TARGETS:
-        for function in ("forward", "backward"):
-            if everything:
-                for channels, cosine in itertools.product((8, 24, 32, 64, 768), (False, True)):
-                    yield from (Match(function, target, channels, dtype, cosine) for dtype in DTYPES)
-            else:
-                yield from (Match(function, target, 768, dtype, cosine=True) for dtype in (half, single))
-                if target in ("sm_90", "gfx942"):
-                    yield Match(function, target, 768, torch.float16)
-            if target == "sm_80":
-                yield Match(function, target, 768, double, cosine=True)
-            if target != "gfx942" and (everything or target == "sm_90"):
-                yield Match(function, target, 768, single, cosine=True, tf32=True)
-        for function in ("soft_argmax_forward", "soft_argmax_backward"):
-            yield from (Match(function, target, 1, dtype) for dtype in (DTYPES if everything else (half,)))
-
-
-@pytest.mark.slow
-def test_no_matching_kernel_spills_or_overflows_shared_memory(pool):
-    futures = {case: pool.submit(measure_match, case) for case in match_cases()}
-    table, faults = [], []
-    for case, future in futures.items():
-        for used in future.result():
-            row = (
-                f"{used.kernel:24} {case.target:6} C={case.channels:<3} {str(case.dtype)[6:]:8} "
-                f"cosine={case.cosine:d} tf32={case.tf32:d}: {used.registers:3} registers, "
-                f"{used.shared:6} bytes shared, {used.spilled} spilled, {used.lanes} in lanes"
-            )
-            table.append(row)
-            if used.spilled or used.lanes > MATCH_LANES:
-                faults.append(row)
-            if used.shared > SHARED_KIB[case.target] * 1024:
-                faults.append(f"{row}: too much shared memory")
-            vectors = used.kernel in ("statistics_kernel", "points_kernel", "query_gradient_kernel")
-            if not vectors:
-                continue
-            if case.dtype.itemsize == 2 and re.search(r"ld\.global\.[bu]16|global_load_[us]short", used.assembly):
-                faults.append(f"{row}: vectors are not read as such")
-            # AMD's matrix units take float32 as it is.
-            tensor_cores = case.dtype.itemsize == 2 or case.tf32
-            tensor_cores |= case.dtype == torch.float32 and case.target == "gfx942"
-            if bool(re.search(MATRIX[case.target], used.assembly)) != tensor_cores:
-                faults.append(f"{row}: tensor cores are {'not ' if tensor_cores else ''}used")
-    print("\n".join(table))
-    assert not faults, "\n".join(faults)
-
-
-def match_variants(target):
-    """Names of all kernels compiled for one block of channels while every other size, stride and option changes."""
-    kernels, compiled = compile_only("correlation_soft_argmax", target)
-    sizes = [(2, 3, 5, 6, 7, 48), (1, 1, 1, 1, 1, 64), (1, 16, 16, 16, 16, 40), (16, 48, 1, 64, 2, 33)]
-    for (B, N, T, h, w, C), radius in itertools.product(sizes, (0.5, 5.0, float("inf"))):
-        query = torch.zeros(B, N, C, dtype=torch.float16)
-        features = torch.zeros(B, T, h * w + 1, C, dtype=torch.float16)[:, :, 1:].unflatten(2, (h, w))
-        for function in ("forward", "backward", "soft_argmax_forward", "soft_argmax_backward"):
-            launch_match(kernels, function, query, features, True, radius)
-            launch_match(kernels, function, query, features.mT.contiguous().mT, True, radius)
-    names = {kernel.metadata.name for kernel in compiled}
-    return len({kernel.hash for kernel in compiled}), len(names), len(compiled)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
-def test_nothing_but_channels_dtype_and_cosine_recompile_matching(pool, target):
-    hashes, names, launches = pool.submit(match_variants, target).result()
-    # The names of the soft-argmax kernels are told apart by nothing but forward and backward.
-    assert launches > 200 and hashes == names == 9
 
 
 def variants(direction, target):

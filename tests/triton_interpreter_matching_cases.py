@@ -12,7 +12,7 @@ WHERE = ("triton", "cpu")
 DTYPES = (torch.float64, torch.float32, torch.float16)
 NAN, INF = float("nan"), float("inf")
 # Overflow and invalid values that a mask or a check of the kernels takes care of.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.filterwarnings("ignore::RuntimeWarning"), pytest.mark.slow]
 
 
 @pytest.mark.parametrize("cosine", [False, True], ids=["dot", "cosine"])
@@ -176,11 +176,29 @@ def test_soft_argmax_of_nothing():
 
 
 def test_reach_of_a_disc():
-    from tritonkern.ops.correlation_soft_argmax.triton_tiles import disc
+    from tritonkern.ops.correlation_soft_argmax.triton_common import disc
 
     assert disc(5.0, 64, 64) == (25, (4, 4))
     assert disc(5.01, 64, 3) == (26, (5, 2))
-    assert disc(0.5, 64, 64) == (1, (0, 0)) and disc(1e-200, 9, 9) == (1, (0, 0))
+    assert disc(0.5, 64, 64) == (1, (0, 0)) and disc(1.2e-38, 9, 9) == (1, (0, 0))
+    assert disc(46340.0, 1, 1 << 20) == (46340**2, (0, 46339))
     assert disc(INF, 20, 1 << 20) == (2**32 - 1, (19, (1 << 20) - 1))
-    with pytest.raises(ValueError, match="radius must be at most 46340"):
-        disc(50000.0, 1, 1 << 20)
+
+
+@pytest.mark.parametrize("option", ["temperature", "radius", "eps"])
+@pytest.mark.parametrize("size", [1.2e-38, 1e30])
+def test_options_at_the_ends_of_their_ranges(option, size):
+    matching.test_options_at_the_ends_of_their_ranges(WHERE, option, size)
+    if option != "eps":
+        soft_argmax.test_options_at_the_ends_of_their_ranges(WHERE, option, size)
+
+
+@pytest.mark.parametrize("axis", [1, 5])
+def test_strides_of_axes_of_size_1_mean_nothing(axis):
+    matching.test_strides_of_axes_of_size_1_mean_nothing(WHERE, axis, True)
+
+
+@pytest.mark.parametrize("cell", [-1, 20, -(2**31), 2**31 - 1])
+def test_cells_outside_of_the_grid_take_no_part(cell):
+    matching.test_cells_outside_of_the_grid_take_no_part(WHERE, cell)
+    soft_argmax.test_cells_outside_of_the_grid_take_no_part(WHERE, cell)

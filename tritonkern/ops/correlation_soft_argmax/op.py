@@ -100,8 +100,8 @@ def allocate_2d(cost_volume: Tensor) -> Outputs2d:
 
 
 def disc_limit(radius: float) -> int:
-    """Squared distances (whole numbers) are below radius**2 exactly if they are below this. The best cell always is."""
-    return max(1, math.ceil(min(radius * radius, 2.0**62)))
+    """A squared distance of two cells, a whole number, is below radius**2 exactly if it is below this."""
+    return math.ceil(min(radius * radius, 2.0**62))
 
 
 def check_tensors(query: Tensor, features: Tensor) -> None:
