@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonkern.functional._arguments import autocast, real, refuse_forward_mode
+from tritonkern.functional._arguments import autocast, real
 from tritonkern.ops import _backends
 from tritonkern.ops._checks import check_dense
 from tritonkern.ops._dtypes import accumulator

@@ -73,10 +73,14 @@ def scores(
 
 
 @triton.jit
-def weights(score, highest, temperature):
-    """e^(temperature (score - highest)), where rounding may make a score larger than the highest one."""
+def weights(score, highest, temperature, y, x, row, column):
+    """`[cells, queries]`: e^(temperature (score - highest)), which is 1 for the best cells (row, column).
+
+    `highest` was found with another order of sums: rounded scores may be larger, and that of the best cell smaller.
+    """
     exponent = temperature * (score - highest[None, :])
-    return tl.exp(tl.where(exponent > 0.0, 0.0, exponent))
+    best = (y[:, None] == row[None, :]) & (x[:, None] == column[None, :])
+    return tl.exp(tl.where((exponent > 0.0) | best, 0.0, exponent))
 
 
 # weight = sum over the disc of w_i,   w_i = e^(temperature (c_i - c_best)),   c_i = query . feature_i
@@ -122,7 +126,7 @@ def correlation_soft_argmax_fwd_kernel_points(
                     COSINE, BLOCK_C, PRECISION, STAGES,
                 )  # fmt: skip
                 inside = in_disc(y, x, row, column, h, w, limit)
-                here = tl.where(inside, weights(score, highest, temperature), 0.0)
+                here = tl.where(inside, weights(score, highest, temperature, y, x, row, column), 0.0)
                 sums += tl.sum(here, 0)
                 across += tl.sum(here * (x[:, None] - column[None, :]).to(ACC), 0)
                 down += tl.sum(here * (y[:, None] - row[None, :]).to(ACC), 0)

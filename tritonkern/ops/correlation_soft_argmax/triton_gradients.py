@@ -27,14 +27,15 @@ def _patch_place(y, x, row, column, reach_y, reach_x, patch_h, patch_w, h, w):
 
 
 @triton.jit
-def _point_gradient(score, y, x, pair, points, maximum, weight, grad_points, temperature):
+def _point_gradient(score, y, x, row, column, pair, points, maximum, weight, grad_points, temperature):
     """temperature w_i / weight (centre_i - point) . grad_point, for any cell."""
     # What belongs to a query is loaded again for each tile: kept, it would not fit into the registers.
     across = (x.to(score.dtype) + 0.5)[:, None] - tl.load(points + pair * 2)[None, :]
     down = (y.to(score.dtype) + 0.5)[:, None] - tl.load(points + pair * 2 + 1)[None, :]
     along = across * tl.load(grad_points + pair * 2)[None, :]
     along += down * tl.load(grad_points + pair * 2 + 1)[None, :]
-    here = discs.weights(score, tl.load(maximum + pair), temperature) / tl.load(weight + pair)[None, :]
+    here = discs.weights(score, tl.load(maximum + pair), temperature, y, x, row, column)
+    here = here / tl.load(weight + pair)[None, :]
     return temperature * here * along
 
 
@@ -89,8 +90,10 @@ def correlation_soft_argmax_bwd_kernel_query(
                 inside = in_disc(y, x, row, column, h, w, limit)
                 grad = tl.zeros(score.shape, ACC)
                 if has_points:
-                    along = _point_gradient(score, y, x, pair, points, maximum, weight, grad_points, temperature)
-                    grad = tl.where(inside, along, 0.0)
+                    grad = _point_gradient(
+                        score, y, x, row, column, pair, points, maximum, weight, grad_points, temperature
+                    )
+                    grad = tl.where(inside, grad, 0.0)
                 if has_centre:
                     centre = inside & (y[:, None] == row[None, :]) & (x[:, None] == column[None, :])
                     # A query that is not finite must not look like a finite gradient in the other kernel.
