@@ -56,13 +56,13 @@ def correlation_soft_argmax(
     Args:
         query: ``[B, N, C]``.
         features: ``[B, T, h, w, C]`` of query's dtype and device, any strides: the patch tokens of a vision transformer
-            are used where they lie. float64, float32, bfloat16 or float16; B, N and T may be 0. Sums are kept in
+            are read in place. float64, float32, bfloat16 or float16; B, N and T may be 0. Sums are kept in
             float32 (float64 for float64). Autocast does not apply: matching in bfloat16 would round the softmax's
             logits to steps of a tenth.
-        temperature: factor from correlation to softmax logit, positive.
-        radius: in cells, positive; may exceed the grid.
+        temperature: factor from correlation to softmax logit, from 1.2e-38 to 1e30.
+        radius: in cells, positive; may be infinite. Above 46340 it must cover the grid.
         cosine: whether query and features are divided by ``sqrt(max(sum of squares, eps))`` along C first.
-        eps: see `cosine`; without it, unused.
+        eps: see `cosine`; without it, unused. From 1.2e-38 to 1e30.
         backend: ``"cpp"``, ``"triton"`` or ``"reference"``; None chooses by device.
 
     Returns:
@@ -72,7 +72,7 @@ def correlation_soft_argmax(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         NotImplementedError: an input carries a forward-mode tangent.
-        ValueError: shapes or devices that do not fit together, an option that is not positive, or a backend that cannot
+        ValueError: shapes or devices that do not fit together, an option out of its range, or a backend that cannot
             run this call (the message lists every backend with its reason and the way out).
 
     It is the matching head of Chrono (Kim et al., CVPR 2025), LocoTrack (Cho et al., ECCV 2024) and TAPIR (Doersch et
