@@ -79,8 +79,8 @@ void backward(const TensorView& grad_points, const TensorView& grad_mean, const 
 
 // The frames of a cost volume are three axes here: [I, J, K, height, width].
 SoftArgmax2d describe(const TensorView& cost, double temperature, int64_t limit, int num_threads,
-                    const TensorView& points, const TensorView& maximum, const TensorView& best,
-                    const TensorView& weight) {
+                      const TensorView& points, const TensorView& maximum, const TensorView& best,
+                      const TensorView& weight) {
     expect_rank("cost", cost, 5);
     expect_floating("cost", cost);
     SoftArgmax2d call{};
@@ -100,15 +100,15 @@ SoftArgmax2d describe(const TensorView& cost, double temperature, int64_t limit,
 }
 
 void soft_argmax_2d_forward(const TensorView& cost, double temperature, int64_t limit, int num_threads,
-                         const TensorView& points, const TensorView& maximum, const TensorView& best,
-                         const TensorView& weight) {
+                            const TensorView& points, const TensorView& maximum, const TensorView& best,
+                            const TensorView& weight) {
     TRITONKERN_KERNEL(correlation_soft_argmax, soft_argmax_2d_forward)
     (describe(cost, temperature, limit, num_threads, points, maximum, best, weight));
 }
 
 void soft_argmax_2d_backward(const TensorView& grad_points, const TensorView& cost, const TensorView& points,
-                          const TensorView& maximum, const TensorView& best, const TensorView& weight,
-                          double temperature, int64_t limit, int num_threads, const TensorView& grad_cost) {
+                             const TensorView& maximum, const TensorView& best, const TensorView& weight,
+                             double temperature, int64_t limit, int num_threads, const TensorView& grad_cost) {
     auto call = describe(cost, temperature, limit, num_threads, points, maximum, best, weight);
     const auto& [I, J, K] = call.frames;
     call.grad_points = dense("grad_points", grad_points, accumulator(call.dtype), {I, J, K, 2});
