@@ -10,6 +10,8 @@ from torch.autograd import forward_ad
 
 from tritonkern import (
     correlation_soft_argmax,
+    local_correlation,
+    local_correlation_linear,
     soft_argmax_2d,
     temporal_window_attention,
     track_sample_attention,
@@ -17,6 +19,7 @@ from tritonkern import (
 )
 from tritonkern.ops.correlation_soft_argmax import op as correlation_op
 from tritonkern.ops.full_attention import op as full_op
+from tritonkern.ops.local_correlation import op as local_op
 from tritonkern.ops.temporal_window_attention import op as window_op
 from tritonkern.ops.track_attention import op as track_op
 
@@ -49,6 +52,15 @@ def soft_argmax(x, backend):
     return soft_argmax_2d(x, backend=backend)
 
 
+def correlations(x, backend, function=local_correlation, *layer):
+    features, support, coords = x.cos().expand(1, 2, 3, 4, 8), x.expand(1, 3, 2, 8), x.sin()[:2].expand(1, 2, 3, 2)
+    return function(features, support, coords, *layer, radius=1, align_corners=True, backend=backend)
+
+
+def correlations_and_layer(x, backend):
+    return correlations(x, backend, local_correlation_linear, x.sum().expand(5, 18), x[:5])
+
+
 # Per operation: a function of one tensor that needs a gradient, that tensor, the folder of the operation.
 CASES = {
     "temporal_window_attention": (window_attention, torch.randn(1, 5, 2, 8), window_op.NAME),
@@ -56,6 +68,8 @@ CASES = {
     "full_attention_fwd": (full_operator, torch.randn(1, 5, 2, 8), full_op.NAME),
     "correlation_soft_argmax": (correlation, torch.randn(1, 2, 3, 4, 8), correlation_op.NAME),
     "soft_argmax_2d": (soft_argmax, torch.randn(2, 3, 4), correlation_op.NAME),
+    "local_correlation": (correlations, torch.randn(8), local_op.NAME),
+    "local_correlation_linear": (correlations_and_layer, torch.randn(8), local_op.NAME),
     "track_attention": (track_attention, torch.randn(1, 2, 1, 4, 2, 8), track_op.NAME),
 }
 

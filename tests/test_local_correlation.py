@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from official import needs_official, official  # noqa: F401
-from oracle import assert_as_exact_as_eager, native_backends, peak_memory
+from oracle import assert_as_exact_as_eager, fast_backends, native_backends, peak_memory
 
 from tritonkern import local_correlation, local_correlation_linear
 from tritonkern.ops.local_correlation import op
@@ -24,10 +24,7 @@ OPTIONS = [
 ]
 
 
-REFERENCE, *FAST = native_backends(op.NAME)
-
-
-@pytest.fixture(params=FAST)
+@pytest.fixture(params=fast_backends(op.NAME))
 def where(request):
     return request.param
 
@@ -195,7 +192,7 @@ def test_supports_of_each_frame(where, linear, dtype):
         check(where, case(where[1], per_frame=True, linear=linear, dtype=dtype, options=LOCOTRACK, **sizes))
 
 
-@pytest.mark.parametrize("where", [REFERENCE, *FAST])
+@pytest.mark.parametrize("where", native_backends(op.NAME))
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_textbook(where, options):
     """One product at a time, also on maps of a single row or column."""
@@ -370,7 +367,7 @@ def test_empty(where, linear):
         assert all(not grad.any() and grad.shape == x.shape for grad, x in zip(grads, this.tensors, strict=True))
 
 
-@pytest.mark.parametrize("where", [REFERENCE, *FAST])
+@pytest.mark.parametrize("where", native_backends(op.NAME))
 @pytest.mark.parametrize("options", [COTRACKER, LOCOTRACK], ids=["border", "zeros"])
 def test_gradcheck(where, options):
     sizes = dict(S=2, C=2, N=2, grid=(3, 4), outputs=2)

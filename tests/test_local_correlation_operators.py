@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from oracle import gradients, native_backends
+from oracle import fast_backends, gradients
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
@@ -14,7 +14,7 @@ LINEAR_FWD, LINEAR_BWD = op.local_correlation_linear_fwd, op.local_correlation_l
 BOTH = pytest.mark.parametrize("linear", [False, True], ids=["alone", "linear"])
 
 
-@pytest.fixture(params=[p for p in native_backends(op.NAME) if p.id != "reference"])
+@pytest.fixture(params=fast_backends(op.NAME))
 def where(request):
     return request.param
 

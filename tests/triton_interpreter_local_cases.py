@@ -11,7 +11,7 @@ import torch
 WHERE = ("triton", "cpu")
 BOTH = pytest.mark.parametrize("linear", [False, True], ids=["alone", "linear"])
 # Of NaN positions, which the kernels take care of.
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
+pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
 
 
 @pytest.fixture(autouse=True)

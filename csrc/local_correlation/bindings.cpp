@@ -22,10 +22,6 @@ TensorView per_frame(TensorView x, int64_t T) {
     return x;
 }
 
-void expect_adjacent(const char* name, const TensorView& x) {
-    if (x.stride[x.rank - 1] != 1) throw std::invalid_argument(std::string(name) + " must have an adjacent last axis");
-}
-
 // rows: out or grad_out, [B, T, N, P * S].
 LocalCorrelation describe(const char* rows_name, const TensorView& rows, const TensorView& features,
                           const TensorView& support, const TensorView& position, int64_t radius, bool zeros,
@@ -51,7 +47,7 @@ LocalCorrelation describe(const char* rows_name, const TensorView& rows, const T
     const int64_t samples = (2 * radius + 1) * (2 * radius + 1);
     expect(rows_name, rows, rows.dtype == call.dtype ? call.dtype : accumulator(call.dtype),
            {call.B, call.T, call.N, samples * call.S});
-    expect_adjacent(rows_name, rows);
+    expect_adjacent_channels(rows_name, rows);
     return call;
 }
 
@@ -77,11 +73,11 @@ void backward(const TensorView& grad_out, const TensorView& features, const Tens
     call.grad_support = gradient("grad_support", grad_support, support);
     call.grad_position = gradient("grad_position", grad_position, position);
     if (call.grad_features.data) {
-        expect_adjacent("grad_features", call.grad_features);
+        expect_adjacent_channels("grad_features", call.grad_features);
         call.grad_features = map_of(call.grad_features, y_first);
     }
     if (call.grad_support.data) {
-        expect_adjacent("grad_support", call.grad_support);
+        expect_adjacent_channels("grad_support", call.grad_support);
         call.grad_support = per_frame(call.grad_support, call.T);
     }
     TRITONKERN_KERNEL(local_correlation, backward)(call);

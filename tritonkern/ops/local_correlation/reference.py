@@ -64,8 +64,11 @@ def linear_backward(
     grad_bias = grad_out.sum((0, 1, 2)).to(weight.dtype)
     grad_flat = rearrange(grad_out @ accurate(weight), "b t n (p s) -> b t n p s", p=samples.total)
     grads = backward(grad_flat, features, support, position, samples, needs_grad[:3])
-    nothing = weight.new_empty(0)
-    return (*grads, grad_weight if needs_grad[3] else nothing, grad_bias if needs_grad[4] else nothing)
+    layer = (
+        grad if needed else weight.new_empty(0)
+        for grad, needed in zip((grad_weight, grad_bias), needs_grad[3:], strict=True)
+    )
+    return (*grads, *layer)
 
 
 def _correlations(features: Tensor, support: Tensor, position: Tensor, samples: Samples) -> Tensor:
