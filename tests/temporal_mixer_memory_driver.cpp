@@ -1,5 +1,5 @@
-// Runs the temporal mixer of one instruction set on buffers that end exactly where their tensors end, for AddressSanitizer and
-// UndefinedBehaviorSanitizer to watch. Shapes cover tails of channels, one frame, and sequences of several stretches.
+// Runs the temporal mixer of one instruction set under AddressSanitizer and UndefinedBehaviorSanitizer, on buffers that end exactly
+// where their tensors end. Shapes cover tails of channels, one frame, and tracks of several stretches.
 #include <cstdio>
 #include <vector>
 
@@ -19,7 +19,7 @@ struct Buffer {
 };
 
 // Bytes of [B, N, T, C] up to its last number; the view lacks its address.
-int64_t lay_out(const TemporalMixer& call, int64_t element, Layout layout, FrameView& view) {
+int64_t lay_out(const TemporalMixer& call, int64_t element, Layout layout, TensorView& view) {
     const int64_t pitch = layout == Layout::kGaps ? call.C + 3 : call.C;
     const bool time_first = layout == Layout::kTimeFirst;
     view.stride[0] = call.N * call.T * pitch;
@@ -33,7 +33,8 @@ int64_t lay_out(const TemporalMixer& call, int64_t element, Layout layout, Frame
 int main() {
     const int64_t elements[] = {8, 4, 2, 2};
     // B, N, T, C; a stretch has 8 to 32 frames, as many as make 16384 numbers.
-    const int64_t shapes[][4] = {{1, 1, 1, 1}, {2, 3, 5, 7}, {1, 2, 70, 24}, {1, 5, 2, 41}, {1, 1, 19, 2051}};
+    const int64_t shapes[][4] = {{1, 1, 1, 1},  {2, 3, 5, 7},     {1, 2, 70, 24},
+                                 {1, 5, 2, 41}, {1, 1, 19, 2051}, {1, 40, 3, 9}};
     int calls = 0;
     for (int dtype = 0; dtype < 4; ++dtype) {
         const int64_t element = elements[dtype], wide = dtype == 0 ? 8 : 4;
@@ -61,16 +62,15 @@ int main() {
                         call.new_normed_state = new_normed_state.data();
                         call.new_hidden_state = new_hidden_state.data();
                     }
-                    TRITONKERN_ISA::temporal_mixer_forward(call);
+                    TRITONKERN_ISA::temporal_mixer::forward(call);
 
                     call.normed_state = call.hidden_state = call.conv2_bias = nullptr;
                     call.new_normed_state = call.new_hidden_state = nullptr;
-                    call.chunk = 2;
-                    Buffer partial((call.tasks() + 1) / 2 * 30 * s[3] * wide);
+                    Buffer sums(kMixerSums * s[3] * wide);
                     // Offline both gradients; causal one of them, and with a state the other.
                     call.grad_x = mode == 1 ? nullptr : grad_x.data();
-                    call.partial = mode == 2 ? nullptr : partial.data();
-                    TRITONKERN_ISA::temporal_mixer_backward(call);
+                    call.sums = mode == 2 ? nullptr : sums.data();
+                    TRITONKERN_ISA::temporal_mixer::backward(call);
                     calls += 2;
                 }
             }

@@ -13,6 +13,7 @@ from tritonkern import (
     local_correlation,
     local_correlation_linear,
     soft_argmax_2d,
+    temporal_mixer,
     temporal_window_attention,
     track_sample_attention,
     track_splat_attention,
@@ -20,6 +21,7 @@ from tritonkern import (
 from tritonkern.ops.correlation_soft_argmax import op as correlation_op
 from tritonkern.ops.full_attention import op as full_op
 from tritonkern.ops.local_correlation import op as local_op
+from tritonkern.ops.temporal_mixer import op as mixer_op
 from tritonkern.ops.temporal_window_attention import op as window_op
 from tritonkern.ops.track_attention import op as track_op
 
@@ -36,6 +38,11 @@ def window_operator(x, backend):
 
 def full_operator(x, backend):
     return full_op.full_attention_fwd(x, x.cos(), x.sin(), 0.3, backend)[0]
+
+
+def mixer(x, backend):
+    weights = x.cos()[:, None, None].expand(32, 1, 3), x, x.sin()[:, None, None].expand(32, 1, 3), x
+    return temporal_mixer(x[:8].expand(2, 4, 8), x[:8], *weights, backend=backend)
 
 
 def track_attention(x, backend):
@@ -70,6 +77,7 @@ CASES = {
     "soft_argmax_2d": (soft_argmax, torch.randn(2, 3, 4), correlation_op.NAME),
     "local_correlation": (correlations, torch.randn(8), local_op.NAME),
     "local_correlation_linear": (correlations_and_layer, torch.randn(8), local_op.NAME),
+    "temporal_mixer": (mixer, torch.randn(32), mixer_op.NAME),
     "track_attention": (track_attention, torch.randn(1, 2, 1, 4, 2, 8), track_op.NAME),
 }
 

@@ -188,29 +188,32 @@ def is_amd() -> bool: ...
 def full_attention_forward(
     query: Tensor, key: Tensor, value: Tensor, scale: float, num_threads: int, out: Tensor, lse: Tensor
 ) -> None: ...
-def temporal_mixer_tasks(shape: Sequence[int], /) -> int: ...
 def temporal_mixer_forward(
-    dtype: int,
-    shape: Sequence[int],
+    x: Tensor,
+    norm_weight: Tensor,
+    conv1_weight: Tensor,
+    conv1_bias: Tensor,
+    conv2_weight: Tensor,
+    conv2_bias: Tensor,
     causal: bool,
     eps: float,
+    normed_state: Tensor | None,
+    hidden_state: Tensor | None,
     num_threads: int,
-    x: tuple[int, Sequence[int]],
-    parameters: Sequence[int],
-    states: Sequence[int],
-    results: Sequence[int],
-    /,
+    out: Tensor,
+    new_normed_state: Tensor | None,
+    new_hidden_state: Tensor | None,
 ) -> None: ...
 def temporal_mixer_backward(
-    dtype: int,
-    shape: Sequence[int],
+    grad_out: Tensor,
+    x: Tensor,
+    norm_weight: Tensor,
+    conv1_weight: Tensor,
+    conv1_bias: Tensor,
+    conv2_weight: Tensor,
     causal: bool,
     eps: float,
     num_threads: int,
-    x: tuple[int, Sequence[int]],
-    grad_out: tuple[int, Sequence[int]],
-    parameters: Sequence[int],
-    results: Sequence[int],
-    chunk: int,
-    /,
+    grad_x: Tensor | None,
+    sums: Tensor | None,
 ) -> None: ...

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tritonkern.functional._arguments import real, refuse_forward_mode
+from tritonkern.functional._arguments import real
 from tritonkern.ops import _backends
+from tritonkern.ops._checks import check_dense
 from tritonkern.ops.temporal_mixer import op as _mixer_op
 
 
@@ -43,7 +44,7 @@ def temporal_mixer(
         causal: whether a frame sees no later ones.
         state: the two frames before x (causal only): LayerNorm's ``[..., N, 2, C]`` and v's ``[..., N, 2, 4 C]``,
             float32 (float64 for float64). Zeros stand for the start of a clip. There is no gradient with a state.
-        eps: of the LayerNorm.
+        eps: added to the LayerNorm's variance; positive, at least the smallest normal number of the type of sums.
         backend: ``"cpp"``, ``"triton"`` or ``"reference"``; None chooses by device.
 
     Returns:
@@ -53,25 +54,33 @@ def temporal_mixer(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         NotImplementedError: an input carries a forward-mode tangent.
-        ValueError: shapes or devices that do not fit together, a state without `causal`, or a backend that cannot run
-            this call.
+        ValueError: shapes or devices that do not fit together, a state without `causal`, an `eps` that is too small, or
+            a backend that cannot run this call.
         RuntimeError: at the backward pass, with a state.
 
     Paper: Doersch et al., "TAPIR: Tracking Any Point with per-frame Initialization and temporal Refinement", ICCV 2023.
     """
     _backends.check_name(backend)
     eps = real("eps", eps)
-    if state is not None and not (isinstance(state, tuple | list) and len(state) == 2):
-        raise TypeError(f"state must be a pair of tensors or None, got {type(state).__name__}")
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
-    unbatched = isinstance(x, Tensor) and x.dim() == 3
-    past: list[Tensor | None] = [None, None] if state is None else list(state)
-    if unbatched:
-        x, past = x.unsqueeze(0), [s.unsqueeze(0) if isinstance(s, Tensor) else s for s in past]
     parameters = (norm_weight, conv1_weight, conv1_bias, conv2_weight, conv2_bias)
-    _mixer_op.check(x, *parameters, causal, eps, *past)
-    refuse_forward_mode("temporal_mixer", x, *parameters)
-    results: tuple[Tensor, ...] = _mixer_op.temporal_mixer_fwd(x, *parameters, causal, eps, *past, backend)
-    out, *after = (result.squeeze(0) for result in results) if unbatched else results
+    names = ("x", "norm_weight", "conv1_weight", "conv1_bias", "conv2_weight", "conv2_bias")
+    for name, tensor in zip(names, (x, *parameters), strict=True):
+        check_dense(name, tensor)
+    past: tuple[Tensor | None, Tensor | None] = (None, None) if state is None else _pair(state)
+    unbatched = x.dim() == 3
+    if unbatched:
+        x, past = x[None], (None if past[0] is None else past[0][None], None if past[1] is None else past[1][None])
+    out, *after = _mixer_op.temporal_mixer_fwd(x, *parameters, causal, eps, *past, backend)
+    if unbatched:
+        out, after = out.squeeze(0), [s.squeeze(0) for s in after]
     return out if state is None else (out, (after[0], after[1]))
+
+
+def _pair(state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+    if not isinstance(state, tuple | list) or len(state) != 2:
+        raise TypeError(f"state must be a pair of tensors or None, got {type(state).__name__}")
+    for name, tensor in zip(("the first state", "the second state"), state, strict=True):
+        check_dense(name, tensor)
+    return state[0], state[1]

@@ -1,64 +1,52 @@
-"""Eager PyTorch, the plainest correct form; in float64 it is what the tests believe."""
+"""Eager PyTorch, the plainest correct form; in float64 it is the oracle of the tests."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange, repeat
 from torch import Tensor
 
-from tritonkern.ops._contract import accumulator
+from tritonkern.ops._dtypes import accumulator, accurate
+from tritonkern.ops.temporal_mixer.op import Conv, Gradients, Mixed, State
 
 
-def forward(
-    x: Tensor,
-    norm_weight: Tensor,
-    conv1_weight: Tensor,
-    conv1_bias: Tensor,
-    conv2_weight: Tensor,
-    conv2_bias: Tensor,
-    causal: bool,
-    eps: float,
-    normed_state: Tensor | None,
-    hidden_state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x `[B, N, T, C]` -> the block's output, and the states after it (empty where none came)."""
-    taps1, bias1, taps2, bias2 = _per_channel(x, conv1_weight, conv1_bias, conv2_weight, conv2_bias)
+def forward(x: Tensor, norm_weight: Tensor, conv1: Conv, conv2: Conv, causal: bool, eps: float, state: State) -> Mixed:
+    (taps1, bias1), (taps2, bias2) = _per_channel(x, conv1), _per_channel(x, conv2)
     before = 2 if causal else 1
     standard, _ = _standardised(x, eps)
     normed = standard * norm_weight.to(standard.dtype)
-    past = None if hidden_state is None else hidden_state.unflatten(-1, (-1, 4))
-    hidden = F.gelu(_convolved(normed, taps1, before, normed_state) + bias1, approximate="tanh")
+    past = None if state.hidden is None else rearrange(state.hidden, "b n t (c j) -> b n t c j", j=4)
+    hidden = F.gelu(_convolved(normed, taps1, before, state.normed) + bias1, approximate="tanh")
     mixed = (_windows(hidden, before, past) * taps2).sum((-2, -1)) + bias2.sum(-1)
     out = (x.to(mixed.dtype) + mixed).to(x.dtype, memory_format=torch.contiguous_format)
-    if normed_state is None or hidden_state is None:
-        return out, standard.new_empty(0), standard.new_empty(0)
-    states = (
-        torch.cat([normed_state, normed], 2)[:, :, -2:],
-        torch.cat([hidden_state, hidden.flatten(-2)], 2)[:, :, -2:],
+    if state.normed is None or state.hidden is None:
+        return Mixed(out, standard.new_empty(0), standard.new_empty(0))
+    return Mixed(
+        out,
+        torch.cat([state.normed, normed], 2)[:, :, -2:].contiguous(),
+        torch.cat([state.hidden, hidden.flatten(-2)], 2)[:, :, -2:].contiguous(),
     )
-    return out, states[0].contiguous(), states[1].contiguous()
 
 
 def backward(
     grad_out: Tensor,
     x: Tensor,
     norm_weight: Tensor,
-    conv1_weight: Tensor,
-    conv1_bias: Tensor,
+    conv1: Conv,
     conv2_weight: Tensor,
     causal: bool,
     eps: float,
-    needed: list[bool],
-) -> list[Tensor]:
-    """Gradients of x and the parameters where `needed`, empty elsewhere; parameters' accurate."""
-    taps1, bias1, taps2, _ = _per_channel(x, conv1_weight, conv1_bias, conv2_weight, conv1_bias)
+    needs_grad: list[bool],
+) -> Gradients:
+    (taps1, bias1), (taps2, _) = _per_channel(x, conv1), _per_channel(x, Conv(conv2_weight, conv1.bias))
     before = 2 if causal else 1
-    standard, scale = _standardised(x, eps)
+    standard, rstd = _standardised(x, eps)
     norm_weight = norm_weight.to(standard.dtype)
     normed, grad = standard * norm_weight, grad_out.to(standard.dtype)
     inner = _convolved(normed, taps1, before) + bias1
     hidden = F.gelu(inner, approximate="tanh")
-    # Frame s was tap k of frame s - k + before: the same windows, the other way round.
+    # Frame s was tap k of frame s - k + before: the same windows, reversed.
     grad_hidden = _convolved(grad, taps2.flip(-1), 2 - before)
     grad_inner = torch.ops.aten.gelu_backward(grad_hidden, inner, approximate="tanh")
     grad_normed = (_windows(grad_inner, 2 - before) * taps1.flip(-1)).sum((-2, -1))
@@ -66,27 +54,33 @@ def backward(
     slope = (weighted * standard).mean(-1, keepdim=True)
     frames = (0, 1, 2)
     candidates = (
-        lambda: (grad + scale * (weighted - weighted.mean(-1, keepdim=True) - standard * slope)).to(
+        lambda: (grad + rstd * (weighted - weighted.mean(-1, keepdim=True) - standard * slope)).to(
             x.dtype, memory_format=torch.contiguous_format
         ),
         lambda: (grad_normed * standard).sum(frames),
         lambda: (grad_inner[..., None] * _windows(normed, before)[..., None, :]).sum(frames).flatten(0, 1)[:, None],
         lambda: grad_inner.sum(frames).flatten(),
         lambda: (grad[..., None, None] * _windows(hidden, before)).sum(frames).flatten(0, 1)[:, None],
-        lambda: grad.sum(frames).repeat_interleave(4),
+        lambda: repeat(grad.sum(frames), "c -> (c j)", j=4),
     )
-    return [make() if need else standard.new_empty(0) for make, need in zip(candidates, needed, strict=True)]
+    dtypes = (x.dtype, *(standard.dtype,) * 5)
+    return Gradients(
+        *(
+            make() if needed else x.new_empty(0, dtype=dtype)
+            for make, needed, dtype in zip(candidates, needs_grad, dtypes, strict=True)
+        )
+    )
 
 
-def _per_channel(x: Tensor, *parameters: Tensor) -> list[Tensor]:
-    """Weights as `[C, 4, 3]` and biases as `[C, 4]`: the convolutions' channel 4 c + j belongs to channel c of x."""
-    accurate = accumulator(x.dtype)
-    shapes = ((-1, 4, 3), (-1, 4)) * 2
-    return [parameter.to(accurate).reshape(shape) for parameter, shape in zip(parameters, shapes, strict=True)]
+def _per_channel(x: Tensor, conv: Conv) -> tuple[Tensor, Tensor]:
+    """Weight `[C, 4, 3]` and bias `[C, 4]` in the dtype of sums."""
+    dtype = accumulator(x.dtype)
+    weight = rearrange(conv.weight.to(dtype), "(c j) 1 k -> c j k", j=4)
+    return weight, rearrange(conv.bias.to(dtype), "(c j) -> c j", j=4)
 
 
 def _windows(x: Tensor, before: int, past: Tensor | None = None) -> Tensor:
-    """`[B, N, T, ...]` -> `[B, N, T, ..., 3]`: frames t - before to t - before + 2; beyond the clip past, or zeros."""
+    """`[B, N, T, ...]` -> `[B, N, T, ..., 3]`: frames t - before to t - before + 2; before x `past`, else zeros."""
     first = x.new_zeros(*x.shape[:2], before, *x.shape[3:]) if past is None else past
     padded = torch.cat([first, x, x.new_zeros(*x.shape[:2], 2 - before, *x.shape[3:])], 2)
     return torch.stack([padded[:, :, k : k + x.shape[2]] for k in range(3)], -1)
@@ -98,8 +92,8 @@ def _convolved(x: Tensor, taps: Tensor, before: int, past: Tensor | None = None)
 
 
 def _standardised(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Zero mean and unit variance along C, and the factor that made it so `[..., 1]`."""
-    x = x.to(accumulator(x.dtype))
+    """x with zero mean and unit variance along C, and 1 / sqrt(variance + eps) `[..., 1]`."""
+    x = accurate(x)
     centred = x - x.mean(-1, keepdim=True)
-    scale = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
-    return centred * scale, scale
+    rstd = (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    return centred * rstd, rstd

@@ -1,99 +1,83 @@
-"""Launchers of the temporal mixer's Triton kernels: those around the LayerNorm, and those that walk along time."""
+"""Launchers of the temporal mixer's Triton kernels: its LayerNorm, and its convolutions along time."""
 
 from __future__ import annotations
 
-import torch
 import triton
 from torch import Tensor
 
-from tritonkern.ops._contract import accumulator, adjacent_channels
-from tritonkern.ops.temporal_mixer import configs, triton_norm, triton_walk
-from tritonkern.ops.temporal_mixer.op import parameter_gradients
+from tritonkern.ops._dtypes import accumulator, adjacent_channels
+from tritonkern.ops._triton import launch
+from tritonkern.ops.temporal_mixer import configs, triton_convolutions, triton_norm
+from tritonkern.ops.temporal_mixer.op import Conv, Gradients, Mixed, State, empty_state, parameter_gradients
 
 
-def forward(
-    x: Tensor,
-    norm_weight: Tensor,
-    conv1_weight: Tensor,
-    conv1_bias: Tensor,
-    conv2_weight: Tensor,
-    conv2_bias: Tensor,
-    causal: bool,
-    eps: float,
-    normed_state: Tensor | None,
-    hidden_state: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """x `[B, N, T, C]` -> the block's output, and the states after it (empty where none came), contiguous."""
-    accurate = accumulator(x.dtype)
+def forward(x: Tensor, norm_weight: Tensor, conv1: Conv, conv2: Conv, causal: bool, eps: float, state: State) -> Mixed:
     B, N, T, C = x.shape
     out = x.new_empty(x.shape)
-    states = [None if state is None else state.contiguous() for state in (normed_state, hidden_state)]
-    # Without frames the states stay what they are.
-    after = [
-        x.new_empty(0, dtype=accurate) if state is None else torch.empty_like(state) if T else state.clone()
-        for state in states
-    ]
+    if T == 0 and state.normed is not None and state.hidden is not None:
+        return Mixed(out, state.normed.clone(), state.hidden.clone())
+    after = [empty_state(x, before) for before in state]
     if x.numel():
         x = adjacent_channels(x)
-        parameters = [p.contiguous() for p in (norm_weight, conv1_weight, conv1_bias, conv2_weight, conv2_bias)]
-        mean, scale = _statistics(x, eps)
+        parameters = [parameter.contiguous() for parameter in (norm_weight, *conv1, *conv2)]
+        states = [None if before is None else before.contiguous() for before in state]
+        results = (out, *(None if before is None else new for before, new in zip(state, after, strict=True)))
+        mean, rstd = _statistics(x, eps)
         block, warps = configs.channels(C, x.dtype)
-        results = (out, *((None, None) if normed_state is None else after))
-        grid = (B * N * triton.cdiv(C, block),)
-        triton_walk.forward_kernel[grid](
-            x, *parameters, mean, scale, *states, *results, N, T, *x.stride()[:3], C, 2 if causal else 1, block,
-            num_warps=warps,
+        launch(
+            triton_convolutions.temporal_mixer_fwd_kernel, B * N * triton.cdiv(C, block), x, *parameters, mean, rstd,
+            *states, *results, N, T, *x.stride()[:3], C=C, BEFORE=2 if causal else 1, BLOCK=block, num_warps=warps,
         )  # fmt: skip
-    return out, after[0], after[1]
+    return Mixed(out, *after)
 
 
 def backward(
     grad_out: Tensor,
     x: Tensor,
     norm_weight: Tensor,
-    conv1_weight: Tensor,
-    conv1_bias: Tensor,
+    conv1: Conv,
     conv2_weight: Tensor,
     causal: bool,
     eps: float,
-    needed: list[bool],
-) -> list[Tensor]:
-    """Gradients of x and the parameters where `needed`, empty elsewhere."""
-    accurate = accumulator(x.dtype)
+    needs_grad: list[bool],
+) -> Gradients:
     B, N, T, C = x.shape
-    grad_x = x.new_empty(x.shape) if needed[0] else x.new_empty(0, dtype=accurate)
-    sums = any(needed[1:])
-    each = triton.cdiv(B * N, configs.PARTIALS) if sums else 1
+    grad_x = x.new_empty(x.shape if needs_grad[0] else 0)
+    needs_sums = any(needs_grad[1:])
+    each = triton.cdiv(B * N, configs.PARTIALS) if needs_sums else 1
     programs = triton.cdiv(B * N, each) if x.numel() else 0
-    partial = x.new_empty((programs, 30, C), dtype=accurate) if sums else None
+    partial = x.new_empty((programs, 30, C), dtype=accumulator(x.dtype)) if needs_sums else None
     if x.numel():
         x, grad_out = adjacent_channels(x), adjacent_channels(grad_out)
-        parameters = [p.contiguous() for p in (norm_weight, conv1_weight, conv1_bias, conv2_weight)]
-        mean, scale = _statistics(x, eps)
-        grad_normed = x.new_empty(x.shape, dtype=accurate)
+        parameters = [parameter.contiguous() for parameter in (norm_weight, *conv1, conv2_weight)]
+        mean, rstd = _statistics(x, eps)
+        grad_normed = x.new_empty(x.shape, dtype=mean.dtype)
         strides = (*x.stride()[:3], *grad_out.stride()[:3])
         block, warps = configs.channels(C, x.dtype)
-        grid = (programs * triton.cdiv(C, block),)
         for j in range(4):
-            triton_walk.convolutions_backward_kernel[grid](
-                grad_out, x, *parameters, mean, scale, grad_normed, partial, B * N, each, N, T, *strides, j, C,
-                2 if causal else 1, block, num_warps=warps,
+            launch(
+                triton_convolutions.temporal_mixer_bwd_kernel_convolutions, programs * triton.cdiv(C, block), grad_out,
+                x, *parameters, mean, rstd, grad_normed, partial, B * N, each, N, T, *strides, J=j, C=C,
+                BEFORE=2 if causal else 1, BLOCK=block, num_warps=warps,
             )  # fmt: skip
-        if needed[0]:
+        if needs_grad[0]:
             tile = configs.rows(C, x.dtype)
-            triton_norm.norm_backward_kernel[(triton.cdiv(B * N * T, tile.rows),)](
-                grad_out, x, parameters[0], mean, scale, grad_normed, grad_x, B * N * T, N, T, *strides, C,
-                tile.block, tile.rows, num_warps=tile.num_warps,
+            launch(
+                triton_norm.temporal_mixer_bwd_kernel_norm, triton.cdiv(B * N * T, tile.rows), grad_out, x,
+                parameters[0], mean, rstd, grad_normed, grad_x, B * N * T, N, T, *strides, C=C, BLOCK=tile.block,
+                ROWS=tile.rows, num_warps=tile.num_warps,
             )  # fmt: skip
-    return [grad_x, *parameter_gradients(x, partial, needed)]
+    sums = None if partial is None else partial.sum(0)
+    return Gradients(grad_x, *parameter_gradients(sums, x, needs_grad))
 
 
 def _statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     B, N, T, C = x.shape
-    # Two tensors, not halves of one: where the second began would depend on B N T, and Triton compiles by alignment.
-    mean, scale = (x.new_empty(B * N * T, dtype=accumulator(x.dtype)) for _ in range(2))
+    # Two tensors, not halves of one: the alignment of the second half would depend on B N T, and Triton compiles by it.
+    mean, rstd = (x.new_empty(B * N * T, dtype=accumulator(x.dtype)) for _ in range(2))
     tile = configs.rows(C, x.dtype)
-    triton_norm.statistics_kernel[(triton.cdiv(B * N * T, tile.rows),)](
-        x, mean, scale, B * N * T, N, T, *x.stride()[:3], eps, C, tile.block, tile.rows, num_warps=tile.num_warps
-    )
-    return mean, scale
+    launch(
+        triton_norm.temporal_mixer_fwd_kernel_statistics, triton.cdiv(B * N * T, tile.rows), x, mean, rstd, B * N * T,
+        N, T, *x.stride()[:3], eps, C=C, BLOCK=tile.block, ROWS=tile.rows, num_warps=tile.num_warps,
+    )  # fmt: skip
+    return mean, rstd

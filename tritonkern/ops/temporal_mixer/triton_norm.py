@@ -1,4 +1,4 @@
-"""Triton kernels around the LayerNorm of the temporal mixer: one program takes a few whole rows."""
+"""Triton kernels of the temporal mixer's LayerNorm: a program computes a few whole rows."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ import triton.language as tl
 
 @triton.jit
 def offset(track, N, stride_b, stride_n):
-    """Of the first frame of a track."""
+    """Offset of the first frame of a track."""
     return track // N * stride_b + track % N * stride_n
 
 
 @triton.jit(do_not_specialize=["rows", "N", "T"])
-def statistics_kernel(
-    x, mean, scale, rows: tl.int64, N: tl.int64, T: tl.int64, stride_b: tl.int64, stride_n: tl.int64,
+def temporal_mixer_fwd_kernel_statistics(
+    x, mean, rstd, rows: tl.int64, N: tl.int64, T: tl.int64, stride_b: tl.int64, stride_n: tl.int64,
     stride_t: tl.int64, eps: tl.float64, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Mean of every frame, and the factor that gives it unit variance, `[B * N * T]`."""
+    """Of every row of x: mean, and rstd = 1 / sqrt(mean((x - mean)^2) + eps), `[B * N * T]`."""
     ACC: tl.constexpr = mean.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
@@ -28,16 +28,16 @@ def statistics_kernel(
     centred = tl.where(mask, value - average[:, None], 0.0)
     variance = tl.sum(centred * centred, 1) / C
     tl.store(mean + row, average, mask=row < rows)
-    tl.store(scale + row, 1.0 / tl.sqrt(variance + tl.full([], eps, ACC)), mask=row < rows)
+    tl.store(rstd + row, 1.0 / tl.sqrt(variance + tl.full([], eps, ACC)), mask=row < rows)
 
 
 @triton.jit(do_not_specialize=["rows", "N", "T"])
-def norm_backward_kernel(
-    grad_out, x, norm_weight, mean, scale, grad_normed, grad_x, rows: tl.int64, N: tl.int64, T: tl.int64,
+def temporal_mixer_bwd_kernel_norm(
+    grad_out, x, norm_weight, mean, rstd, grad_normed, grad_x, rows: tl.int64, N: tl.int64, T: tl.int64,
     stride_b: tl.int64, stride_n: tl.int64, stride_t: tl.int64, grad_stride_b: tl.int64, grad_stride_n: tl.int64,
     grad_stride_t: tl.int64, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """grad_x = grad_out + scale * (g - mean(g) - n * mean(g * n)), g = grad_normed * weight, n = the normalised row."""
+    """grad_x = grad_out + rstd (g - mean(g) - n mean(g n)),   g = grad_normed norm_weight,   n = (x - mean) rstd"""
     ACC: tl.constexpr = mean.dtype.element_ty
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
@@ -45,7 +45,7 @@ def norm_backward_kernel(
     start = offset(row // T, N, stride_b, stride_n) + row % T * stride_t
     grad_start = offset(row // T, N, grad_stride_b, grad_stride_n) + row % T * grad_stride_t
     average = tl.load(mean + row, mask=row < rows, other=0.0)[:, None]
-    factor = tl.load(scale + row, mask=row < rows, other=0.0)[:, None]
+    factor = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
     value = tl.load(x + start[:, None] + channel[None, :], mask=mask, other=0.0).to(ACC)
     standard = tl.where(mask, (value - average) * factor, 0.0)
     weight = tl.load(norm_weight + channel, mask=channel < C, other=0.0).to(ACC)[None, :]
