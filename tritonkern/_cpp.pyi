@@ -1,10 +1,6 @@
 """The compiled CPU kernels, bound in csrc/*/bindings.cpp. tests/test_cpp_build.py compares this file with them."""
 
-from collections.abc import Sequence
-
 from torch import Tensor
-
-_Tensor = tuple[int, Sequence[int]]
 
 def isa() -> str: ...
 def isas() -> list[str]: ...

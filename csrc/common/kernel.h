@@ -24,9 +24,6 @@ namespace tritonkern {
 #define TRITONKERN_KERNEL(operation, kernel) baseline::operation::kernel
 #endif
 
-// As TRITONKERN_KERNEL, for operations whose kernels have no namespace of their own yet.
-#define TRITONKERN_OLD_KERNEL(kernel) choose_kernel(baseline::kernel, avx2::kernel, avx512::kernel)
-
 enum class InstructionSet : int { kBaseline, kAvx2, kAvx512 };
 
 // The best set that this machine has, or the one that the environment variable TRITONKERN_CPU_ISA names. Chosen at the first

@@ -1,4 +1,4 @@
-"""What the functions ask of numbers, autocast and derivatives."""
+"""What the functions ask of numbers and autocast."""
 
 from __future__ import annotations
 
@@ -21,16 +21,6 @@ def real(name: str, x: float) -> float:
         return float(x)
     except OverflowError:
         raise ValueError(f"{name} must fit into a float, got an integer of {int(x).bit_length()} bits") from None
-
-
-def refuse_forward_mode(operation: str, *tensors: Tensor) -> None:
-    """PyTorch takes the tangent of an operator without a forward-mode rule for zero, silently; better no answer."""
-    if torch.compiler.is_compiling() or torch.autograd.forward_ad._current_level < 0:
-        return
-    if any(torch.autograd.forward_ad.unpack_dual(x).tangent is not None for x in tensors):
-        raise NotImplementedError(
-            f"{operation} has no forward-mode derivative (jvp); use reverse mode (torch.autograd.grad)"
-        )
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
