@@ -43,6 +43,7 @@ def cases():
                 plain += [(64, BFLOAT), (64, FLOAT)] if target == "sm_90" or not splat else []
                 plain += [(128, BFLOAT), (24, HALF), (200, BFLOAT)] if target == "sm_90" and splat else []
                 plain += [(256, DOUBLE)] if target == "sm_80" else []
+                plain += [(144, FLOAT), (192, FLOAT)] if target == "sm_100" and splat else []  # spilled in other tiles
             yield from (Case(target, splat, *choice) for choice in plain)
             if target != "gfx942" and (everything or target == "sm_90" and splat):  # PyTorch has no TF32 on AMD
                 yield from (Case(target, splat, head_dim, FLOAT, tf32=True) for head_dim in (64, 256))

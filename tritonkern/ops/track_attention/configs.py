@@ -1,9 +1,8 @@
 """Tile sizes and warps of the Triton kernels by (head dim, dtype, architecture), with where each number came from.
 
-Estimate, not measured: no GPU was at hand. Known from ahead-of-time compilation (tests/test_track_attention_triton.py,
-Triton 3.9) is that nothing spilled in the tiles compiled there: 16 and 32 bits on the four targets, most head dims but
-not all, and sm_80 in float64. `make aot` compiles every one. Known to spill on sm_100, 8 bytes: the gradient of keys
-and values when splatting in float32 with heads of 144. Products of 32 channels cure that, and spill with heads of 192.
+Estimates: no GPU has run these kernels. Ahead-of-time compilation (tests/test_track_attention_triton.py, Triton 3.9)
+shows that nothing spills in the tiles compiled there: 16 and 32 bits on the four targets for most head dims, and sm_80
+in float64. `make aot` compiles every one.
 
 Estimates for 37 x 37 cells, 576 tracks, D = 64, sigma = 1/2 in bfloat16, where a pair matters up to about 3.5 cells: a
 tile of 8 x 8 cells matters to 15 x 15 of them. A block of 32 tracks covers about 9 x 9 cells and meets 3 x 3 tiles of
@@ -58,9 +57,10 @@ def backward_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     width = block_size(head_dim)
     if dtype == torch.float64:
         return _double(width)
-    # TF32 spilled with the widest heads in every tile that was tried.
+    # TF32 spilled with the widest heads in every tile that was tried, and exact float32 on sm_100 with products of 16
+    # channels (heads of 144) and of 32 (heads of 192). Up to 64 channels, tiles held whole take half the registers.
     if dtype == torch.float32 and (width > 128 or not tf32_allowed()):
-        return Tiles(16, 16, 16, 4 if width <= 64 else 8, 1)
+        return Tiles(16, 16, min(64, width), 4 if width <= 64 else 8, 1)
     wide = width * dtype.itemsize
     if wide <= 128:
         return Tiles(32, 64, width, 4, 1, "tf32")
@@ -74,6 +74,11 @@ def _double(width: int) -> Tiles:
     # Not every matrix unit has float64, so a product is a tile of rows x columns x channels: 8 numbers a thread.
     tracks = 8 if width <= 16 else 4 if width <= 128 else 2
     return Tiles(tracks, max(4, 1024 // width // tracks), width, 4 if width <= 64 else 8, 1)
+
+
+def registers() -> dict[str, int]:
+    """Launch options on NVIDIA: without a limit of its own, ptxas spills a few bytes to fit one more program."""
+    return {} if on_amd() else {"maxnreg": 255}
 
 
 def tile_width(cells: int) -> int:

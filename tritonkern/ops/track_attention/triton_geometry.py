@@ -81,12 +81,11 @@ def frame_of(tensor, b, t, head):
 
 
 @triton.jit
-def contiguous(pointer, place, head, scene, GRID: tl.constexpr, H, D: tl.constexpr):
-    """The same for a contiguous tensor, of the grid or of the tracks."""
+def contiguous(pointer, place, head, y, x, scene, GRID: tl.constexpr, H, D: tl.constexpr):
+    """Addresses of vectors of a contiguous tensor of the grid or of the tracks, whose y is 0."""
     _, _, _, _, M, h, w = scene
-    height, width = (h, w) if GRID else (1, M)
-    first = (place - head) * height * width + head
-    return pointer + first * D, width.to(tl.int64) * H * (D // UNIT), H.to(tl.int64) * (D // UNIT)
+    first = (place - head) * (h * w if GRID else M) + head
+    return pointer + (first + (y * w + x).to(tl.int64) * H) * D
 
 
 @triton.jit

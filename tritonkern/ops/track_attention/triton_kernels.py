@@ -124,8 +124,7 @@ def track_attention_fwd_kernel(
         total = product(weight, v, total * rescale[:, None], PRECISION)
     # Rows that take part meet a column, and divide by zero only where all scores are -inf; others are zero.
     total = tl.where(visible[:, None], total / tl.where(visible, weights, 1.0)[:, None], 0.0)
-    result = geometry.contiguous(out, place, head, scene, SPLAT, H, D)
-    geometry.store(geometry.vectors(result, y, x), in_range, total, D, BLOCK_D)
+    geometry.store(geometry.contiguous(out, place, head, y, x, scene, SPLAT, H, D), in_range, total, D, BLOCK_D)
 
 
 @triton.jit
@@ -205,7 +204,7 @@ def track_attention_bwd_kernel_query(
     k_frame = geometry.frame_of((key, stride_kb, stride_kt, stride_ky, stride_kx, stride_kh), b, t, head)
     v_frame = geometry.frame_of((value, stride_vb, stride_vt, stride_vy, stride_vx, stride_vh), b, t, head)
     q_rows = geometry.vectors(q_frame, y, x)
-    g_rows = geometry.vectors(geometry.contiguous(grad_out, place, head, scene, SPLAT, H, D), y, x)
+    g_rows = geometry.contiguous(grad_out, place, head, y, x, scene, SPLAT, H, D)
     q = geometry.load_if(q_rows, visible, D, BLOCK_D, HELD)
     g = geometry.load_if(g_rows, visible, D, BLOCK_D, HELD)
     row_tensors, column_frames = (q, g, q_rows, g_rows), (k_frame, v_frame)
@@ -240,9 +239,8 @@ def track_attention_bwd_kernel_query(
                 offset_x += tl.sum(grad_score * (nx[:, None] - cx[None, :]), 1)
                 offset_y += tl.sum(grad_score * (ny[:, None] - cy[None, :]), 1)
 
-    result = geometry.contiguous(grad_query, place, head, scene, SPLAT, H, D)
     total = tl.where(visible[:, None], total * scale, 0.0)
-    geometry.store(geometry.vectors(result, y, x), in_range, total, D, BLOCK_D)
+    geometry.store(geometry.contiguous(grad_query, place, head, y, x, scene, SPLAT, H, D), in_range, total, D, BLOCK_D)
     number = place * (h * w if SPLAT else M) + y * w + x  # y is 0 for tracks
     tl.store(statistics + 3 * number, maximum, mask=in_range)
     tl.store(statistics + 3 * number + 1, inverse, mask=in_range)
@@ -275,7 +273,6 @@ def track_attention_bwd_kernel_key_value(
         tl.program_id(0), column_blocks, order, positions, num_visible, nearest, T, H, M, h, w
     )
     ky, kx, cx, cy, in_range, visible = geometry.members(block, scene, not SPLAT, COLUMNS, TILE_W)
-    g_frame = geometry.contiguous(grad_out, place, head, scene, SPLAT, H, D)
     q_frame = geometry.frame_of((query, stride_qb, stride_qt, stride_qy, stride_qx, stride_qh), b, t, head)
     k_frame = geometry.frame_of((key, stride_kb, stride_kt, stride_ky, stride_kx, stride_kh), b, t, head)
     v_frame = geometry.frame_of((value, stride_vb, stride_vt, stride_vy, stride_vx, stride_vh), b, t, head)
@@ -296,7 +293,7 @@ def track_attention_bwd_kernel_key_value(
         y, x, _, rows = _rows(other, scene, SPLAT, ROWS, TILE_W)
         px, py, nx, ny, there = rows
         q_rows = geometry.vectors(q_frame, y, x)
-        g_rows = geometry.vectors(g_frame, y, x)
+        g_rows = geometry.contiguous(grad_out, place, head, y, x, scene, SPLAT, H, D)
         q = geometry.load(q_rows, there, 0, D, BLOCK_D)
         g = geometry.load(g_rows, there, 0, D, BLOCK_D)
         number = 3 * (place * (h * w if SPLAT else M) + y * w + x)
@@ -324,10 +321,10 @@ def track_attention_bwd_kernel_key_value(
     # `where` and not a product, which would carry a NaN of the rows to columns that take no part.
     total_k = tl.where(visible[:, None], total_k * scale, 0.0)
     total_v = tl.where(visible[:, None], total_v, 0.0)
-    result = geometry.contiguous(grad_key, place, head, scene, not SPLAT, H, D)
-    geometry.store(geometry.vectors(result, ky, kx), in_range, total_k, D, BLOCK_D)
-    result = geometry.contiguous(grad_value, place, head, scene, not SPLAT, H, D)
-    geometry.store(geometry.vectors(result, ky, kx), in_range, total_v, D, BLOCK_D)
+    result = geometry.contiguous(grad_key, place, head, ky, kx, scene, not SPLAT, H, D)
+    geometry.store(result, in_range, total_k, D, BLOCK_D)
+    result = geometry.contiguous(grad_value, place, head, ky, kx, scene, not SPLAT, H, D)
+    geometry.store(result, in_range, total_v, D, BLOCK_D)
     if POINTS and SPLAT:
         number = place * M + kx
         tl.store(offset_sums + 2 * number, tl.where(visible, offset_x, 0.0), mask=in_range)
@@ -340,7 +337,7 @@ def _constants(tiles: configs.Tiles, splat: bool, head_dim: int, dtype: torch.dt
         SPLAT=splat, D=head_dim, BLOCK_D=block_size(head_dim), BLOCK_C=tiles.block_c, ROWS=rows, COLUMNS=columns,
         TILE_W=configs.tile_width(tiles.cells), STAGES=tiles.num_stages,
         PRECISION=tiles.precision if dtype == torch.float32 else "ieee",
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **configs.registers(),
     )  # fmt: skip
 
 
