@@ -92,27 +92,28 @@ def track_sample_attention(
     culling: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """Every track gathers values from the feature map around it: attention with a bias on distance, frame by frame.
+    """Every track gathers values from the feature map around it: attention with a bias on distance, within each frame.
 
     ``weights[i, j] = softmax over cells j of (scale * query_i . key_j - |track_i - cell_j|^2 / (2 sigma^2))``, and the
-    output of track i is the sum of ``weights[i, j] * value_j``. The bias comes from coordinates inside the kernel;
-    neither it nor a weight is stored. The first derivative is supported; a second one raises RuntimeError.
+    output of track i is the sum of ``weights[i, j] * value_j``. The kernel computes the bias from the coordinates and
+    stores neither biases nor weights. The first derivative is supported; a second one raises RuntimeError.
 
     Args:
         query: ``[B, T, M, H, D]`` (batch, frames, tracks, heads, head dimension).
         key, value: ``[B, T, h, w, H, D]``, of query's dtype and device; any strides. float64, float32, bfloat16 or
             float16; D a multiple of 8 from 8 to 256; B, T and M may be 0. Sums are kept in float32 (float64 for
             float64). Under autocast they are cast to the autocast dtype.
-        tracks: ``[B, T, M, 2]`` (x, y) in cells of the map, cell i with its centre at i + 0.5; anywhere, also outside
-            of it. Taken in float32 (float64 for float64). Gradients reach them where asked.
-        sigma: width of the bias in cells, positive, a number or a 0-d tensor (to which gradients flow; its value is
-            not looked at, as that would wait for a GPU: of a negative one the sign is ignored); infinity means
-            no bias, plain cross-attention.
-        scale: factor on the products, ``D ** -0.5`` if None.
-        visibility: ``[B, T, M]`` bool. A track that is invisible in a frame, or has a NaN or infinite coordinate, gives
-            zeros there and takes and passes no gradient.
-        culling: whether cells may be skipped that provably change no output by half an ulp of the largest value (a
-            bound from the norms of the queries and keys at hand, see the room's README); False visits all of them.
+        tracks: ``[B, T, M, 2]`` (x, y) in cells of the map, cell i with its centre at i + 0.5. They may be outside of
+            the map; beyond 2**60 cells a coordinate counts as 2**60. Converted to float32 (float64 for float64).
+            Differentiable.
+        sigma: width of the bias in cells, positive: a number or a 0-d tensor. A tensor is differentiable; its value is
+            not checked, because reading it would wait for the GPU, and the sign of a negative one is ignored. Infinity
+            means no bias, plain cross-attention.
+        scale: factor on the products, from -2**64 to 2**64; ``D ** -0.5`` if None.
+        visibility: ``[B, T, M]`` bool; None: all visible. The output of a track is zero in frames where it is
+            invisible or has a NaN or infinite coordinate; no gradient passes through it there.
+        culling: whether to skip cells whose weights change no output by half an ulp of the largest value. The norms of
+            the queries and keys bound those weights. False visits every cell.
         backend: ``"cpp"``, ``"triton"`` or ``"reference"``; None chooses by device.
 
     Returns:
@@ -121,8 +122,8 @@ def track_sample_attention(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         NotImplementedError: an input carries a forward-mode tangent.
-        ValueError: shapes or devices that do not fit together, a sigma that is not positive, or a backend that cannot
-            run this call (the message lists every backend with its reason and the way out).
+        ValueError: shapes or devices that do not fit together, a sigma that is not positive, a scale out of range, or
+            a backend that cannot run this call (the message lists every backend with its reason and the way out).
 
     It is the attentional sampling of Tracktention (Lai and Vedaldi, "Tracktention: Leveraging Point Tracking to Attend
     Videos Faster and Better", CVPR 2025).
@@ -142,7 +143,8 @@ def track_splat_attention(
     culling: bool = True,
     backend: str | None = None,
 ) -> Tensor:
-    """Every cell of the feature map gathers values from the tracks around it; `track_sample_attention` the other way.
+    """Every cell of the feature map gathers values from the tracks around it: `track_sample_attention` with the roles
+    of tracks and cells exchanged.
 
     The softmax runs over the visible tracks of the frame: a cell far from all of them attends to the nearest ones.
 
@@ -150,8 +152,8 @@ def track_splat_attention(
         query: ``[B, T, h, w, H, D]``.
         key, value: ``[B, T, M, H, D]``.
         tracks, sigma, scale, culling, backend: as in `track_sample_attention`.
-        visibility: ``[B, T, M]`` bool. Tracks that are invisible in a frame, or have a NaN or infinite coordinate, do
-            not take part in it; a frame without any gives zeros and zero gradients.
+        visibility: ``[B, T, M]`` bool; None: all visible. Tracks that are invisible in a frame, or have a NaN or
+            infinite coordinate, do not take part in it. A frame without visible tracks has zero output and gradients.
 
     Returns:
         Contiguous ``[B, T, h, w, H, D]`` in the inputs' dtype.
