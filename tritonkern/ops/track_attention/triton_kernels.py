@@ -302,16 +302,18 @@ def track_attention_bwd_kernel_key_value(
         mean = tl.load(statistics + number + 2, mask=there, other=0.0)
         if query.dtype.element_ty.primitive_bitwidth == 16:
             score = _inner(k, q, k_rows, q_rows, visible, there, D, BLOCK_D, BLOCK_C, PRECISION) * scale
+            grad_weight = _inner(v, g, v_rows, g_rows, visible, there, D, BLOCK_D, BLOCK_C, PRECISION)
         else:
-            # Equal to the other kernel's to the bit, because its maximum is used: a weight of one must be one.
+            # Equal to the other kernel's to the bit, because its maximum and mean are used: a weight of one must be one
+            # and have a gradient of zero, because a tiny sigma would magnify any other.
             score = tl.trans(_inner(q, k, q_rows, k_rows, there, visible, D, BLOCK_D, BLOCK_C, PRECISION)) * scale
+            grad_weight = tl.trans(_inner(g, v, g_rows, v_rows, there, visible, D, BLOCK_D, BLOCK_C, PRECISION))
         distance = geometry.relative_distance(
             px[None, :], py[None, :], nx[None, :], ny[None, :], cx[:, None], cy[:, None]
         )
         penalty = tl.where(there[None, :] & visible[:, None], inverse_variance * distance, float("inf"))
         weight = _weight(score, maximum[None, :], penalty) * inverse[None, :]
         total_v = product(weight, g, total_v, PRECISION)
-        grad_weight = _inner(v, g, v_rows, g_rows, visible, there, D, BLOCK_D, BLOCK_C, PRECISION)
         grad_score = weight * (grad_weight - mean[None, :])
         total_k = product(grad_score, q, total_k, PRECISION)
         if POINTS and SPLAT:
