@@ -1,10 +1,12 @@
 // The Python module `tritonkern._cpp`: the bindings of all operations, and the choice of the instruction set.
+#include <pthread.h>
 #include <pybind11/stl.h>
 
 #include <cstdlib>
 #include <vector>
 
 #include "common/bindings.h"
+#include "common/fork.h"
 
 namespace tritonkern {
 
@@ -72,6 +74,7 @@ InstructionSet instruction_set() {
 
 PYBIND11_MODULE(_cpp, m) {
     using namespace tritonkern;
+    pthread_atfork(nullptr, nullptr, [] { forked = true; });
     m.doc() = "CPU kernels of tritonkern. They check dtypes, shapes and devices; tritonkern.ops checks the rest.";
     m.def("isa", [] { return chosen().name; }, "The instruction set that the kernels use: avx512, avx2 or baseline.");
     m.def(

@@ -6,6 +6,7 @@
 #include <memory>
 #include <new>
 
+#include "common/fork.h"
 #include "common/streaming.h"
 
 // Called by name rather than through `#pragma omp`: GCC would emit the same call, but clang would pull in LLVM's
@@ -67,7 +68,7 @@ void parallel_for(int64_t tasks, int64_t grain, int num_threads, int64_t scratch
         char* scratch;
         int64_t next_task, next_thread;
     };
-    const int64_t threads = max<int64_t>(1, min<int64_t>(num_threads, ceil_div(tasks, grain)));
+    const int64_t threads = forked ? 1 : max<int64_t>(1, min<int64_t>(num_threads, ceil_div(tasks, grain)));
     scratch_bytes = round_up(scratch_bytes, kCacheLine);
     // One line more for each thread keeps equal buffers of two threads off the same cache sets.
     char* scratch = static_cast<char*>(std::aligned_alloc(kCacheLine, threads * (scratch_bytes + kCacheLine)));
