@@ -163,8 +163,8 @@ def test_soft_argmax_2d(compare, device, direction):
         assert (last[soft_argmax_2d] - last[eager_soft_argmax]).norm() < 1e-4 * last[eager_soft_argmax].norm()
 
 
-SWEEP = [MatchingShape("queries", n, 24, (64, 64), 384, "", 0, 0) for n in (16, 64, 256, 1024, 4096)]
-SWEEP += [MatchingShape("grid", 64, 24, (n, n), 384, "", 0, 0) for n in (16, 32, 96, 128)]
+SWEEP = [MatchingShape("queries", n, 24, (64, 64), 384, "") for n in (16, 64, 256, 1024, 4096)]
+SWEEP += [MatchingShape("grid", 64, 24, (n, n), 384, "") for n in (16, 32, 96, 128)]
 
 
 @pytest.mark.parametrize("shape", SWEEP, ids=lambda s: f"{s.name}{s.queries if s.name == 'queries' else s.grid[0]}")
