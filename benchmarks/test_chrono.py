@@ -1,8 +1,8 @@
 """Chrono end to end against the official form, and where the time goes.
 
-The official form is eager PyTorch with scaled dot-product attention: the authors' repository where
-TRITONKERN_OFFICIAL_DIR names the folder that holds it, otherwise a structural twin, whose DINOv2 is ours. `-s` prints
-the table of stages. TRITONKERN_CHRONO_FRAMES sets the length of the clip.
+The official form is eager PyTorch: the authors' repository where TRITONKERN_OFFICIAL_DIR names the folder that holds
+it, otherwise a structural twin, whose DINOv2 is ours. The twin's window attention is `without_xformers`, because
+xformers has no CPU kernel. `-s` prints the table of stages. TRITONKERN_CHRONO_FRAMES sets the length of the clip.
 """
 
 import contextlib
@@ -25,26 +25,27 @@ from tritonkern.integrations.chrono import without_xformers
 from tritonkern.models.chrono import Chrono
 
 DIM, DEPTH, CELLS, QUERIES = 384, 12, 64, 64
-FRAMES = int(os.environ.get("TRITONKERN_CHRONO_FRAMES", 8))
+FRAMES = int(os.environ.get("TRITONKERN_CHRONO_FRAMES", 8 if torch.cuda.is_available() else 2))
 
 
 @pytest.fixture
 def models(request, monkeypatch, device):
     """Ours and the official one, ViT-S/14, with the same random weights, adapters included."""
     torch.manual_seed(0)
-    if OFFICIAL_DIR:
-        load = request.getfixturevalue("official")
-        hub = load("dinov2", "dinov2.hub.backbones")
-        monkeypatch.setattr(torch.hub, "load", lambda repo_or_dir, model: getattr(hub, model)(pretrained=False))
-        theirs = load("Chrono", "models.locotrack_model").LocoTrack(dino_size="small")
-    else:
-        with without_xformers():
+    with contextlib.ExitStack() as stack:
+        if OFFICIAL_DIR:
+            load = request.getfixturevalue("official")
+            hub = load("dinov2", "dinov2.hub.backbones")
+            monkeypatch.setattr(torch.hub, "load", lambda repo_or_dir, model: getattr(hub, model)(pretrained=False))
+            theirs = load("Chrono", "models.locotrack_model").LocoTrack(dino_size="small")
+        else:
+            stack.enter_context(without_xformers())  # the twin imports it in each call
             theirs = Tracker(DIM, DEPTH, CELLS, hidden=128, grid=37)
-    for adapter in theirs.adapter:
-        torch.nn.init.normal_(adapter.conv2.weight, std=0.02)
-    ours = Chrono("vits14")
-    ours.load_state_dict(theirs.state_dict())
-    return ours.eval().to(device), theirs.eval().to(device)
+        for adapter in theirs.adapter:
+            torch.nn.init.normal_(adapter.conv2.weight, std=0.02)
+        ours = Chrono("vits14")
+        ours.load_state_dict(theirs.state_dict())
+        yield ours.eval().to(device), theirs.eval().to(device)
 
 
 def clip(device):
