@@ -247,9 +247,9 @@ def track_exact(query, key, value, tracks, sigma, grad_out, *, scale, visible, s
         seen = visible[index].cpu().numpy()
         q, g, k, v = (x[index] for x in (query, grad_out, key, value))
         q, g, k, v = (q, g, k[seen], v[seen]) if splat else (q[seen], g[seen], k, v)
-        q, g, k, v = (x.reshape(-1, *channels) for x in (q, g, k, v))
-        if not (len(q) and len(k) and q.size):
+        if not (q.size and k.size):
             continue
+        q, g, k, v = (x.reshape(-1, *channels) for x in (q, g, k, v))
         points = tracks[index][seen]
         offset = (cells[:, None] - points) if splat else (points[:, None] - cells)  # [rows, columns, 2]
         squared = np.square(offset).sum(-1)
