@@ -27,10 +27,10 @@ def main(operations: list[str]) -> int:
     if not torch.cuda.is_available():
         print(f"make gpu needs a GPU, and torch {torch.__version__} finds none; for a CPU: make test, make bench")
         return 2
-    rooms = sorted(path.parent.name for path in ROOT.glob("tritonkern/ops/*/op.py"))
-    unknown = sorted(set(operations) - set(rooms))
+    known = sorted(path.parent.name for path in ROOT.glob("tritonkern/ops/*/op.py"))
+    unknown = sorted(set(operations) - set(known))
     if unknown:
-        print(f"no operation called {', '.join(unknown)}; there are: {', '.join(rooms)}")
+        print(f"no operation called {', '.join(unknown)}; there are: {', '.join(known)}")
         return 2
 
     tests, suites = ["tests"], ["benchmarks"]

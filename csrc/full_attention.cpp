@@ -8,7 +8,7 @@
 //   value  --rows-----> panels ------------------------------------product--> result, panel by panel
 //
 // A task owns a stretch of queries of one head. It copies all keys and values of the head once, into panels as wide as a block
-// of registers; block after block of queries then meets all of them. The maximum of a row is updated from block to block, and
+// of registers; block after block of queries then visits all of them. The maximum of a row is updated from block to block, and
 // what was added under an earlier one is scaled down. The result of a query does not depend on which others share its block.
 #include <algorithm>
 #include <cmath>

@@ -104,7 +104,7 @@ def test_strict_mode_binds_devices_without_a_kernel(blocked, monkeypatch):
 @pytest.mark.parametrize(("device", "backend"), [("cpu", "cpp"), ("cuda", "triton")])
 def test_default_choice(blocked, monkeypatch, device, backend):
     chosen = []
-    monkeypatch.setattr(_backends, "_room", lambda operation, name: chosen.append(name))
+    monkeypatch.setattr(_backends, "_module", lambda operation, name: chosen.append(name))
     monkeypatch.setattr(_backends, "_PREDICATES", dict.fromkeys(_backends.MODULES, lambda device: None))
     _backends.load(op.NAME, torch.device(device))
     assert chosen == [backend]

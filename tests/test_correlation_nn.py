@@ -71,7 +71,7 @@ def tracked(features, query, resolution, best_cell=None):
 def test_matches_plain_loops(frames):
     features, queries = random_inputs(frames=frames)
     model = layer().double()
-    output = model(features, queries)
+    output = model(queries, features)
     assert output.tracks.shape == (2, 9, frames, 2)
     for b in range(2):
         for n in range(9):
@@ -84,7 +84,7 @@ def test_matches_plain_loops(frames):
 
 def test_float32_follows_the_exact_answer_or_a_candidate_of_a_tie():
     features, queries = random_inputs(queries=40)
-    tracks = layer()(features.float(), queries.float()).tracks.double()
+    tracks = layer()(queries.float(), features.float()).tracks.double()
     features, queries = features.float().double(), queries.float().double()
     for b in range(2):
         for n in range(40):
@@ -108,14 +108,14 @@ CORNER = torch.tensor([[[0.0, 2.0, 2.0]]])
 
 
 def test_first_of_equal_peaks_wins():
-    tracks = layer()(peaks((2, 3), (9, 12)), CORNER).tracks
+    tracks = layer()(CORNER, peaks((2, 3), (9, 12))).tracks
     torch.testing.assert_close(tracks[0, 0, 1], torch.tensor([14.0, 10.0]), atol=1e-4, rtol=0)
 
 
 def test_near_tie_gives_one_of_the_candidates():
     features = peaks((2, 3), (9, 12))
     features[0, 1, 9, 12, 0] = 1 + torch.finfo(torch.float32).eps
-    point = layer()(features, CORNER).tracks[0, 0, 1]
+    point = layer()(CORNER, features).tracks[0, 0, 1]
     candidates = torch.tensor([[14.0, 10.0], [50.0, 38.0]])
     assert (point - candidates).norm(dim=-1).min() < 1e-4
 
@@ -123,9 +123,9 @@ def test_near_tie_gives_one_of_the_candidates():
 def test_radius_is_strict():
     model = layer()
     # Distance exactly 5 (3, 4): outside. Distance sqrt(20) (2, 4): inside, and pulls the point half-way.
-    outside = model(peaks((2, 3), (5, 7)), CORNER).tracks[0, 0, 1]
+    outside = model(CORNER, peaks((2, 3), (5, 7))).tracks[0, 0, 1]
     torch.testing.assert_close(outside, torch.tensor([14.0, 10.0]), atol=1e-4, rtol=0)
-    inside = model(peaks((2, 3), (4, 7)), CORNER).tracks[0, 0, 1]
+    inside = model(CORNER, peaks((2, 3), (4, 7))).tracks[0, 0, 1]
     torch.testing.assert_close(inside, torch.tensor([22.0, 14.0]), atol=1e-4, rtol=0)
 
 
@@ -133,7 +133,7 @@ def test_own_frame_is_the_query_and_halves_round_to_even():
     features, _ = random_inputs(batch=1, frames=4)
     times = torch.tensor([0.5, 1.5, 2.5, 2.0], dtype=torch.float64)
     queries = torch.stack([times, torch.full_like(times, 11.25), torch.full_like(times, 30.5)], dim=-1)[None]
-    tracks = layer().double()(features, queries).tracks[0]
+    tracks = layer().double()(queries, features).tracks[0]
     own = (tracks == torch.tensor([30.5, 11.25], dtype=torch.float64)).all(-1)
     assert own.int().argmax(-1).tolist() == [0, 2, 2, 2]
     assert own.sum() == 4
@@ -142,16 +142,16 @@ def test_own_frame_is_the_query_and_halves_round_to_even():
 def test_queries_do_not_depend_on_each_other():
     features, queries = random_inputs(queries=11)
     model = layer().double()
-    together = model(features, queries)
+    together = model(queries, features)
     for n in (0, 4, 10):
-        for whole, alone in zip(together, model(features, queries[:, n : n + 1]), strict=True):
+        for whole, alone in zip(together, model(queries[:, n : n + 1], features), strict=True):
             torch.testing.assert_close(alone[:, 0], whole[:, n], atol=1e-12, rtol=0)
 
 
 @pytest.mark.parametrize("batch, queries", [(2, 0), (0, 3)])
 def test_empty(batch, queries):
     features, positions = random_inputs(batch=batch, queries=queries)
-    output = layer().double()(features, positions)
+    output = layer().double()(positions, features)
     assert output.tracks.shape == (batch, queries, 3, 2)
     assert output.occlusion.shape == output.expected_distance.shape == (batch, queries, 3)
 
@@ -163,7 +163,7 @@ def test_gradient_against_finite_differences():
     model = layer().double()
 
     def points(features, positions):
-        return model(features, torch.cat([queries[..., :1], positions], dim=-1)).tracks
+        return model(torch.cat([queries[..., :1], positions], dim=-1), features).tracks
 
     inputs = (features.requires_grad_(), queries[..., 1:].clone().requires_grad_())
     assert torch.autograd.gradcheck(points, inputs)
@@ -173,7 +173,7 @@ def test_visibility_trains_the_head_but_not_the_features():
     features, queries = random_inputs()
     features.requires_grad_()
     model = layer().double()
-    output = model(features, queries)
+    output = model(queries, features)
     (output.occlusion.sum() + output.expected_distance.sum()).backward()
     assert features.grad is None
     assert model.occ_linear.weight.grad.abs().min() > 0
@@ -182,9 +182,9 @@ def test_visibility_trains_the_head_but_not_the_features():
 def test_autocast_does_not_touch_the_matching():
     features, queries = random_inputs(dtype=torch.float32)
     model = layer()
-    expected = model(features, queries)
+    expected = model(queries, features)
     with torch.autocast("cpu", torch.bfloat16):
-        actual = model(features, queries)
+        actual = model(queries, features)
     for a, b in zip(actual, expected, strict=True):
         assert torch.equal(a, b)
 
@@ -193,18 +193,18 @@ def test_nan_poisons_what_depends_on_it():
     features, queries = random_inputs(batch=1)
     queries[0, :, 0] = torch.linspace(0, 1, 9, dtype=torch.float64).round()
     model = layer().double()
-    clean = model(features, queries)
+    clean = model(queries, features)
 
     others = [n for n in range(9) if n != 4]
     for coordinate in range(3):
         broken = queries.clone()
         broken[0, 4, coordinate] = torch.nan
-        output = model(features, broken)
+        output = model(broken, features)
         assert output.tracks[0, 4, 2].isnan().all() and output.occlusion[0, 4].isnan().all()
         assert torch.equal(output.tracks[0, others], clean.tracks[0, others])
 
     features[0, 2, 3, 3] = torch.nan
-    output = model(features, queries)
+    output = model(queries, features)
     assert output.tracks[0, :, 2].isnan().all() and output.occlusion[0, :, 2].isnan().all()
     assert torch.equal(output.tracks[0, :, :2], clean.tracks[0, :, :2])
 
@@ -214,7 +214,7 @@ def test_tokens_of_a_vision_transformer_are_used_where_they_lie():
     patches = tokens[:, 1:].unflatten(1, (12, 16)).unflatten(0, (2, 3))
     _, queries = random_inputs(dtype=torch.float32)
     model = layer()
-    for actual, expected in zip(model(patches, queries), model(patches.contiguous(), queries), strict=True):
+    for actual, expected in zip(model(queries, patches), model(queries, patches.contiguous()), strict=True):
         torch.testing.assert_close(actual, expected)
 
 
@@ -225,7 +225,7 @@ def test_half_precision_features_give_float32_tracks(dtype):
     queries[..., 0] = queries[..., 0].round().clamp(0, 2)
     queries[..., 1:] = (queries[..., 1:].clamp(0, 47) // 4) * 4 + 2  # centres of cells
     half = features.to(dtype)
-    results = layer()(half, queries), layer()(half.float(), queries)
+    results = layer()(queries, half), layer()(queries, half.float())
     torch.testing.assert_close(results[0].tracks, results[1].tracks, atol=1e-4, rtol=0)
     assert {x.dtype for x in results[0]} == {torch.float32}
 
@@ -234,7 +234,7 @@ def test_compiled_as_one_graph():
     features, queries = random_inputs(dtype=torch.float32)
     model = layer()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    for actual, expected in zip(compiled(features, queries), model(features, queries), strict=True):
+    for actual, expected in zip(compiled(queries, features), model(queries, features), strict=True):
         torch.testing.assert_close(actual, expected)
 
 
@@ -247,9 +247,9 @@ def test_parameters_are_those_of_the_official_head():
 
 def test_bad_features():
     with pytest.raises(ValueError, match="features must be"):
-        layer()(torch.zeros(2, 3, 4, 5), torch.zeros(2, 1, 3))
+        layer()(torch.zeros(2, 1, 3), torch.zeros(2, 3, 4, 5))
     with pytest.raises(ValueError, match="at least one frame"):
-        layer()(torch.zeros(2, 0, 3, 4, 5), torch.zeros(2, 1, 3))
+        layer()(torch.zeros(2, 1, 3), torch.zeros(2, 0, 3, 4, 5))
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_bad_features():
 )
 def test_bad_queries(queries, error, match):
     with pytest.raises(error, match=match):
-        layer()(torch.zeros(1, 2, 3, 4, 5), queries)
+        layer()(queries, torch.zeros(1, 2, 3, 4, 5))
 
 
 def test_visible():
@@ -280,7 +280,7 @@ def test_gradient_has_the_same_bits_run_after_run():
 
     def gradient():
         leaf = features.clone().requires_grad_()
-        head(leaf, queries).tracks.square().sum().backward()
+        head(queries, leaf).tracks.square().sum().backward()
         return leaf.grad
 
     threads = torch.get_num_threads()

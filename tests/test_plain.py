@@ -69,7 +69,7 @@ MODULES = {
     "Tracktention": lambda: (Tracktention(32, 2, depth=1), [torch.randn(1, 2, 4, 4, 32), tracks()]),
     "CorrelationSoftArgmax": lambda: (
         CorrelationSoftArgmax((256, 256)),
-        [nn.functional.normalize(torch.randn(1, 2, 4, 4, 8), dim=-1), queries()],
+        [queries(), nn.functional.normalize(torch.randn(1, 2, 4, 4, 8), dim=-1)],
     ),
     "DINOv2": lambda: (BackboneWithAdapter(), [torch.randn(1, 2, 3, 28, 28)]),
     "DepthModel": lambda: (DepthModel(DINOv2Config(64, 4, 1, grid=3), 8, (8, 8, 8, 8)), [torch.randn(2, 3, 28, 28)]),

@@ -258,5 +258,5 @@ def test_direct_calls_of_the_operators_are_checked():
             FWD(*good[:at], bad, *good[at + 1 :], 0.3, False, True)
     with pytest.raises(ValueError, match="grad_out must be"):
         BWD(out[:1], *good, 0.3, False, True, [True, True])
-    with pytest.raises(ValueError, match="needs_grad must have 2 entries"):
+    with pytest.raises(ValueError, match="needs_grad must have 2 flags"):
         BWD(out, *good, 0.3, False, True, [True])

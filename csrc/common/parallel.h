@@ -9,7 +9,7 @@
 #include "common/fork.h"
 #include "common/streaming.h"
 
-// Called by name rather than through `#pragma omp`: GCC would emit the same call, but clang would pull in LLVM's
+// Called by name rather than through `#pragma omp`: GCC would emit the same call, but clang would link LLVM's
 // runtime, whose second pool of threads would compete with that of PyTorch.
 extern "C" void GOMP_parallel(void (*body)(void*), void* data, unsigned num_threads, unsigned flags);
 

@@ -6,13 +6,13 @@
 
 namespace tritonkern::TRITONKERN_ISA {
 
-// As many results as registers hold beside two vectors of the right factor and one element of the left.
+// As many results as registers hold in addition to two vectors of the right factor and one element of the left.
 constexpr int kRows = TRITONKERN_VECTOR_BYTES == 64 ? 12 : 6;
 template <class A>
 constexpr int kCols = 2 * kLanes<A>;
 
 // out[r, :] (+)= sum_k left[r, k] right[k, :] for R rows. `right` and `out` are panels: kCols columns, row after row.
-// left[r, k] lies at r * stride + k, or if `kTransposed` at k * stride + r.
+// left[r, k] is at r * stride + k, or if `kTransposed` at k * stride + r.
 template <class A, int R, bool kTransposed>
 inline void product_block(const A* left, int64_t stride, const A* right, int64_t K, A* out, bool add) {
     constexpr int L = kLanes<A>;

@@ -35,7 +35,7 @@ struct Sequence {
 
     bool usable_in_place() const { return std::is_same_v<S, A> && channel_stride == 1 && dim % kLanes<A> == 0; }
 
-    // Frames [first, last) as rows of A: where they lie, or copied into `scratch` ((last - first) * round_up(dim,
+    // Frames [first, last) as rows of A: in place, or copied into `scratch` ((last - first) * round_up(dim,
     // lanes)).
     Rows<A> rows(int64_t first, int64_t last, A* scratch) const {
         if constexpr (std::is_same_v<S, A>) {

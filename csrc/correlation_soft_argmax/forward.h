@@ -18,7 +18,7 @@ struct ForwardPlan {
     explicit ForwardPlan(const CorrelationSoftArgmax& call) {
         cells = call.height * call.width, padded = round_up(call.C, kLanes<A>);
         const int64_t row = padded * int64_t(sizeof(A));
-        // A second-level cache of 512 KiB holds a chunk of queries and a block of cells, which meet there.
+        // A second-level cache of 512 KiB holds a chunk of queries and the block of cells that it is multiplied with.
         block =
             max<int64_t>(kCellMultiple, min<int64_t>(kMostCells, (128 << 10) / row / kCellMultiple * kCellMultiple));
         const int64_t longest = max<int64_t>(1, min<int64_t>(512, (256 << 10) / row) / kPanel<A>) * kPanel<A>;

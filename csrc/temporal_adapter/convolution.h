@@ -11,7 +11,7 @@ namespace tritonkern::TRITONKERN_ISA::temporal_adapter {
 // often. On Zen 3 (512 KiB and a share of 32 MiB) 1 MiB is 7 to 15 % faster than 3 MiB, and 12 MiB is as much slower.
 constexpr int64_t kBlockBytes = int64_t(3) << 19;
 
-// How a block of `tiles` tiles lies in Winograd's domain. Points and rows are an odd number of cache lines apart, or all
+// How a block of `tiles` tiles is stored in Winograd's domain. Points and rows are an odd number of cache lines apart, or all
 // of them would compete for the same few cache sets.
 template <class A>
 struct BlockLayout {

@@ -54,7 +54,7 @@ TRITONKERN_INLINE void store_channels(S* p, Vec<A> v, int64_t count) {
     }
 }
 
-// Where the rows and columns of an image lie, with `border` more on each side, which do not exist.
+// Offsets of the rows and columns of an image, with `border` more on each side, which do not exist.
 struct Offsets {
     static constexpr int64_t kOutside = -1;
     std::vector<int64_t> rows, columns;

@@ -135,7 +135,7 @@ TileTask<A> with_reader(const Source& source, const AdapterShape& shape, int64_t
         case Load::kAffine:
             for_tile_storage<A, m>(source.image.dtype, [&](auto element) { reader(element, Affine{}); });
             break;
-        case Load::kRelu:  // what lies between two convolutions always has the type of the accumulator
+        case Load::kRelu:  // the image between two convolutions always has the type of the accumulator
             reader(A{}, std::integral_constant<Load, Load::kRelu>{});
             break;
         case Load::kMasked:

@@ -3,7 +3,7 @@
 //   y = A^T [ (G g) * (B^T d) ]     m results y, 3 taps g, n = m + 2 inputs d, n products instead of 3 m
 //
 // They evaluate the polynomials d and g at n - 1 points and at infinity, multiply there, and interpolate. Tiles of 4 save
-// more (4 of 9 products remain, tiles of 2: 16 of 36) but lose accuracy where the points lie far apart or close together;
+// more (4 of 9 products remain, tiles of 2: 16 of 36) but lose accuracy where the points are far apart or close together;
 // 0, +-3/4, +-3/2 were measured to be best by a factor of 3 over the usual 0, +-1, +-2.
 #pragma once
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonkern.functional._arguments import autocast_dtype, real
-from tritonkern.ops import _backends
-from tritonkern.ops._checks import check_dense
+from tritonkern.functional._arguments import autocast_dtype, check_types, real
 from tritonkern.ops._dtypes import DTYPES
 from tritonkern.ops.temporal_adapter.op import Conv, Grid, Norm, adapter_in_fwd, adapter_out_fwd
 
@@ -54,9 +52,7 @@ def adapter_in(
     Paper: Kim et al., "Exploring Temporally-Aware Features for Point Tracking", CVPR 2025; the convolution is computed
     by Winograd's algorithm (Lavin and Gray, CVPR 2016).
     """
-    _backends.check_name(backend)
-    for name, x in (("tokens", tokens), ("norm_weight", norm_weight), ("norm_bias", norm_bias), ("weight", weight)):
-        check_dense(name, x)
+    check_types(backend, tokens=tokens, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight)
     norm = Norm(norm_weight, norm_bias, real("eps", eps))
     return adapter_in_fwd(tokens, *norm, *Conv(weight, bias), *_grid(grid, pool), autocast_dtype(tokens), backend)[0]
 
@@ -87,9 +83,7 @@ def adapter_out(
     Raises:
         TypeError, ValueError, NotImplementedError: as `adapter_in`.
     """
-    _backends.check_name(backend)
-    check_dense("hidden", hidden)
-    check_dense("weight", weight)
+    check_types(backend, hidden=hidden, weight=weight)
     if dtype is None:
         dtype = autocast_dtype(hidden if tokens is None else tokens)
     elif dtype not in DTYPES:

@@ -1,4 +1,4 @@
-"""What the functions ask of numbers and autocast."""
+"""Checks and conversions of arguments that an operator cannot do: its schema refuses other types in words of its own."""
 
 from __future__ import annotations
 
@@ -8,9 +8,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tritonkern.ops.temporal_window_attention import op as _window_op
 
 _AUTOCAST_FROM = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def check_types(backend: str | None, **tensors: Tensor) -> None:
+    """Raise TypeError unless `backend` is a name or None, and the others are tensors."""
+    if backend is not None and not isinstance(backend, str):
+        raise TypeError(f"backend must be a string or None, got {type(backend).__name__}")
+    for name, x in tensors.items():
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
 
 
 def real(name: str, x: float) -> float:
@@ -24,14 +32,12 @@ def real(name: str, x: float) -> float:
 
 
 def autocast(*tensors: Any) -> tuple[Any, ...]:
-    """The rule PyTorch's own attention follows: everything but float64 goes to the dtype of an active autocast."""
-    if not isinstance(tensors[0], Tensor):
-        return tensors
+    """The rule of PyTorch's own attention: all tensors but those of float64 go to the dtype of an active autocast."""
     device = tensors[0].device.type
     if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(x.to(dtype) if isinstance(x, Tensor) and x.dtype in _AUTOCAST_FROM else x for x in tensors)
+    return tuple(x.to(dtype) if x is not None and x.dtype in _AUTOCAST_FROM else x for x in tensors)
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype:
@@ -47,18 +53,15 @@ def window_extent(window: int | tuple[int, int]) -> tuple[int, int]:
 
     Raises:
         TypeError: neither an int nor a pair of ints.
-        ValueError: an even or non-positive total, or a negative count.
+        ValueError: an even or non-positive total. The operator checks the range of the counts.
     """
-    if isinstance(window, int) and not isinstance(window, bool):
-        if window < 1 or window % 2 == 0:
-            raise ValueError(
-                f"window must be an odd number of frames, such as 13 for six on each side, got {window}; "
-                "use window=(left, right) for sides that differ"
-            )
-        left = right = window // 2
-    elif isinstance(window, (tuple, list)) and [type(count) for count in window] == [int, int]:
-        left, right = window
-    else:
+    if isinstance(window, tuple | list) and len(window) == 2 and type(window[0]) is type(window[1]) is int:
+        return window[0], window[1]
+    if isinstance(window, bool) or not isinstance(window, int):
         raise TypeError(f"window must be an odd int or a pair of ints (left, right), got {window!r}")
-    _window_op.check_window(left, right)
-    return left, right
+    if window < 1 or window % 2 == 0:
+        raise ValueError(
+            f"window must be an odd number of frames, such as 13 for six on each side, got {window}; "
+            "use window=(left, right) for sides that differ"
+        )
+    return window // 2, window // 2

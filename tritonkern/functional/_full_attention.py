@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonkern.functional._arguments import autocast, real
+from tritonkern.functional._arguments import autocast, check_types, real
 from tritonkern.ops import _backends
 from tritonkern.ops.full_attention import op
 
@@ -40,12 +40,13 @@ def full_attention(
 
     Attention: Vaswani et al., 2017; in blocks with a running maximum: Milakov and Gimelshein, 2018, Dao et al., 2022.
     """
-    _backends.check_name(backend)
+    check_types(backend, query=query, key=key, value=value)
     query, key, value = autocast(query, key, value)
-    op.check(query, key, value)
-    scale = query.shape[-1] ** -0.5 if scale is None else real("scale", scale)
+    # The operator refuses a missing axis, and a head dimension of 0.
+    scale = max(query.shape[-1:].numel(), 1) ** -0.5 if scale is None else real("scale", scale)
     if backend is None:
         if not _own_kernel(query, key):
+            op.check_inputs(query, key, value)
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
             return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
         backend = "cpp"
@@ -60,6 +61,8 @@ def _own_kernel(query: Tensor, key: Tensor) -> bool:
     if query.device.type != "cpu" or torch.autograd.forward_ad._current_level >= 0:
         return False
     # Shorter sequences gain nothing; each thread copies the keys and values of a head.
+    if not query.dim() == key.dim() == 4:
+        return False
     return min(query.shape[1], key.shape[1]) >= 1024 and key.shape[1] <= 1 << 16 and _pytorch_is_slower()
 
 

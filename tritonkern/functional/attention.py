@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonkern.functional._arguments import autocast, real, window_extent
-from tritonkern.ops import _backends
+from tritonkern.functional._arguments import autocast, check_types, real, window_extent
 from tritonkern.ops._checks import check_dense
 from tritonkern.ops._dtypes import accumulator
 from tritonkern.ops.temporal_window_attention import op as _window_op
@@ -64,17 +63,12 @@ def temporal_window_attention(
     Tracking", CVPR 2025), which is sliding-window attention (Beltagy et al., "Longformer", 2020) along time.
     """
     left, right = window_extent(window)
-    _backends.check_name(backend)
+    check_types(backend, query=query, key=key, value=value)
     query, key, value = autocast(query, key, value)
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-        if x.dim() not in (4, 5):
-            raise ValueError(f"{name} must have shape [B, T, H, D] or [B, T, N, H, D], got {tuple(x.shape)}")
-    # The operator refuses a head dimension of 0.
-    scale = max(query.shape[-1], 1) ** -0.5 if scale is None else real("scale", scale)
+    # The operator refuses a missing axis, and a head dimension of 0.
+    scale = max(query.shape[-1:].numel(), 1) ** -0.5 if scale is None else real("scale", scale)
     attend = _window_op.temporal_window_attention_fwd
-    if query.dim() == 5:
+    if not query.dim() == key.dim() == value.dim() == 4:
         return attend(query, key, value, left, right, scale, backend)[0]
     query, key, value = query.unsqueeze(2), key.unsqueeze(2), value.unsqueeze(2)
     return attend(query, key, value, left, right, scale, backend)[0].squeeze(2)
@@ -176,10 +170,9 @@ def _track_attention(
     culling: bool,
     backend: str | None,
 ) -> Tensor:
-    _backends.check_name(backend)
+    check_types(backend, query=query, key=key, value=value, tracks=tracks)
     query, key, value = autocast(query, key, value)
-    for name, x in (("query", query), ("key", key), ("value", value), ("tracks", tracks)):
-        check_dense(name, x)
+    check_dense("tracks", tracks)  # before they are converted
     if visibility is not None and not isinstance(visibility, Tensor):
         raise TypeError(f"visibility must be a bool tensor or None, got {type(visibility).__name__}")
     if not isinstance(culling, bool):

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tritonkern.functional._arguments import real
-from tritonkern.ops import _backends
-from tritonkern.ops._checks import check_dense
+from tritonkern.functional._arguments import check_types, real
 from tritonkern.ops.temporal_mixer import op as _mixer_op
 
 
@@ -60,19 +58,22 @@ def temporal_mixer(
 
     Paper: Doersch et al., "TAPIR: Tracking Any Point with per-frame Initialization and temporal Refinement", ICCV 2023.
     """
-    _backends.check_name(backend)
+    parameters = {
+        "norm_weight": norm_weight,
+        "conv1_weight": conv1_weight,
+        "conv1_bias": conv1_bias,
+        "conv2_weight": conv2_weight,
+        "conv2_bias": conv2_bias,
+    }
+    check_types(backend, x=x, **parameters)
     eps = real("eps", eps)
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be a bool, got {type(causal).__name__}")
-    parameters = (norm_weight, conv1_weight, conv1_bias, conv2_weight, conv2_bias)
-    names = ("x", "norm_weight", "conv1_weight", "conv1_bias", "conv2_weight", "conv2_bias")
-    for name, tensor in zip(names, (x, *parameters), strict=True):
-        check_dense(name, tensor)
     past: tuple[Tensor | None, Tensor | None] = (None, None) if state is None else _pair(state)
     unbatched = x.dim() == 3
     if unbatched:
         x, past = x[None], (None if past[0] is None else past[0][None], None if past[1] is None else past[1][None])
-    out, *after = _mixer_op.temporal_mixer_fwd(x, *parameters, causal, eps, *past, backend)
+    out, *after = _mixer_op.temporal_mixer_fwd(x, *parameters.values(), causal, eps, *past, backend)
     if unbatched:
         out, after = out.squeeze(0), [s.squeeze(0) for s in after]
     return out if state is None else (out, (after[0], after[1]))
@@ -81,6 +82,5 @@ def temporal_mixer(
 def _pair(state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     if not isinstance(state, tuple | list) or len(state) != 2:
         raise TypeError(f"state must be a pair of tensors or None, got {type(state).__name__}")
-    for name, tensor in zip(("the first state", "the second state"), state, strict=True):
-        check_dense(name, tensor)
+    check_types(None, **{"the first state": state[0], "the second state": state[1]})
     return state[0], state[1]

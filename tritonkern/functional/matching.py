@@ -8,8 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonkern.functional._arguments import autocast, real
-from tritonkern.ops import _backends
+from tritonkern.functional._arguments import autocast, check_types, real
 from tritonkern.ops._checks import check_dense
 from tritonkern.ops._dtypes import accumulator
 from tritonkern.ops.correlation_soft_argmax import op as _match_op
@@ -37,7 +36,7 @@ def correlation_soft_argmax(
     eps: float = 1e-6,
     backend: str | None = None,
 ) -> Match:
-    """Finds every query in every frame of a feature map, without storing the cost volume.
+    """Find every query in every frame of a feature map, without storing the cost volume.
 
     ``cost[n, t, y, x] = query[n] . features[t, y, x]``; the softmax of ``temperature * cost`` over a frame has its
     largest value at some cell (the first one, where several are equal), and the point is the mean of the centres of the
@@ -78,8 +77,7 @@ def correlation_soft_argmax(
     It is the matching head of Chrono (Kim et al., CVPR 2025), LocoTrack (Cho et al., ECCV 2024) and TAPIR (Doersch et
     al., ICCV 2023); the disc around the arg max comes from TAPIR.
     """
-    _backends.check_name(backend)
-    _match_op.check_tensors(query, features)
+    check_types(backend, query=query, features=features)
     temperature, radius, eps = real("temperature", temperature), real("radius", radius), real("eps", eps)
     if not isinstance(cosine, bool):
         raise TypeError(f"cosine must be a bool, got {type(cosine).__name__}")
@@ -105,8 +103,7 @@ def soft_argmax_2d(
     Raises:
         TypeError, ValueError, NotImplementedError: as `correlation_soft_argmax`.
     """
-    _backends.check_name(backend)
-    _match_op.check_cost_volume(cost_volume)
+    check_types(backend, cost_volume=cost_volume)
     temperature, radius = real("temperature", temperature), real("radius", radius)
     return _match_op.soft_argmax_2d_fwd(cost_volume, temperature, radius, backend)[0]
 
@@ -136,10 +133,10 @@ def local_correlation(
         support: ``[B, N, S, C]``, S vectors a point (49 in CoTracker3 and LocoTrack, 1 in TAPIR), or
             ``[B, N, T, S, C]`` where each frame has its own; of features' dtype and device.
         coords: ``[B, T, N, 2]`` (x, y) in cells of the map, anywhere, also outside of it. Taken in float32 (float64 for
-            float64). Gradients reach them where asked.
+            float64). Gradients reach them if they require grad.
         radius: from 0 to 15.
-        padding: what lies outside of the map: ``"border"`` repeats its edge, ``"zeros"`` are zeros.
-        align_corners: where the centre of cell i lies: at i if True, at i + 0.5 (as everywhere else here) if False. It
+        padding: what is outside of the map: ``"border"`` repeats its edge, ``"zeros"`` are zeros.
+        align_corners: where the centre of cell i is: at i if True, at i + 0.5 (as everywhere else here) if False. It
             is what the argument of this name does in `torch.nn.functional.grid_sample` when coordinates are divided by
             the size less one (True) or by the size (False).
         axis_order: which of the two axes of offsets comes first in p: ``"xy"`` has
@@ -162,9 +159,9 @@ def local_correlation(
     All-Pair Correspondence for Point Tracking", ECCV 2024) and, on square maps, the local correlation of TAPIR (Doersch
     et al., ICCV 2023).
     """
-    _backends.check_name(backend)
+    check_types(backend, features=features, support=support, coords=coords)
     features, support = autocast(features, support)
-    position = _position(features, support, coords, align_corners)
+    position = _position(features, coords, align_corners)
     samples = _samples(radius, padding, axis_order)
     return _local_op.local_correlation_fwd(features, support, position, *samples, backend)
 
@@ -197,13 +194,12 @@ def local_correlation_linear(
     Raises:
         TypeError, ValueError, NotImplementedError: as `local_correlation`.
     """
-    _backends.check_name(backend)
-    features, support, weight, bias = autocast(features, support, weight, bias)
-    position = _position(features, support, coords, align_corners)
-    samples = _samples(radius, padding, axis_order)
-    check_dense("weight", weight)
+    check_types(backend, features=features, support=support, coords=coords, weight=weight)
     if bias is not None:
-        check_dense("bias", bias)
+        check_types(None, bias=bias)
+    features, support, weight, bias = autocast(features, support, weight, bias)
+    position = _position(features, coords, align_corners)
+    samples = _samples(radius, padding, axis_order)
     return _local_op.local_correlation_linear_fwd(features, support, position, weight, bias, *samples, backend)
 
 
@@ -224,14 +220,14 @@ def correlation_pyramid(
 
         out[b, t, i, l, p] = features[b, i] . targets_l[b, t]((i + flow[b, t, i]) / 2^l + offset[p]) / sqrt(C)
 
-    The correlations of all pairs of cells are never stored; beside the result, memory grows with the maps alone. The
+    The correlations of all pairs of cells are never stored; apart from the result, memory grows with the maps alone. The
     first derivative is supported; a second one raises RuntimeError.
 
     Args:
         features: ``[B, h, w, C]``, the source frame of each clip. float64, float32, bfloat16 or float16.
         targets: ``[B, T, H, W, C]``, of features' dtype and device; H and W at least ``2^(levels - 1)``.
         flow: ``[B, T, h, w, 2]`` (x, y), the displacement of each cell in cells of the finest level, floating point.
-            Gradients reach it where asked; RAFT and AllTracker pass it detached.
+            Gradients reach it if it requires grad; RAFT and AllTracker pass it detached.
         levels: number of resolutions, positive.
         radius: from 0 to 15.
         padding: what is outside of a map: ``"zeros"`` as in RAFT, or ``"border"``, which repeats its edge, as in
@@ -250,9 +246,8 @@ def correlation_pyramid(
     """
     if isinstance(levels, bool) or not isinstance(levels, int):
         raise TypeError(f"levels must be an int, got {type(levels).__name__}")
+    check_types(backend, features=features, targets=targets, flow=flow)
     for name, tensor, dims in (("features", features, 4), ("targets", targets, 5), ("flow", flow, 5)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
         if tensor.ndim != dims:
             raise ValueError(f"{name} must have {dims} dimensions, got shape {list(tensor.shape)}")
     batch, rows, columns, channels = features.shape
@@ -288,10 +283,9 @@ def correlation_pyramid(
     return torch.cat(found, -1)
 
 
-def _position(features: Tensor, support: Tensor, coords: Tensor, align_corners: bool) -> Tensor:
+def _position(features: Tensor, coords: Tensor, align_corners: bool) -> Tensor:
     """Coordinates as the operators take them: in the type of sums, cell centres at whole numbers."""
-    for name, x in (("features", features), ("support", support), ("coords", coords)):
-        check_dense(name, x)
+    check_dense("coords", coords)  # before they are converted
     if not isinstance(align_corners, bool):
         raise TypeError(f"align_corners must be a bool, got {type(align_corners).__name__}")
     position = coords.to(accumulator(features.dtype))

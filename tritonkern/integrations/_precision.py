@@ -1,4 +1,4 @@
-"""How the local correlations of a patched model are computed: as the model computes, or rounded where asked for."""
+"""How the local correlations of a patched model are computed: as the model computes them, or rounded on request."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PRECISIONS = ("float32", "tf32", "bf16")
 
 
 class Copies:
-    """What was made of a tensor, kept for as long as the tensor lives and nobody writes to it."""
+    """What was computed from a tensor, kept until the tensor is freed or written to."""
 
     def __init__(self) -> None:
         self._made = WeakTensorKeyDictionary()
@@ -31,7 +31,7 @@ _SETTING = threading.RLock()
 
 
 class Precision:
-    """Calls `tritonkern.local_correlation` or `local_correlation_linear` as `tritonkern.patch` was asked to."""
+    """Calls `tritonkern.local_correlation` or `local_correlation_linear` with the precision given to `tritonkern.patch`."""
 
     def __init__(self, name: str) -> None:
         if name not in (*PRECISIONS, "bfloat16"):

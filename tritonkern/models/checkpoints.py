@@ -52,7 +52,7 @@ def read_state_dict(path: str | Path) -> dict[str, Tensor]:
 def _without_prefixes(state: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     result = dict(state)
     while True:
-        # Most names, not all: a foreign name beside them is then the only one that does not fit.
+        # Most names, not all, so that a single foreign name is reported by itself.
         prefix = next((p for p in _PREFIXES if 2 * sum(name.startswith(p) for name in result) > len(result)), None)
         if prefix is None:
             return result
@@ -78,7 +78,7 @@ def read_pytorch(path: Path) -> Any:
             if not isinstance(error, pickle.UnpicklingError) or "GLOBAL" not in str(error):
                 raise ValueError(f"{path} is not a readable PyTorch file; was the download cut short?") from error
             raise ValueError(
-                f"{path} holds Python objects beside its tensors, which only running its code could load. If you trust "
+                f"{path} holds Python objects as well as tensors, which only running its code could load. If you trust "
                 "its origin, write its tensors out once: "
                 "torch.save(torch.load(path, weights_only=False)['state_dict'], 'weights.pth')"
             ) from error
@@ -93,7 +93,7 @@ def _read_safetensors(path: Path) -> dict[str, Tensor]:
         ) from error
     try:
         return safetensors.load_file(path)
-    # Damaged headers raise several classes beside SafetensorError.
+    # Damaged headers raise several classes besides SafetensorError.
     except Exception as error:
         raise ValueError(f"{path} is not a readable safetensors file: {error or type(error).__name__}") from error
 

@@ -1,4 +1,4 @@
-"""Chrono, the point tracker whose features look along time (Kim et al., CVPR 2025)."""
+"""Chrono, the point tracker whose features attend along time (Kim et al., CVPR 2025)."""
 
 from __future__ import annotations
 

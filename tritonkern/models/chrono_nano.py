@@ -8,6 +8,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from tritonkern.models.checkpoints import load_strict, read_state_dict
@@ -40,8 +41,9 @@ class ChronoNano(MatchingTracker):
     """A small vision transformer with temporal adapters and Chrono's matching head.
 
     A convolutional stem gives 64x64 cells of local appearance; a transformer on 16x16 tokens, with a
-    `TemporalAdapter` after each block but the last as in Chrono (Kim et al., CVPR 2025), adds what the surroundings
-    and the neighbouring frames know; both meet again at 64x64 cells, where one more adapter looks along time. Set
+    `TemporalAdapter` after each block but the last as in Chrono (Kim et al., CVPR 2025), adds
+    context from the surroundings and the neighbouring frames; the two are added at 64x64 cells, where one more adapter
+    attends along time. Set
     `temporal = False` to run without the adapters (for ablations).
 
     `features(video)`: float `[B, T, 256, 256, 3]` in [-1, 1] -> unit-norm `[B, T, 64, 64, 128]` in
@@ -85,16 +87,16 @@ class ChronoNano(MatchingTracker):
 
     def features(self, video: Tensor) -> Tensor:
         batch, frames = video.shape[:2]
-        images = video.to(self.pos_embed.dtype).flatten(0, 1).movedim(-1, 1)
+        images = rearrange(video.to(self.pos_embed.dtype), "b t h w c -> (b t) c h w")
         local = _frames_in_blocks(lambda images: self.stem(images).movedim(1, -1), images).movedim(-1, 1)
 
-        tokens = self.patch_embed(local).flatten(2).transpose(1, 2) + self.pos_embed
+        tokens = rearrange(self.patch_embed(local), "n c h w -> n (h w) c") + self.pos_embed
         for index, block in enumerate(self.blocks):
             tokens = block(tokens)
             if self.temporal and index < len(self.adapter):
                 adapter = cast(TemporalAdapter, self.adapter[index])
                 tokens = adapter.add_to(tokens.unflatten(0, (batch, frames)), (16, 16)).flatten(0, 1)
-        context = self.norm(tokens).transpose(1, 2).unflatten(2, (16, 16))
+        context = rearrange(self.norm(tokens), "n (h w) c -> n c h w", h=16)
 
         cells = _frames_in_blocks(
             lambda local, context: self.fuse(local + self.upsample(context)).movedim(1, -1), local, context

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from tritonkern.models.checkpoints import load_strict, read_state_dict
@@ -120,13 +121,14 @@ class DINOv2(nn.Module):
         if (rows, columns) == (grid, grid):
             return self.pos_embed
         pos_embed = self.pos_embed.to(torch.promote_types(self.pos_embed.dtype, torch.float32))
-        patches = pos_embed[:, 1:].unflatten(1, (grid, grid)).movedim(-1, 1)
+        patches = rearrange(pos_embed[:, 1:], "n (h w) c -> n c h w", h=grid)
         if self.config.num_registers:
             patches = F.interpolate(patches, size=(rows, columns), mode="bicubic", antialias=True)
         else:
             factors = ((rows + 0.1) / grid, (columns + 0.1) / grid)
             patches = F.interpolate(patches, scale_factor=factors, mode="bicubic")
-        return torch.cat([pos_embed[:, :1], patches.flatten(2).transpose(1, 2)], dim=1).to(self.pos_embed.dtype)
+        patches = rearrange(patches, "n c h w -> n (h w) c")
+        return torch.cat([pos_embed[:, :1], patches], dim=1).to(self.pos_embed.dtype)
 
     def embed(self, images: Tensor, positions: Tensor) -> Tensor:
         """Images `[N, 3, H, W]` -> what enters the first block, `[N, 1 + registers + patches, dim]`.
@@ -248,7 +250,7 @@ class DINOv2(nn.Module):
         outputs = self.run_blocks(x, leading, (rows, columns), wanted, adapters, norm)
         tokens = [out[:, prefix:].unflatten(0, leading) for out in outputs]
         if reshape:
-            tokens = [out.transpose(-1, -2).unflatten(-1, (rows, columns)).contiguous() for out in tokens]
+            tokens = [rearrange(out, "... (h w) c -> ... c h w", h=rows).contiguous() for out in tokens]
         if return_class_token:
             return tuple(
                 (patches, out[:, 0].unflatten(0, leading)) for patches, out in zip(tokens, outputs, strict=True)

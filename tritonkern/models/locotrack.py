@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from tritonkern.models.checkpoints import load_strict, read_state_dict
@@ -116,8 +117,9 @@ class LocoTrackRefiner(nn.Module):
     def features(self, video: Tensor) -> LocoTrackFeatures:
         """The maps of a video `[B, T, 256, 256, 3]` in [-1, 1]; frames are independent of each other."""
         video = video.to(input_dtype(self.resnet_torch, video.dtype))
-        units = self.resnet_torch(video.flatten(0, 1).movedim(-1, 1))
-        maps = (units[index].movedim(1, -1).unflatten(0, video.shape[:2]) for index in (1, 3, 0))
+        batch, frames = video.shape[:2]
+        units = self.resnet_torch(rearrange(video, "b t h w c -> (b t) c h w"))
+        maps = (rearrange(units[i], "(b t) c h w -> b t h w c", b=batch, t=frames) for i in (1, 3, 0))
         return LocoTrackFeatures(*map(_unit, maps))
 
     def forward(self, video: Tensor, queries: Tensor, start: TrackerOutput | None = None) -> TrackerOutput:
@@ -154,7 +156,7 @@ class LocoTrackRefiner(nn.Module):
             better = refiner.refine(LocoTrackFeatures.of(grid), queries, chrono.track(grid, queries))
 
         Only correlations enter the network, so that any maps will do, of any numbers of cells and channels; but weights
-        know the features that they were trained on. Those of the official checkpoints are LocoTrack's own: on other
+        fit the features that they were trained on. Those of the official checkpoints are LocoTrack's own: on other
         features the refiner must be trained. Gradients reach the features.
 
         Args:
@@ -219,9 +221,9 @@ def _resized(grid: Tensor, cells: int) -> Tensor:
     """`[B, T, cells, cells, C]` of unit norm."""
     if grid.shape[2:4] == (cells, cells):
         return _unit(grid)
-    images = grid.flatten(0, 1).movedim(-1, 1)
+    images = rearrange(grid, "b t h w c -> (b t) c h w")
     resized = F.interpolate(images, size=(cells, cells), mode="bilinear", align_corners=False)
-    return _unit(resized.movedim(1, -1).unflatten(0, grid.shape[:2]))
+    return _unit(rearrange(resized, "(b t) c h w -> b t h w c", b=grid.shape[0], t=grid.shape[1]))
 
 
 def _check_map(name: str, grid: Tensor) -> None:

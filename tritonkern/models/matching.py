@@ -14,8 +14,8 @@ from tritonkern.nn.correlation import CorrelationSoftArgmax, TrackerOutput, scal
 class MatchingTracker(CorrelationSoftArgmax):
     """Base class of trackers that find a query by its cosine similarity to every cell of every frame.
 
-    Subclasses set `resolution` and implement `features`; what happens then is told in `CorrelationSoftArgmax`. It is
-    the base class, not a part, because official checkpoints keep its `occ_linear` beside the backbone.
+    Subclasses set `resolution` and implement `features`; see `CorrelationSoftArgmax` for what follows. It is
+    the base class, not a part, because official checkpoints have its `occ_linear` next to the backbone.
     """
 
     resolution: tuple[int, int]
@@ -54,7 +54,7 @@ class MatchingTracker(CorrelationSoftArgmax):
 
     def track(self, features: Tensor, queries: Tensor) -> TrackerOutput:
         """Matches `queries` against features that are already computed: `CorrelationSoftArgmax.forward`."""
-        return super().forward(features, queries)
+        return super().forward(queries, features)
 
     def way_back(self, features: Tensor, queries: Tensor, tracks: Tensor) -> Tensor:
         """Where the features at `tracks` are found in the frames of the queries: near the query, if a track is right.

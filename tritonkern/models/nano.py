@@ -136,7 +136,7 @@ class Nano(ChronoNano):
         return TrackerOutput(put_queries(output.tracks, queries), *logits)
 
     def _evidence(self, cells: Tensor, queries: Tensor, tracks: Tensor) -> Tensor:
-        """`[B, N, T, 4]`: similarities at the global match, and how far from the query its own match lies."""
+        """`[B, N, T, 4]`: similarities at the global match, and the distance of its match in the query's frame from the query."""
         query = self.query_features(cells, queries)
         match = correlation_soft_argmax(query.to(cells.dtype), cells, temperature=self.temperature, radius=self.radius)
         back = self.way_back(cells, queries, tracks)
@@ -156,7 +156,7 @@ class FineFeatures(nn.Module):
         self.head = nn.Linear(2 * dim, dim)
 
     def forward(self, video: Tensor) -> Tensor:
-        images = video.flatten(0, 1).movedim(-1, 1)
+        images = rearrange(video, "b t h w c -> (b t) c h w")
         edges = F.relu(self.norm1(self.conv1(images)))
         shapes = F.relu(self.norm2(self.conv2(edges)))
         features = self.head(torch.cat([edges, shapes], 1).movedim(1, -1))

@@ -21,7 +21,7 @@ def insert_tracktention(
     depth: int = 2,
     sigma: float = 0.5,
 ) -> TracktentionModel:
-    """A video network around an image network, whose features meet along tracks after some of its blocks.
+    """A video network around an image network, whose features are exchanged along tracks after some of its blocks.
 
     Args:
         model: an image network, called with `[N, 3, H, W]`. It is not copied, and its modules, parameters and state
@@ -65,7 +65,7 @@ class TracktentionModel(nn.Module):
         """The image network's answer to every frame.
 
         Args:
-            video: `[B, T, 3, H, W]` (any number of channels), as the image network wants its images.
+            video: `[B, T, 3, H, W]` (any number of channels), as the image network takes its images.
             tracks: `[B, T, M, 2]` (x, y) in pixels of the frames, which span `[0, W] x [0, H]` (the centre of the
                 first pixel is (0.5, 0.5)). From a tracker's `[N, T, 2]` they come by `.transpose(0, 1)[None]`.
             visibility: `[B, T, M]` bool, see `tritonkern.Tracktention`.

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from tritonkern.functional import local_correlation, soft_argmax_2d
@@ -105,8 +106,9 @@ def refine(
             align_corners=False,
             axis_order="yx",
         )
+        batch, frames, points = correlation.shape[:3]
         encoded = encoder(correlation.flatten(0, 2))
-        tokens.append(encoded.unflatten(0, correlation.shape[:3]).transpose(1, 2))
+        tokens.append(rearrange(encoded, "(b t n) c -> b n t c", b=batch, t=frames, n=points))
     step = tracks[..., 1:, :] - tracks[..., :-1, :]
     scale = (resized_width / width**2, resized_height / height**2)
     motion = (F.pad(-step, (0, 0, 0, 1)), F.pad(step, (0, 0, 1, 0)))
@@ -166,7 +168,7 @@ def convolve_same(conv: nn.Conv2d, x: Tensor) -> Tensor:
     )
     if x.shape[-2:] == conv.kernel_size and height == width == 0:
         # One output cell: a matrix product, a quarter of the convolution's time on a CPU
-        flat, weight = (y.movedim(1, -1).flatten(1) for y in (x, conv.weight))
+        flat, weight = (rearrange(y, "n c h w -> n (h w c)") for y in (x, conv.weight))
         return F.linear(flat, weight, conv.bias)[..., None, None]
     if height % 2 or width % 2:
         x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
@@ -182,16 +184,16 @@ def _encode_motion(step: Tensor) -> Tensor:
 
 def attend_over_time(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """Attention of `[M, T, H * D]` with `bias` `[H, T, T]` from `temporal_bias`."""
-    query, key, value = (x.unflatten(-1, (len(bias), -1)).transpose(1, 2) for x in (query, key, value))
+    query, key, value = (rearrange(x, "m t (h d) -> m h t d", h=len(bias)) for x in (query, key, value))
     mixed = F.scaled_dot_product_attention(query, key, value, attn_mask=bias.to(query.dtype))
-    return mixed.transpose(1, 2).flatten(2)
+    return rearrange(mixed, "m h t d -> m t (h d)")
 
 
 def temporal_bias(heads: int, frames: int, device: torch.device) -> Tensor:
     """`[H, T, T]`: half the heads see the past, half the future, both less the farther a frame is away."""
     half = heads // 2
     slopes = torch.tensor([24 ** (-(i + 1) / half) for i in range(half)], device=device)[:, None, None]
-    # How far the key lies ahead of the query
+    # Frames from the query to the key
     time = torch.arange(frames, device=device)
     ahead = (time[None, :] - time[:, None]).float()
     past = torch.where(ahead > 0, -1e9, slopes * ahead)

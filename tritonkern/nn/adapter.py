@@ -1,4 +1,4 @@
-"""The temporal adapter that lets the tokens of a per-frame backbone look along time."""
+"""The temporal adapter which lets the tokens of a per-frame backbone attend along time."""
 
 from typing import Any, cast
 
@@ -127,12 +127,12 @@ class TemporalAdapter(nn.Module):
         # What follows has the dtype that the convolution chose: on the CPU float32 even for half precision.
         with torch.autocast(tokens.device.type, enabled=False):
             # Patches are rows: a convolution whose kernel is its stride is a product with the kernel as a matrix.
-            x = F.relu(_linear(hidden, pool.weight.permute(0, 2, 3, 1).flatten(1), pool.bias))
+            x = F.relu(_linear(hidden, rearrange(pool.weight, "o c h w -> o (h w c)"), pool.bias))
         # [B, T, h/pool * w/pool, hidden]
         x = x + self.attn_temp(_call(self.norm2, x)).to(x.dtype)
         with torch.autocast(tokens.device.type, enabled=False):
             bias = upsample.bias.repeat(self.pool**2)  # type: ignore[union-attr]
-            return _linear(x, upsample.weight.permute(2, 3, 1, 0).flatten(0, 2), bias)
+            return _linear(x, rearrange(upsample.weight, "c o h w -> (h w o) c"), bias)
 
     def _last_convolution(
         self, x: Tensor, grid: tuple[int, int], tokens: Tensor | None = None, dtype: torch.dtype | None = None

@@ -39,7 +39,7 @@ _register_namedtuple(TrackerOutput, serialized_type_name="tritonkern.TrackerOutp
 
 
 class CorrelationSoftArgmax(nn.Module):
-    """Finds query points in every frame of a feature map, and says how sure it is.
+    """Finds query points in every frame of a feature map, with logits of their visibility.
 
     The feature at the query is compared with every cell of every frame. The position is the mean of the cell centres
     strictly closer than `radius` cells to the best match, weighted by a softmax of the similarity; occlusion and
@@ -66,15 +66,15 @@ class CorrelationSoftArgmax(nn.Module):
         self.radius = radius
         self.occ_linear = nn.Linear(3, 2)
 
-    def forward(self, features: Tensor, queries: Tensor) -> TrackerOutput:
+    def forward(self, queries: Tensor, features: Tensor) -> TrackerOutput:
         """Queries are independent of each other.
 
         Args:
-            features: `[B, T, h, w, C]`, unit norm along C, any strides; float64, float32, bfloat16 or float16. They are
-                never copied; the features at the queries are rounded to their dtype.
             queries: `[B, N, 3]` floating-point rows (t, y, x): frame index, then raster pixels (pixel i has its centre
                 at i + 0.5). A query outside the clip or the raster is matched with the nearest feature inside. In
                 frame round(t), half to even, the position is the query itself.
+            features: `[B, T, h, w, C]`, unit norm along C, any strides; float64, float32, bfloat16 or float16. They are
+                never copied; the features at the queries are rounded to their dtype.
 
         Returns:
             `TrackerOutput` of float32 tensors (float64 for float64 features) for all T frames, before and after the
@@ -175,7 +175,7 @@ class _Gather(torch.autograd.Function):
 def sample_features(features: Tensor, t: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """Trilinear samples `[B, n, C]` of `[B, T, h, w, C]` at positions `[B, n]`, clamped at the border.
 
-    t counts frames (frame i lies at i), y and x are cells (cell i has its centre at i + 0.5). Gathered by hand, because
+    t is in frames (frame i is at i), y and x are in cells (cell i has its centre at i + 0.5). Written with indexing, because
     the backward pass of the 5-D `grid_sample` is not deterministic, and because it would copy the features.
     """
     index = [torch.arange(len(features), device=t.device).view(-1, 1, 1, 1, 1)]

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from tritonkern.functional import temporal_window_attention
 from tritonkern.functional._arguments import window_extent
+from tritonkern.ops.temporal_window_attention.op import check_window
 
 
 class TemporalWindowAttention(nn.Module):
@@ -55,6 +56,7 @@ class TemporalWindowAttention(nn.Module):
             )
         self.num_heads = num_heads
         self.window = window_extent(window_size)
+        check_window(*self.window)
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
         self.q_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()
         self.k_norm = nn.LayerNorm(self.head_dim) if qk_norm else nn.Identity()

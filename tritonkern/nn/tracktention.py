@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from tritonkern.functional import track_sample_attention, track_splat_attention
@@ -24,12 +25,10 @@ class TrackBlock(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """`mask`: `[B, M, 1, T, T]` bool, which frames (last axis) a frame may look at."""
-        # 3 x [B, M, H, T, D]
-        query, key, value = (
-            self.qkv(self.norm1(x)).unflatten(-1, (3, self.num_heads, -1)).movedim(-3, 0).transpose(3, 4)
-        )
+        qkv = self.qkv(self.norm1(x))
+        query, key, value = rearrange(qkv, "b m t (three h d) -> three b m h t d", three=3, h=self.num_heads)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
-        x = x + self.proj(attended.transpose(2, 3).flatten(3))
+        x = x + self.proj(rearrange(attended, "b m h t d -> b m t (h d)"))
         return x + self.fc2(F.gelu(self.fc1(self.norm2(x))))
 
 
@@ -93,7 +92,7 @@ class Tracktention(nn.Module):
         nn.init.zeros_(self.out.weight)
 
     def forward(self, features: Tensor, tracks: Tensor, visibility: Tensor | None = None) -> Tensor:
-        """Features that know of the other frames.
+        """Features with information of the other frames added.
 
         Args:
             features: `[B, T, h, w, C]`, any strides.
@@ -156,7 +155,7 @@ class Tracktention(nn.Module):
         tokens = tokens.transpose(1, 2) + _waves(time, self.dim, 1e4).to(tokens.dtype)  # [B, M, T, C]
         # Every frame may look at itself, so that no softmax is empty.
         itself = torch.eye(frames, dtype=torch.bool, device=tokens.device)
-        mask = (visible.transpose(1, 2)[:, :, None, None, :]) | itself
+        mask = rearrange(visible, "b t m -> b m 1 1 t") | itself
         for block in self.blocks:
             tokens = block(tokens, mask)
         return tokens.transpose(1, 2)

@@ -1,1 +1,2 @@
-"""One room an operation. `tritonkern.functional` is the way in; each room's README.md explains what it computes."""
+"""One folder per operation. `tritonkern.functional` is the public interface; each folder's README.md explains what the operation
+computes."""

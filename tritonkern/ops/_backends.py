@@ -1,6 +1,6 @@
 """Which backend can run a call, and the reason where one cannot.
 
-One predicate a backend answers for the choice, for the error and for `tritonkern doctor`, so that these never disagree.
+One function per backend decides whether it can run; selection, error messages and `tritonkern doctor` all use it.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def check_name(backend: str | None) -> None:
 def load(operation: str, device: torch.device, backend: str | None = None) -> ModuleType:
     """The module that runs `operation` on `device`; None chooses the fastest, and warns where that is a slow one.
 
-    Cached, so a fallback warns once an operation and device, and a call pays for one dictionary look-up.
+    Cached, so that a fallback warns once per operation and device, and a call costs one dictionary look-up.
     """
     chosen = _choose(operation, device) if backend is None else backend
     check_name(chosen)
@@ -48,12 +48,12 @@ def load(operation: str, device: torch.device, backend: str | None = None) -> Mo
         raise ValueError(
             f"backend={chosen!r} cannot run {operation} on {device}. Backends:\n{_listing(operation, device)}"
         )
-    return _room(operation, chosen)
+    return _module(operation, chosen)
 
 
 def unavailable(operation: str, backend: str, device: torch.device) -> Obstacle | None:
     """None if `backend` can run `operation` on `device`."""
-    if importlib.util.find_spec(_room_name(operation, backend)) is None:
+    if importlib.util.find_spec(_module_name(operation, backend)) is None:
         return Obstacle(f"{operation} is not written for it", "use another backend")
     return _PREDICATES[backend](device)
 
@@ -65,8 +65,8 @@ def report() -> str:
         lines.append(f"GPU: {torch.cuda.get_device_name()}")
     fallback = "raise (TRITONKERN_STRICT=1)" if strict() else "warn once"
     lines.append(f"calls that fall back to the slow reference {fallback}")
-    rooms = importlib.import_module("tritonkern.ops").__path__
-    for operation in (module.name for module in pkgutil.iter_modules(rooms) if module.ispkg):
+    folders = importlib.import_module("tritonkern.ops").__path__
+    for operation in (module.name for module in pkgutil.iter_modules(folders) if module.ispkg):
         lines.append(f"\n{operation}")
         for backend, home in (("cpp", "cpu"), ("triton", "cuda"), ("reference", "cpu")):
             obstacle = unavailable(operation, backend, torch.device(home))
@@ -101,12 +101,12 @@ def _line(backend: str, obstacle: Obstacle | None, otherwise: str) -> str:
     return f"{backend:10}{otherwise if obstacle is None else f'missing: {obstacle.reason}; {obstacle.remedy}'}"
 
 
-def _room_name(operation: str, backend: str) -> str:
+def _module_name(operation: str, backend: str) -> str:
     return f"tritonkern.ops.{operation}.{MODULES[backend]}"
 
 
-def _room(operation: str, backend: str) -> ModuleType:
-    return importlib.import_module(_room_name(operation, backend))
+def _module(operation: str, backend: str) -> ModuleType:
+    return importlib.import_module(_module_name(operation, backend))
 
 
 def _cpp(device: torch.device) -> Obstacle | None:

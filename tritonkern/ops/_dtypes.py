@@ -12,7 +12,7 @@ DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The type of sums and of what is kept beside results: float32, and float64 for float64."""
+    """The type of sums and of what is saved for the backward pass: float32, and float64 for float64."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -44,7 +44,7 @@ def on_amd() -> bool:
 
 
 def tf32_allowed() -> bool:
-    """Whether the user lets float32 products be rounded to TF32: PyTorch's setting, off unless asked for."""
+    """Whether the user lets float32 products be rounded to TF32: PyTorch's setting, off by default."""
     if on_amd():
         return False
     matmul = torch.backends.cuda.matmul

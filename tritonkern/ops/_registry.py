@@ -11,6 +11,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Sequence
+from operator import itemgetter
 from typing import Any, TypeVar, get_args, get_type_hints
 
 import torch
@@ -50,8 +51,8 @@ def operator(operation: str, kernel: str) -> Callable[[Callable], torch._ops.OpO
         kernel: function of a backend's module that computes the results. It takes the arguments of the decorated
             function, NamedTuples included.
 
-    The operator has no derivative until `differentiable` gives it a first one; whatever does not exist (forward mode
-    above all, which PyTorch would silently take for zero) is refused.
+    The operator has no derivative until `differentiable` gives it a first one; derivatives that do not exist are refused
+    (above all forward mode, which PyTorch would silently take for zero).
     """
 
     def register(declaration: Callable) -> torch._ops.OpOverload:
@@ -70,11 +71,11 @@ def operator(operation: str, kernel: str) -> Callable[[Callable], torch._ops.OpO
         arguments = ", ".join(f"{_SCHEMA[kind]} {argument}" for argument, kind in flat)
         flattened = any(group is not None for group, _ in groups)
 
-        def call_of(given: Sequence) -> Sequence:
-            if not flattened:
-                return given[:count]
+        def grouped(given: Sequence) -> Sequence:
             it = iter(given)
             return [next(it) if group is None else group(*itertools.islice(it, size)) for group, size in groups]
+
+        call_of = grouped if flattened else itemgetter(slice(count))
 
         def implementation(*given):
             call = call_of(given)
@@ -129,8 +130,8 @@ def differentiable(operator: torch._ops.OpOverload, save: Callable, gradient: Ca
         save: called as ``save(ctx, inputs, output)`` after the operator, as `torch.autograd.Function.setup_context`;
             `inputs` are the arguments of the schema, ``backend`` included.
         gradient: called as ``gradient(ctx, *grads)`` with the gradients of all results; returns those of the first
-            arguments, as many as have one. Gradients that nobody needs (``ctx.needs_input_grad``) are dropped, so that
-            it may return them all the same.
+            arguments, as many as have one. Those that are not needed (``ctx.needs_input_grad``) are dropped, so that it may
+            return all of them.
     """
     _gradients[operator] = (save, gradient)
 
@@ -138,12 +139,13 @@ def differentiable(operator: torch._ops.OpOverload, save: Callable, gradient: Ca
 def _differentiation(operator: torch._ops.OpOverload, count: int) -> Callable:
     """What an operator does at the level of autograd: it records a gradient, or refuses one that it does not have."""
     name = operator.name().partition("::")[2]
+    run = operator._op  # without the Python function around it
 
     class Gradient(torch.autograd.Function):
         @staticmethod
         def forward(ctx, *given):
             with torch._C._AutoDispatchBelowAutograd():
-                output = operator(*given)
+                output = run(*given)
             if operator in _gradients:
                 _gradients[operator][0](ctx, given if len(given) > count else (*given, None), output)
             return output
@@ -166,7 +168,7 @@ def _differentiation(operator: torch._ops.OpOverload, count: int) -> Callable:
             raise NotImplementedError(
                 f"{name} has no forward-mode derivative (jvp); use reverse mode (torch.autograd.grad)"
             )
-        if torch.is_grad_enabled() and any(isinstance(x, Tensor) and x.requires_grad for x in given):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*given):
             if torch._C._are_functorch_transforms_active():
                 # autograd.Function cannot record inside them; around them it would drop their derivatives silently.
                 raise NotImplementedError(
@@ -174,7 +176,7 @@ def _differentiation(operator: torch._ops.OpOverload, count: int) -> Callable:
                 )
             return Gradient.apply(*given)
         with torch._C._AutoDispatchBelowAutograd():
-            return operator(*given)
+            return run(*given)
 
     return differentiate
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonkern.ops._checks import check_dense, check_saved
+from tritonkern.ops._checks import check_tensors, check_same_dtype, check_saved
 from tritonkern.ops._dtypes import accumulator
 from tritonkern.ops._registry import Results, differentiable, operator
 
@@ -104,16 +104,13 @@ def disc_limit(radius: float) -> int:
     return math.ceil(min(radius * radius, 2.0**62))
 
 
-def check_tensors(query: Tensor, features: Tensor) -> None:
-    """Raise TypeError or ValueError unless the two tensors fit together."""
+def check_inputs(query: Tensor, features: Tensor, temperature: float, radius: float, eps: float) -> None:
+    """Raise TypeError or ValueError unless the arguments fit together."""
+    check_tensors(query=query, features=features)
+    check_same_dtype(query=query, features=features)
     for name, x, shape in (("query", query, "[B, N, C]"), ("features", features, "[B, T, h, w, C]")):
-        check_dense(name, x)
         if x.dim() != shape.count(",") + 1:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
-    if features.dtype != query.dtype:
-        raise TypeError(f"features must have the dtype of query, {query.dtype}, got {features.dtype}; convert one")
-    if features.device != query.device:
-        raise ValueError(f"features must be on the device of query, {query.device}, got {features.device}; move one")
     for axis, meaning in ((0, "batch size B"), (-1, "number of channels C")):
         if features.shape[axis] != query.shape[axis]:
             raise ValueError(
@@ -122,25 +119,22 @@ def check_tensors(query: Tensor, features: Tensor) -> None:
             )
     if query.shape[-1] == 0:
         raise ValueError("query must have at least one channel, got C = 0")
-    _check_grid("features", features.shape[2], features.shape[3])
+    _check_grid("features", features.shape[2], features.shape[3], temperature, radius, eps)
 
 
-def check_cost_volume(cost_volume: Tensor) -> None:
-    """Raise TypeError or ValueError unless this is a `[..., h, w]` with at least one cell."""
-    check_dense("cost_volume", cost_volume)
+def check_inputs_2d(cost_volume: Tensor, temperature: float, radius: float) -> None:
+    """As `check_inputs`."""
+    check_tensors(cost_volume=cost_volume)
     if cost_volume.dim() < 2:
         raise ValueError(f"cost_volume must have shape [..., h, w], got {tuple(cost_volume.shape)}")
-    _check_grid("cost_volume", cost_volume.shape[-2], cost_volume.shape[-1])
+    _check_grid("cost_volume", cost_volume.shape[-2], cost_volume.shape[-1], temperature, radius)
 
 
-def _check_grid(name: str, h: int, w: int) -> None:
+def _check_grid(name: str, h: int, w: int, temperature: float, radius: float, eps: float = 1.0) -> None:
     if h == 0 or w == 0:
         raise ValueError(f"{name} must have at least one cell, got a grid of {h} x {w}")
     if h * w > MAX_CELLS:
         raise ValueError(f"{name} must have at most 2**30 cells per frame, got {h} x {w}")
-
-
-def _check_options(h: int, w: int, temperature: float, radius: float, eps: float = 1.0) -> None:
     for name, x in (("temperature", temperature), ("eps", eps)):
         if not SMALLEST <= x <= LARGEST:
             raise ValueError(f"{name} must be a positive finite number from {SMALLEST} to {LARGEST}, got {x}")
@@ -150,17 +144,12 @@ def _check_options(h: int, w: int, temperature: float, radius: float, eps: float
         raise ValueError(f"radius must be at most {FARTHEST} cells or cover the whole grid, got {radius} on {h} x {w}")
 
 
-def _check(query: Tensor, features: Tensor, temperature: float, radius: float, eps: float) -> None:
-    check_tensors(query, features)
-    _check_options(features.shape[2], features.shape[3], temperature, radius, eps)
-
-
 @operator(NAME, "forward")
 def correlation_soft_argmax_fwd(
     query: Tensor, features: Tensor, temperature: float, radius: float, cosine: bool, eps: float
 ) -> Results[Outputs]:
     """query `[B, N, C]`, features `[B, T, h, w, C]`; see `Outputs`."""
-    _check(query, features, temperature, radius, eps)
+    check_inputs(query, features, temperature, radius, eps)
     return lambda: allocate(query, features, cosine)
 
 
@@ -176,7 +165,7 @@ def correlation_soft_argmax_bwd(
     eps: float,
 ) -> Results[tuple[Tensor, Tensor]]:
     """Gradients of query and features, contiguous."""
-    _check(query, features, temperature, radius, eps)
+    check_inputs(query, features, temperature, radius, eps)
     pairs, dtype = (query.shape[0], query.shape[1], features.shape[1]), accumulator(query.dtype)
     others = {  # all but [B, N, T] of the accumulator's type
         "points": ((*pairs, 2), dtype),
@@ -214,8 +203,7 @@ differentiable(correlation_soft_argmax_fwd, _save, _gradient)
 @operator(NAME, "soft_argmax_2d_forward")
 def soft_argmax_2d_fwd(cost_volume: Tensor, temperature: float, radius: float) -> Results[Outputs2d]:
     """cost_volume `[..., h, w]`; see `Outputs2d`."""
-    check_cost_volume(cost_volume)
-    _check_options(cost_volume.shape[-2], cost_volume.shape[-1], temperature, radius)
+    check_inputs_2d(cost_volume, temperature, radius)
     return lambda: allocate_2d(cost_volume)
 
 
@@ -224,8 +212,7 @@ def soft_argmax_2d_bwd(
     grad_points: Tensor, cost_volume: Tensor, saved: Outputs2d, temperature: float, radius: float
 ) -> Results[Tensor]:
     """Gradient of the cost volume, contiguous."""
-    check_cost_volume(cost_volume)
-    _check_options(cost_volume.shape[-2], cost_volume.shape[-1], temperature, radius)
+    check_inputs_2d(cost_volume, temperature, radius)
     frames, dtype = tuple(cost_volume.shape[:-2]), accumulator(cost_volume.dtype)
     check_saved(
         {

@@ -62,9 +62,9 @@ def soft_argmax_2d_forward(cost: Tensor, temperature: float, radius: float) -> O
     maximum, best = _first_extremum(cost)
     weights = torch.exp(temperature * (cost - maximum[..., None, None]))
     # A cell that is not finite spoils the softmax of its whole frame, also from outside of the disc.
-    spoilt = weights.sum((-2, -1)) * 0
+    poison = weights.sum((-2, -1)) * 0
     weights = torch.where(_disc(best, cost.shape[-2:], radius), weights, 0)
-    weight = weights.sum((-2, -1)) + spoilt
+    weight = weights.sum((-2, -1)) + poison
     points = torch.stack([(weights * centre).sum((-2, -1)) for centre in _centres(cost)], -1) / weight[..., None]
     return Outputs2d(points, maximum, best, weight)
 

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tritonkern.ops._checks import check_dense, check_saved
+from tritonkern.ops._checks import check_tensors, check_same_dtype, check_saved
 from tritonkern.ops._dtypes import accumulator
 from tritonkern.ops._registry import Results, differentiable, operator
 
 NAME = "full_attention"
 
 
-def check(query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     """Raise TypeError or ValueError unless the arguments fit together."""
+    check_tensors(query=query, key=key, value=value)
+    check_same_dtype(query=query, key=key, value=value)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_dense(name, tensor)
-        if tensor.device != query.device:
-            raise ValueError(
-                f"{name} must be on the device of query, {query.device}, got {tensor.device}; move one of them"
-            )
-        if tensor.dtype != query.dtype:
-            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {tensor.dtype}; convert it")
         if tensor.dim() != 4 or 0 in tensor.shape[1:]:
             raise ValueError(f"{name} must be [B, L, H, D] with L, H and D from 1 up, got {tuple(tensor.shape)}")
     batch, _, heads, dim = query.shape
@@ -35,7 +30,7 @@ def check(query: Tensor, key: Tensor, value: Tensor) -> None:
 @operator(NAME, "forward")
 def full_attention_fwd(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Results[tuple[Tensor, Tensor]]:
     """Output `[B, L, H, D]` and log-sum-exp of the scores `[B, L, H]`, both contiguous."""
-    check(query, key, value)
+    check_inputs(query, key, value)
     return lambda: (query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=accumulator(query.dtype)))
 
 
@@ -44,7 +39,7 @@ def full_attention_bwd(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> Results[tuple[Tensor, Tensor, Tensor]]:
     """Gradients of query, key and value, contiguous."""
-    check(query, key, value)
+    check_inputs(query, key, value)
     of_query, of_lse = (query.shape, query.dtype), (query.shape[:3], accumulator(query.dtype))
     check_saved({"grad_out": (grad_out, *of_query), "out": (out, *of_query), "lse": (lse, *of_lse)}, query.device)
     return lambda: (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))

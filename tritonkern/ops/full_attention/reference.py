@@ -11,11 +11,10 @@ from tritonkern.ops._dtypes import accurate, full_precision
 @full_precision
 def forward(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """`[B, L, H, D]` and twice `[B, S, H, D]` -> the result `[B, L, H, D]`, log-sum-exp of the scores `[B, L, H]`."""
-    query, key, values = (accurate(x).transpose(1, 2) for x in (query, key, value))
-    scores = query @ key.transpose(-1, -2) * scale
-    out = (scores.softmax(-1) @ values).transpose(1, 2).to(value.dtype)
+    scores = torch.einsum("blhd,bshd->bhls", accurate(query), accurate(key)) * scale
+    out = torch.einsum("bhls,bshd->blhd", scores.softmax(-1), accurate(value))
     lse = torch.logsumexp(scores, -1).transpose(1, 2)
-    return out.contiguous(), lse.contiguous()
+    return out.to(value.dtype).contiguous(), lse.contiguous()
 
 
 @full_precision
@@ -23,9 +22,14 @@ def backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value, contiguous; out and lse are what `forward` returned."""
-    grad, q, k, v, result = (accurate(x).transpose(1, 2) for x in (grad_out, query, key, value, out))
-    weights = (q @ k.transpose(-1, -2) * scale - lse.transpose(1, 2)[..., None]).exp()
-    grad_scores = weights * (grad @ v.transpose(-1, -2) - (grad * result).sum(-1, keepdim=True)) * scale
-    grads = (grad_scores @ k, grad_scores.transpose(-1, -2) @ q, weights.transpose(-1, -2) @ grad)
-    grad_query, grad_key, grad_value = (x.transpose(1, 2).to(query.dtype).contiguous() for x in grads)
+    grad, q, k, v, result = (accurate(x) for x in (grad_out, query, key, value, out))
+    weights = (torch.einsum("blhd,bshd->blhs", q, k) * scale - lse[..., None]).exp()
+    of_weights = torch.einsum("blhd,bshd->blhs", grad, v) - (grad * result).sum(-1, keepdim=True)
+    grad_scores = weights * of_weights * scale
+    grads = (
+        torch.einsum("blhs,bshd->blhd", grad_scores, k),
+        torch.einsum("blhs,blhd->bshd", grad_scores, q),
+        torch.einsum("blhs,blhd->bshd", weights, grad),
+    )
+    grad_query, grad_key, grad_value = (x.to(query.dtype).contiguous() for x in grads)
     return grad_query, grad_key, grad_value

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from tritonkern.ops._checks import check_dense, check_saved
+from tritonkern.ops._checks import check_tensors, check_flags, check_same_dtype, check_saved
 from tritonkern.ops._dtypes import accumulator
 from tritonkern.ops._registry import Results, differentiable, operator
 
@@ -34,18 +34,15 @@ class Samples(NamedTuple):
 
 def check_inputs(features: Tensor, support: Tensor, position: Tensor, samples: Samples) -> None:
     """Raise TypeError or ValueError unless the arguments fit together; users call the positions coords."""
+    check_tensors(features=features, support=support, coords=position)
+    check_same_dtype(features=features, support=support)
     for name, x, dims, shape in (
         ("features", features, (5,), "[B, T, h, w, C]"),
         ("support", support, (4, 5), "[B, N, S, C] or [B, N, T, S, C]"),
         ("coords", position, (4,), "[B, T, N, 2]"),
     ):
-        check_dense(name, x)
         if x.dim() not in dims:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
-        if x.device != features.device:
-            raise ValueError(f"{name} must be on the device of features, {features.device}, got {x.device}")
-    if support.dtype != features.dtype:
-        raise TypeError(f"support must have the dtype of features, {features.dtype}, got {support.dtype}; convert one")
     if 0 in features.shape[2:]:
         raise ValueError(f"features must have at least one cell and channel, got {tuple(features.shape)}")
     if support.shape[-2] == 0:
@@ -65,27 +62,15 @@ def check_inputs(features: Tensor, support: Tensor, position: Tensor, samples: S
 
 def _check_linear(features: Tensor, support: Tensor, weight: Tensor, bias: Tensor | None, samples: Samples) -> None:
     inputs = samples.total * support.shape[-2]
+    check_tensors(features=features, weight=weight, bias=bias)
+    check_same_dtype(features=features, weight=weight, bias=bias)
     for name, x, dims in (("weight", weight, 2), ("bias", bias, 1)):
-        if x is None:
-            continue
-        check_dense(name, x)
-        if x.dtype != features.dtype:
-            raise TypeError(f"{name} must have the dtype of features, {features.dtype}, got {x.dtype}; convert one")
-        if x.device != features.device:
-            raise ValueError(f"{name} must be on the device of features, {features.device}, got {x.device}")
-        if x.dim() != dims:
+        if x is not None and x.dim() != dims:
             raise ValueError(f"{name} must have {dims} axes, got shape {tuple(x.shape)}")
     if weight.shape[1] != inputs:
         raise ValueError(f"weight must have (2 radius + 1)^2 S = {inputs} columns, got shape {tuple(weight.shape)}")
     if bias is not None and bias.shape[0] != weight.shape[0]:
         raise ValueError(f"bias must have shape ({weight.shape[0]},), as weight has rows, got {tuple(bias.shape)}")
-
-
-def _check_backward(grad_out: Tensor, shape: tuple[int, ...], features: Tensor, needs_grad: list[bool], n: int) -> None:
-    check_dense("grad_out", grad_out)
-    check_saved({"grad_out": (grad_out, shape, features.dtype)}, features.device)
-    if len(needs_grad) != n:
-        raise ValueError(f"needs_grad must have {n} flags, got {needs_grad}")
 
 
 def result_shape(support: Tensor, position: Tensor, samples: Samples) -> tuple[int, ...]:
@@ -106,7 +91,8 @@ def local_correlation_bwd(
 ) -> Results[tuple[Tensor, Tensor, Tensor]]:
     """Gradients of features, support and position, contiguous; of shape [0] where not needed."""
     check_inputs(features, support, position, samples)
-    _check_backward(grad_out, result_shape(support, position, samples), features, needs_grad, 3)
+    check_saved({"grad_out": (grad_out, result_shape(support, position, samples), features.dtype)}, features.device)
+    check_flags(needs_grad, 3)
     return lambda: (_like(features, needs_grad[0]), _like(support, needs_grad[1]), _like(position, needs_grad[2]))
 
 
@@ -133,7 +119,8 @@ def local_correlation_linear_bwd(
     """Gradients of features, support, position, weight and bias, contiguous; of shape [0] where not needed."""
     check_inputs(features, support, position, samples)
     _check_linear(features, support, weight, None, samples)
-    _check_backward(grad_out, (*position.shape[:3], weight.shape[0]), features, needs_grad, 5)
+    check_saved({"grad_out": (grad_out, (*position.shape[:3], weight.shape[0]), features.dtype)}, features.device)
+    check_flags(needs_grad, 5)
     return lambda: (
         _like(features, needs_grad[0]),
         _like(support, needs_grad[1]),

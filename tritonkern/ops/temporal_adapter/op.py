@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonkern.ops._checks import check_dense, check_saved
+from tritonkern.ops._checks import check_tensors, check_flags, check_saved
 from tritonkern.ops._registry import Results, differentiable, operator
 
 NAME = "temporal_adapter"
@@ -64,7 +64,7 @@ def adapter_in_fwd(
 
     `dtype` says how precise the convolution is.
     """
-    _check_in(tokens, norm, conv, grid, dtype)
+    check_inputs_in(tokens, norm, conv, grid, dtype)
     batch = tokens.shape[0]
     return lambda: (
         tokens.new_empty(hidden_shape(tokens, grid, conv.weight.shape[0]), dtype=hidden_dtype(tokens.device, dtype)),
@@ -90,13 +90,13 @@ def adapter_in_bwd(
 
     `needs_grad`: of the tokens, of the norm, of the convolution. A result that is not needed has shape `[0]`.
     """
-    _check_in(tokens, norm, Conv(conv_weight, None), grid, dtype)
+    check_inputs_in(tokens, norm, Conv(conv_weight, None), grid, dtype)
     shape = hidden_shape(tokens, grid, conv_weight.shape[0])
     stored = hidden_dtype(tokens.device, dtype)
     expected: dict = {name: (x, shape, stored) for name, x in (("grad_hidden", grad_hidden), ("hidden", hidden))}
     expected |= {name: (x, tokens.shape[:1], torch.float64) for name, x in (("mean", mean), ("rstd", rstd))}
     check_saved(expected, tokens.device)
-    _check_needs_grad(needs_grad, 3)
+    check_flags(needs_grad, 3)
     of_tokens, of_norm, of_conv = needs_grad
     return lambda: (
         tokens.new_empty(tokens.shape if of_tokens else (0,)),
@@ -112,7 +112,7 @@ def adapter_out_fwd(
     hidden: Tensor, conv: Conv, tokens: Tensor | None, grid: Grid, dtype: torch.dtype
 ) -> Results[Tensor]:
     """conv(relu(hidden)) added to the patches of `tokens`, or alone, `[B, T, h * w, C]`, where there are none."""
-    _check_out(hidden, conv, tokens, grid, dtype)
+    check_inputs_out(hidden, conv, tokens, grid, dtype)
     if tokens is not None:
         return lambda: tokens.new_empty(tokens.shape)
     return lambda: hidden.new_empty((*hidden.shape[:2], grid.rows * grid.columns, conv.weight.shape[0]), dtype=dtype)
@@ -123,14 +123,14 @@ def adapter_out_bwd(
     grad_out: Tensor, hidden: Tensor, conv_weight: Tensor, grid: Grid, dtype: torch.dtype, needs_grad: list[bool]
 ) -> Results[tuple[Tensor, Tensor, Tensor]]:
     """Gradients of hidden and of the convolution's weight and bias; `needs_grad`: of hidden, of the convolution."""
-    _check_out(hidden, Conv(conv_weight, None), None, grid, dtype)
-    _check_tensors(hidden.device, grad_out=grad_out)
+    check_inputs_out(hidden, Conv(conv_weight, None), None, grid, dtype)
+    check_tensors(hidden=hidden, grad_out=grad_out)
     # Of the tokens, with their prefix, or of the patches alone.
     if grad_out.dim() != 4 or grad_out.shape[2] < grid.rows * grid.columns:
         raise ValueError(f"grad_out must have shape [B, T, prefix + h * w, C], got {tuple(grad_out.shape)}")
     _check_shape("grad_out", grad_out, (*hidden.shape[:2], grad_out.shape[2], conv_weight.shape[0]))
     _check_dtype(dtype, grad_out=grad_out)
-    _check_needs_grad(needs_grad, 2)
+    check_flags(needs_grad, 2)
     of_hidden, of_conv = needs_grad
     return lambda: (
         hidden.new_empty(hidden.shape if of_hidden else (0,)),
@@ -174,9 +174,9 @@ differentiable(adapter_in_fwd, _save_in, _gradient_in)
 differentiable(adapter_out_fwd, _save_out, _gradient_out)
 
 
-def _check_in(tokens: Tensor, norm: Norm, conv: Conv, grid: Grid, dtype: torch.dtype) -> None:
+def check_inputs_in(tokens: Tensor, norm: Norm, conv: Conv, grid: Grid, dtype: torch.dtype) -> None:
     parameters = {"norm_weight": norm.weight, "norm_bias": norm.bias, "weight": conv.weight, "bias": conv.bias}
-    _check_tensors(tokens.device, tokens=tokens, **parameters)
+    check_tensors(tokens=tokens, **parameters)
     _check_dtype(dtype, tokens=tokens, **parameters)
     if tokens.dim() != 4:
         raise ValueError(f"tokens must have shape [B, T, prefix + h * w, C], got {tuple(tokens.shape)}")
@@ -192,9 +192,9 @@ def _check_in(tokens: Tensor, norm: Norm, conv: Conv, grid: Grid, dtype: torch.d
         _check_shape("bias", conv.bias, (weight.shape[0],))
 
 
-def _check_out(hidden: Tensor, conv: Conv, tokens: Tensor | None, grid: Grid, dtype: torch.dtype) -> None:
+def check_inputs_out(hidden: Tensor, conv: Conv, tokens: Tensor | None, grid: Grid, dtype: torch.dtype) -> None:
     weight = conv.weight
-    _check_tensors(hidden.device, hidden=hidden, weight=weight, bias=conv.bias, tokens=tokens)
+    check_tensors(hidden=hidden, weight=weight, bias=conv.bias, tokens=tokens)
     _check_dtype(dtype, weight=weight, bias=conv.bias, tokens=tokens)
     if hidden.dtype != hidden_dtype(hidden.device, dtype):
         raise TypeError(f"hidden must be {hidden_dtype(hidden.device, dtype)} here, got {hidden.dtype}; convert it")
@@ -211,15 +211,6 @@ def _check_out(hidden: Tensor, conv: Conv, tokens: Tensor | None, grid: Grid, dt
         _check_shape("bias", conv.bias, (weight.shape[0],))
     if tokens is not None:
         _check_shape("tokens", tokens, (batch, frames, tokens.shape[2], weight.shape[0]))
-
-
-def _check_tensors(device: torch.device, **tensors: Tensor | None) -> None:
-    for name, x in tensors.items():
-        if x is None:
-            continue
-        check_dense(name, x)
-        if x.device != device:
-            raise ValueError(f"{name} must be on the device of the tokens, {device}, got {x.device}; move one of them")
 
 
 def _check_dtype(dtype: torch.dtype, **tensors: Tensor | None) -> None:
@@ -241,7 +232,3 @@ def _check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(x.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
 
-
-def _check_needs_grad(needs_grad: list[bool], count: int) -> None:
-    if len(needs_grad) != count:
-        raise ValueError(f"needs_grad must have {count} entries, got {len(needs_grad)}")

@@ -23,7 +23,7 @@ def adapter_in_forward(
     compute = hidden_dtype(tokens.device, dtype)
     image = _image(_normed(patches, norm, mean, rstd).to(compute), grid)
     image = _convolved(image, conv).relu()
-    return _to_hidden(image, tokens.shape[:2], grid.pool), mean.double(), rstd.double()
+    return _to_hidden(image, tokens.shape, grid.pool), mean.double(), rstd.double()
 
 
 def adapter_in_backward(
@@ -51,7 +51,7 @@ def adapter_in_backward(
     grad_tokens, grad_norm_weight, grad_norm_bias = (x.new_empty(0) for x in (tokens, norm.weight, norm.bias))
     if of_tokens or of_norm:
         centred = (patches - _per_entry(mean)) * _per_entry(rstd)
-        grad = rearrange(grad_image, "n c h w -> n (h w) c").unflatten(0, tokens.shape[:2]).to(patches.dtype)
+        grad = _from_image(grad_image, tokens.shape).to(patches.dtype)
         if of_norm:
             grad_norm_weight = (grad * centred).sum((0, 1, 2)).to(norm.weight.dtype)
             grad_norm_bias = grad.sum((0, 1, 2)).to(norm.bias.dtype)
@@ -67,8 +67,7 @@ def adapter_in_backward(
 @full_precision
 def adapter_out_forward(hidden: Tensor, conv: Conv, tokens: Tensor | None, grid: Grid, dtype: torch.dtype) -> Tensor:
     """conv(relu(hidden)) added to the patches of `tokens`, or `[B, T, h * w, C]` alone where there are none."""
-    image = _convolved(_from_hidden(hidden.relu(), grid), conv)
-    update = image.movedim(1, -1).reshape(*hidden.shape[:2], grid.rows * grid.columns, len(conv.weight))
+    update = _from_image(_convolved(_from_hidden(hidden.relu(), grid), conv), hidden.shape)
     if tokens is None:
         return update.to(dtype).contiguous()
     prefix = tokens.shape[2] - grid.rows * grid.columns
@@ -84,7 +83,7 @@ def adapter_out_backward(
     grad_image, grad_weight, grad_bias = _convolution_backward(grad, image, conv_weight, needs_grad)
     grad_hidden = hidden.new_empty(0)
     if needs_grad[0]:
-        grad_hidden = _to_hidden(grad_image, hidden.shape[:2], grid.pool).masked_fill_(hidden <= 0, 0)
+        grad_hidden = _to_hidden(grad_image, hidden.shape, grid.pool).masked_fill_(hidden <= 0, 0)
     return grad_hidden, grad_weight, grad_bias
 
 
@@ -125,10 +124,15 @@ def _image(patches: Tensor, grid: Grid) -> Tensor:
     return rearrange(patches, "b t (h w) c -> (b t) c h w", h=grid.rows)
 
 
-def _to_hidden(image: Tensor, leading: torch.Size, pool: int) -> Tensor:
+def _from_image(image: Tensor, like: torch.Size) -> Tensor:
+    """[B * T, C, h, w] -> [B, T, h * w, C]"""
+    return rearrange(image, "(b t) c h w -> b t (h w) c", b=like[0], t=like[1])
+
+
+def _to_hidden(image: Tensor, like: torch.Size, pool: int) -> Tensor:
     """[B * T, O, h, w] -> [B, T, h/p * w/p, p * p * O]"""
-    x = rearrange(image, "n o (h p) (w q) -> n (h w) (p q o)", p=pool, q=pool)
-    return x.unflatten(0, leading).contiguous()
+    x = rearrange(image, "(b t) o (h p) (w q) -> b t (h w) (p q o)", b=like[0], t=like[1], p=pool, q=pool)
+    return x.contiguous()
 
 
 def _from_hidden(hidden: Tensor, grid: Grid) -> Tensor:

@@ -45,7 +45,7 @@ def temporal_adapter_fwd_kernel_statistics(
 ):  # fmt: skip
     """Count, mean and sum of squared deviations of EACH tiles, `[programs, 3]`.
 
-    Deviations are summed from the first tile's mean, which cancels nothing that matters wherever the mean lies.
+    Deviations are summed from the first tile's mean, which cancels nothing that matters wherever the mean is.
     """
     ACC: tl.constexpr = tl.float64 if tokens.dtype.element_ty == tl.float64 else tl.float32
     frame, chunk, channel = place(chunks, C, BLOCK)

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonkern.ops._checks import check_dense, check_saved
+from tritonkern.ops._checks import check_tensors, check_flags, check_saved
 from tritonkern.ops._dtypes import accumulator
 from tritonkern.ops._registry import Results, differentiable, operator
 
@@ -49,9 +49,9 @@ class Gradients(NamedTuple):
     conv2_bias: Tensor
 
 
-def _check_inputs(x: Tensor, expected: dict[str, tuple[Tensor | None, str]], causal: bool, eps: float) -> None:
+def check_inputs(x: Tensor, expected: dict[str, tuple[Tensor | None, str]], eps: float) -> None:
     """`expected`: per argument the tensor and its shape in terms of x."""
-    check_dense("x", x)
+    check_tensors(x=x, **{name: tensor for name, (tensor, _) in expected.items()})
     if x.dim() != 4 or not 1 <= x.shape[-1] <= MAX_CHANNELS:
         raise ValueError(
             f"x must have shape [N, T, C] or [B, N, T, C] with C from 1 to {MAX_CHANNELS}, got {tuple(x.shape)}"
@@ -67,9 +67,6 @@ def _check_inputs(x: Tensor, expected: dict[str, tuple[Tensor | None, str]], cau
     for name, (tensor, kind) in expected.items():
         if tensor is None:
             continue
-        check_dense(name, tensor)
-        if tensor.device != x.device:
-            raise ValueError(f"{name} must be on the device of x, {x.device}, got {tensor.device}; move one of them")
         if tuple(tensor.shape) != shapes[kind]:
             raise ValueError(
                 f"{name} must have shape {list(shapes[kind])}, as x has {channels} channels, got {list(tensor.shape)}"
@@ -96,7 +93,7 @@ def temporal_mixer_fwd(
         "the first state": (state.normed, "normed"),
         "the second state": (state.hidden, "hidden"),
     }
-    _check_inputs(x, expected, causal, eps)
+    check_inputs(x, expected, eps)
     if (state.normed is None) != (state.hidden is None):
         raise ValueError("state must have two tensors, that of the first convolution and that of the second")
     if state.normed is not None and not causal:
@@ -127,11 +124,9 @@ def temporal_mixer_bwd(
         "conv1_bias": (conv1.bias, "bias"),
         "conv2_weight": (conv2_weight, "weight"),
     }
-    _check_inputs(x, expected, causal, eps)
-    check_dense("grad_out", grad_out)
+    check_inputs(x, expected, eps)
     check_saved({"grad_out": (grad_out, x.shape, x.dtype)}, x.device)
-    if len(needs_grad) != 6:
-        raise ValueError(f"needs_grad must have 6 flags, for x and the five parameters, got {needs_grad}")
+    check_flags(needs_grad, 6)
     dtype, channels = accumulator(x.dtype), x.shape[-1]
     parameters = ((channels,), (4 * channels, 1, 3), (4 * channels,), (4 * channels, 1, 3), (4 * channels,))
     return lambda: Gradients(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tritonkern.ops._checks import check_dense, check_saved
+from tritonkern.ops._checks import check_tensors, check_same_dtype, check_saved
 from tritonkern.ops._dtypes import accumulator
 from tritonkern.ops._registry import Results, differentiable, operator
 
@@ -21,21 +21,21 @@ def check_window(left: int, right: int) -> None:
             raise ValueError(f"window must have a {side} count from 0 to 2**30 frames, got {count}")
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, left: int, right: int) -> None:
-    for name, x in (("query", query), ("key", key), ("value", value)):
-        check_dense(name, x)
-        if x.dim() != 5:
-            raise ValueError(f"{name} must have shape [B, T, N, H, D] here, got {tuple(x.shape)}; use unsqueeze(2)")
+def check_inputs(query: Tensor, key: Tensor, value: Tensor, left: int, right: int) -> None:
+    """Raise TypeError or ValueError unless the arguments fit together."""
+    check_tensors(query=query, key=key, value=value)
+    check_same_dtype(query=query, key=key, value=value)
+    if query.dim() != 5:
+        raise ValueError(
+            f"query must have shape [B, T, N, H, D], got {tuple(query.shape)}; without N, as in [B, T, H, D], "
+            "use unsqueeze(2)"
+        )
     for name, x in (("key", key), ("value", value)):
         if x.shape != query.shape:
             raise ValueError(
                 f"{name} must have the shape of query, {tuple(query.shape)}, got {tuple(x.shape)}; "
                 "expand() it if it is meant to be broadcast"
             )
-        if x.dtype != query.dtype:
-            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {x.dtype}; convert one of them")
-        if x.device != query.device:
-            raise ValueError(f"{name} must be on the device of query, {query.device}, got {x.device}; move one of them")
     head_dim = query.shape[-1]
     if head_dim % 8 != 0 or not 8 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(
@@ -50,7 +50,7 @@ def temporal_window_attention_fwd(
     query: Tensor, key: Tensor, value: Tensor, left: int, right: int, scale: float
 ) -> Results[tuple[Tensor, Tensor]]:
     """Output `[B, T, N, H, D]` and log-sum-exp of the scores `[B, T, N, H]`, both contiguous."""
-    _check(query, key, value, left, right)
+    check_inputs(query, key, value, left, right)
     return lambda: (
         query.new_empty(query.shape),
         query.new_empty(query.shape[:-1], dtype=accumulator(query.dtype)),
@@ -70,7 +70,7 @@ def temporal_window_attention_bwd(
     scale: float,
 ) -> Results[tuple[Tensor, Tensor, Tensor]]:
     """Gradients of query, key and value, contiguous."""
-    _check(query, key, value, left, right)
+    check_inputs(query, key, value, left, right)
     of_query, of_lse = (query.shape, query.dtype), (query.shape[:-1], accumulator(query.dtype))
     check_saved({"grad_out": (grad_out, *of_query), "out": (out, *of_query), "lse": (lse, *of_lse)}, query.device)
     return lambda: (query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape))

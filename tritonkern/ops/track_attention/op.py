@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonkern.ops._checks import check_dense, check_saved
+from tritonkern.ops._checks import check_tensors, check_flags, check_same_dtype, check_saved
 from tritonkern.ops._dtypes import accumulator
 from tritonkern.ops._registry import Results, differentiable, operator
 
@@ -41,8 +41,11 @@ class Points(NamedTuple):
         return self.tracks.clamp(-FARTHEST, FARTHEST).contiguous(), visible.contiguous()
 
 
-def _check(query: Tensor, key: Tensor, value: Tensor, points: Points, scale: float, splat: bool) -> None:
+def check_inputs(query: Tensor, key: Tensor, value: Tensor, points: Points, scale: float, splat: bool) -> None:
+    """Raise TypeError or ValueError unless the arguments fit together."""
     tracks = points.tracks
+    check_tensors(query=query, key=key, value=value, tracks=tracks)
+    check_same_dtype(query=query, key=key, value=value)
     of_tracks, of_grid = "[B, T, M, H, D]", "[B, T, h, w, H, D]"
     for name, x, shape in (
         ("query", query, of_grid if splat else of_tracks),
@@ -50,14 +53,9 @@ def _check(query: Tensor, key: Tensor, value: Tensor, points: Points, scale: flo
         ("value", value, of_tracks if splat else of_grid),
         ("tracks", tracks, "[B, T, M, 2]"),
     ):
-        check_dense(name, x)
         if x.dim() != shape.count(",") + 1:
             raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
-        if x.device != query.device:
-            raise ValueError(f"{name} must be on the device of query, {query.device}, got {x.device}; move one of them")
     for name, x in (("key", key), ("value", value)):
-        if x.dtype != query.dtype:
-            raise TypeError(f"{name} must have the dtype of query, {query.dtype}, got {x.dtype}; convert one of them")
         if x.shape[:2] != query.shape[:2] or x.shape[-2:] != query.shape[-2:]:
             raise ValueError(f"{name} must have the B, T, H and D of query, {tuple(query.shape)}, got {tuple(x.shape)}")
     if value.shape != key.shape:
@@ -109,7 +107,7 @@ def track_attention_fwd(
 ) -> Results[Tensor]:
     """Output of query's shape and dtype, contiguous. Rows that meet no column (an invisible track when sampling, every
     cell of a frame without a visible track when splatting) are 0."""
-    _check(query, key, value, points, scale, splat)
+    check_inputs(query, key, value, points, scale, splat)
     return lambda: query.new_empty(query.shape)
 
 
@@ -127,10 +125,9 @@ def track_attention_bwd(
 ) -> Results[tuple[Tensor, Tensor, Tensor, Tensor, Tensor]]:
     """Gradients of query, key, value, tracks and inverse_variance, contiguous. `needs_grad`: whether those of the last
     two are wanted; the others have shape `[0]`."""
-    _check(query, key, value, points, scale, splat)
+    check_inputs(query, key, value, points, scale, splat)
     check_saved({"grad_out": (grad_out, query.shape, query.dtype)}, query.device)
-    if len(needs_grad) != 2:
-        raise ValueError(f"needs_grad must have 2 entries, for tracks and inverse_variance, got {len(needs_grad)}")
+    check_flags(needs_grad, 2)
     return lambda: empty_gradients(query, key, value, points, needs_grad)
 
 
