@@ -368,7 +368,7 @@ class MixerCase(Case):
         ranks = (1, 3, 1, 3, 1)
 
         def of(shape):
-            # Equal channels have a variance of 0, where LayerNorm magnifies the rounding of their mean by 1 / sqrt(eps).
+            # Equal channels have variance 0, where LayerNorm magnifies the rounding of their mean by 1 / sqrt(eps).
             channels = len(shape) - 1
             views_of_x = views(len(shape)).filter(lambda view: view.expanded != channels)
             return st.builds(

@@ -1,4 +1,4 @@
-"""Checks and conversions of arguments that an operator cannot do: its schema refuses other types in words of its own."""
+"""Checks and conversions of arguments that operators cannot do: their schemas refuse other types in unclear words."""
 
 from __future__ import annotations
 
@@ -8,17 +8,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tritonkern.ops._checks import check_dense
 
 _AUTOCAST_FROM = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def check_types(backend: str | None, **tensors: Tensor) -> None:
-    """Raise TypeError unless `backend` is a name or None, and the others are tensors."""
+    """Raise TypeError unless `backend` is a string or None, and the others are tensors with a shape."""
     if backend is not None and not isinstance(backend, str):
         raise TypeError(f"backend must be a string or None, got {type(backend).__name__}")
     for name, x in tensors.items():
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+        if not isinstance(x, Tensor) or x.is_nested:
+            check_dense(name, x)
 
 
 def real(name: str, x: float) -> float:

@@ -220,8 +220,8 @@ def correlation_pyramid(
 
         out[b, t, i, l, p] = features[b, i] . targets_l[b, t]((i + flow[b, t, i]) / 2^l + offset[p]) / sqrt(C)
 
-    The correlations of all pairs of cells are never stored; apart from the result, memory grows with the maps alone. The
-    first derivative is supported; a second one raises RuntimeError.
+    The correlations of all pairs of cells are never stored; apart from the result, memory grows with the maps alone.
+    The first derivative is supported; a second one raises RuntimeError.
 
     Args:
         features: ``[B, h, w, C]``, the source frame of each clip. float64, float32, bfloat16 or float16.

@@ -31,7 +31,7 @@ _SETTING = threading.RLock()
 
 
 class Precision:
-    """Calls `tritonkern.local_correlation` or `local_correlation_linear` with the precision given to `tritonkern.patch`."""
+    """`local_correlation` and `local_correlation_linear` with the precision given to `tritonkern.patch`."""
 
     def __init__(self, name: str) -> None:
         if name not in (*PRECISIONS, "bfloat16"):

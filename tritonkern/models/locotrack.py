@@ -83,11 +83,11 @@ class LocoTrackRefiner(nn.Module):
         super().__init__()
         if size not in SIZES:
             raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
-        width, heads, channels, kernels, strides = SIZES[size]
+        width, num_heads, channels, kernels, strides = SIZES[size]
         self.steps = steps
         self.resnet_torch = _ResNet()
         self.cmdtop = nn.ModuleList(_CorrelationEncoder(channels, kernels, strides) for _ in range(3))
-        self.torch_pips_mixer = _TemporalMixer(2 + 3 * 2 * channels[-1] + 84, width, heads)
+        self.torch_pips_mixer = _TemporalMixer(2 + 3 * 2 * channels[-1] + 84, width, num_heads)
         self.cost_conv = SameConv2d(2, 1, 3)
         self.occ_linear = nn.Linear(6, 2)
         # As in the official code the gradient of a step ends at its guess, so none reaches the first match. Its layers
@@ -317,9 +317,9 @@ class _TemporalAttention(nn.Module):
 
 
 class _TemporalTransformer(nn.Module):
-    def __init__(self, width: int, heads: int) -> None:
+    def __init__(self, width: int, num_heads: int) -> None:
         super().__init__()
-        self.heads = heads
+        self.num_heads = num_heads
         self.layers = nn.ModuleList(
             nn.ModuleDict(
                 {
@@ -334,7 +334,7 @@ class _TemporalTransformer(nn.Module):
         self.ln_out = nn.LayerNorm(width)
 
     def forward(self, x: Tensor) -> Tensor:
-        bias = temporal_bias(self.heads, x.shape[1], x.device)
+        bias = temporal_bias(self.num_heads, x.shape[1], x.device)
         for layer in self.layers:
             x = x + layer["attn"](layer["layer_norm1"](x), bias)  # type: ignore[index]
             x = x + layer["dense"](layer["layer_norm2"](x))  # type: ignore[index]
@@ -344,9 +344,9 @@ class _TemporalTransformer(nn.Module):
 class _TemporalMixer(nn.Module):
     """`[M, T, C]` -> `[M, T, 4]`; the last 384 outputs are not computed, as nothing reads them in the official code."""
 
-    def __init__(self, channels: int, width: int, heads: int) -> None:
+    def __init__(self, channels: int, width: int, num_heads: int) -> None:
         super().__init__()
-        self.transformer = _TemporalTransformer(width, heads)
+        self.transformer = _TemporalTransformer(width, num_heads)
         self.input_proj, self.output_proj = nn.Linear(channels, width), nn.Linear(width, 4 + 128 + 256)
 
     def forward(self, series: Tensor) -> Tensor:

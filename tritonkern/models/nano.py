@@ -136,7 +136,7 @@ class Nano(ChronoNano):
         return TrackerOutput(put_queries(output.tracks, queries), *logits)
 
     def _evidence(self, cells: Tensor, queries: Tensor, tracks: Tensor) -> Tensor:
-        """`[B, N, T, 4]`: similarities at the global match, and the distance of its match in the query's frame from the query."""
+        """`[B, N, T, 4]`: similarities at the global match, and how far from the query its own match is."""
         query = self.query_features(cells, queries)
         match = correlation_soft_argmax(query.to(cells.dtype), cells, temperature=self.temperature, radius=self.radius)
         back = self.way_back(cells, queries, tracks)

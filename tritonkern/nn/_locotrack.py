@@ -189,9 +189,9 @@ def attend_over_time(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) ->
     return rearrange(mixed, "m h t d -> m t (h d)")
 
 
-def temporal_bias(heads: int, frames: int, device: torch.device) -> Tensor:
+def temporal_bias(num_heads: int, frames: int, device: torch.device) -> Tensor:
     """`[H, T, T]`: half the heads see the past, half the future, both less the farther a frame is away."""
-    half = heads // 2
+    half = num_heads // 2
     slopes = torch.tensor([24 ** (-(i + 1) / half) for i in range(half)], device=device)[:, None, None]
     # Frames from the query to the key
     time = torch.arange(frames, device=device)

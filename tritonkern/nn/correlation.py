@@ -175,8 +175,8 @@ class _Gather(torch.autograd.Function):
 def sample_features(features: Tensor, t: Tensor, y: Tensor, x: Tensor) -> Tensor:
     """Trilinear samples `[B, n, C]` of `[B, T, h, w, C]` at positions `[B, n]`, clamped at the border.
 
-    t is in frames (frame i is at i), y and x are in cells (cell i has its centre at i + 0.5). Written with indexing, because
-    the backward pass of the 5-D `grid_sample` is not deterministic, and because it would copy the features.
+    t is in frames (frame i is at i), y and x are in cells (cell i has its centre at i + 0.5). By indexing, because the
+    backward pass of the 5-D `grid_sample` is not deterministic, and because it would copy the features.
     """
     index = [torch.arange(len(features), device=t.device).view(-1, 1, 1, 1, 1)]
     weight = torch.ones_like(t)[..., None, None, None]

@@ -8,6 +8,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tritonkern.functional import track_sample_attention, track_splat_attention
+from tritonkern.ops.track_attention.op import visible_tracks
 
 
 class TrackBlock(nn.Module):
@@ -121,15 +122,13 @@ class Tracktention(nn.Module):
         place = torch.promote_types(tracks.dtype, torch.float32)
         rows, columns = features.shape[2:4]
         y, x = (torch.arange(n, device=tracks.device, dtype=place) + 0.5 for n in (rows, columns))
-        cells = torch.stack(torch.broadcast_tensors(x, y[:, None]), -1)  # [h, w, 2]
-        visible = tracks.isfinite().all(-1)
-        if visibility is not None:
-            visible = visible & visibility
+        cell_centers = torch.stack(torch.broadcast_tensors(x, y[:, None]), -1)  # [h, w, 2]
+        visible = visible_tracks(tracks, visibility)
         # What is not visible is never used, but the gradient of a NaN would be one.
         points = torch.where(visible[..., None], tracks, 0).to(place)
 
         projected = self.project(features)
-        key = self._heads(self.sample_key_norm(self.sample_key(projected)), cells)
+        key = self._heads(self.sample_key_norm(self.sample_key(projected)), cell_centers)
         query = self.sample_query_norm(self.sample_query(position_embedding(points, self.dim).to(features.dtype)))
         value = projected.unflatten(-1, (self.num_heads, -1))
         sampled = track_sample_attention(
@@ -138,8 +137,8 @@ class Tracktention(nn.Module):
         tokens = self._over_time(sampled.flatten(-2), visible)
 
         key = self._heads(self.splat_key_norm(self.splat_key(tokens)), points)
-        query = self.splat_query_norm(self.splat_query(position_embedding(cells, self.dim).to(features.dtype)))
-        query = self._heads(query, cells).expand(*features.shape[:2], -1, -1, -1, -1)
+        query = self.splat_query_norm(self.splat_query(position_embedding(cell_centers, self.dim).to(features.dtype)))
+        query = self._heads(query, cell_centers).expand(*features.shape[:2], -1, -1, -1, -1)
         value = self.splat_value(tokens).unflatten(-1, (self.num_heads, -1))
         update = track_splat_attention(query, key, value, points, sigma=self.sigma, visibility=visible)
         return features + self.out(update.flatten(-2)).to(features.dtype)

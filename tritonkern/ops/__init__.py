@@ -1,2 +1,2 @@
-"""One folder per operation. `tritonkern.functional` is the public interface; each folder's README.md explains what the operation
+"""One folder per operation. `tritonkern.functional` is the public interface; README.md in each folder says what it
 computes."""

@@ -51,8 +51,8 @@ def operator(operation: str, kernel: str) -> Callable[[Callable], torch._ops.OpO
         kernel: function of a backend's module that computes the results. It takes the arguments of the decorated
             function, NamedTuples included.
 
-    The operator has no derivative until `differentiable` gives it a first one; derivatives that do not exist are refused
-    (above all forward mode, which PyTorch would silently take for zero).
+    The operator has no derivative until `differentiable` gives it a first one; missing ones are refused (above
+    all forward mode, which PyTorch would silently take for zero).
     """
 
     def register(declaration: Callable) -> torch._ops.OpOverload:
@@ -130,8 +130,8 @@ def differentiable(operator: torch._ops.OpOverload, save: Callable, gradient: Ca
         save: called as ``save(ctx, inputs, output)`` after the operator, as `torch.autograd.Function.setup_context`;
             `inputs` are the arguments of the schema, ``backend`` included.
         gradient: called as ``gradient(ctx, *grads)`` with the gradients of all results; returns those of the first
-            arguments, as many as have one. Those that are not needed (``ctx.needs_input_grad``) are dropped, so that it may
-            return all of them.
+            arguments, as many as have one. Those that are not needed (``ctx.needs_input_grad``) are dropped, so that it
+            may return all of them.
     """
     _gradients[operator] = (save, gradient)
 
@@ -160,8 +160,8 @@ def _differentiation(operator: torch._ops.OpOverload, count: int) -> Callable:
                 )
             found = _gradients[operator][1](ctx, *grads)
             found = found if isinstance(found, (tuple, list)) else (found,)
-            needed = ctx.needs_input_grad
-            return tuple(found[i] if i < len(found) and needed[i] else None for i in range(len(needed)))
+            needs_grad = ctx.needs_input_grad
+            return tuple(found[i] if i < len(found) and needs_grad[i] else None for i in range(len(needs_grad)))
 
     def differentiate(*given):
         if forward_ad._current_level >= 0 and any(isinstance(x, Tensor) and _has_tangent(x) for x in given):

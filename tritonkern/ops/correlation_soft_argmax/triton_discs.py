@@ -131,7 +131,7 @@ def correlation_soft_argmax_fwd_kernel_points(
                 across += tl.sum(here * (x[:, None] - column[None, :]).to(ACC), 0)
                 down += tl.sum(here * (y[:, None] - row[None, :]).to(ACC), 0)
 
-    present = first + tl.arange(0, BLOCK_N) < N
-    tl.store(points + pair * 2, column.to(ACC) + 0.5 + across / sums, mask=present)
-    tl.store(points + pair * 2 + 1, row.to(ACC) + 0.5 + down / sums, mask=present)
-    tl.store(weight + pair, sums, mask=present)
+    in_range = first + tl.arange(0, BLOCK_N) < N
+    tl.store(points + pair * 2, column.to(ACC) + 0.5 + across / sums, mask=in_range)
+    tl.store(points + pair * 2 + 1, row.to(ACC) + 0.5 + down / sums, mask=in_range)
+    tl.store(weight + pair, sums, mask=in_range)

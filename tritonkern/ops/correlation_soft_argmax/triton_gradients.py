@@ -66,7 +66,7 @@ def correlation_soft_argmax_bwd_kernel_query(
     n, pair, row, column = discs.entries(order, centres, frame, b, t, first, N, T, w, BLOCK_N)
     # The last entry is repeated: it stores the same patch again, and is added once.
     entry = tl.minimum(first + tl.arange(0, BLOCK_N), N - 1)
-    present = first + tl.arange(0, BLOCK_N) < N
+    in_range = first + tl.arange(0, BLOCK_N) < N
     rows = query + (b.to(tl.int64) * stride_qb + n.to(tl.int64) * stride_qn) * UNIT
     features += (b.to(tl.int64) * stride_b + t.to(tl.int64) * stride_t) * UNIT
     factors = features_inverse_norm + frame.to(tl.int64) * h * w
@@ -108,7 +108,7 @@ def correlation_soft_argmax_bwd_kernel_query(
                     tile = load_channels(cells, start, C, BLOCK_C)
                     add = tl.zeros([BLOCK_N, BLOCK_C], ACC)
                     add = gradient_product(tl.trans(grad), tile, add, PRECISION)
-                    mask = present[:, None] & (channel < C)[None, :]
+                    mask = in_range[:, None] & (channel < C)[None, :]
                     tl.atomic_add(grad_rows[:, None] + channel[None, :], add, mask=mask, sem="relaxed")
 
 

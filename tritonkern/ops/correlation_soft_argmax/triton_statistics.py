@@ -22,7 +22,7 @@ def correlation_soft_argmax_fwd_kernel_inverse_norms(
     """For BLOCK vectors of a `[B, T, h, w, C]`; `total` is the number of all of them."""
     ACC: tl.constexpr = inverse_norm.dtype.element_ty
     place = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    present = place < total
+    in_range = place < total
     number = tl.minimum(place, total - 1)
     x, rest = number % w, number // w
     y, rest = rest % h, rest // h
@@ -36,7 +36,7 @@ def correlation_soft_argmax_fwd_kernel_inverse_norms(
     square = tl.sum(squares, 1)
     eps = tl.full([], eps, ACC)
     square = tl.where(square < eps, eps, square)
-    tl.store(inverse_norm + place, 1.0 / tl.sqrt(square), mask=present)
+    tl.store(inverse_norm + place, 1.0 / tl.sqrt(square), mask=in_range)
 
 
 # total[b, t, c] = sum over the cells i of features[b, t, i, c], times inverse_norm[b, t, i] if COSINE
@@ -168,12 +168,12 @@ def correlation_soft_argmax_fwd_kernel_statistics(
         low_cell = tl.where(nan < stop, nan, low_cell)
 
     at = (part.to(tl.int64) * frames + frame) * N + first
-    present = first < N
-    tl.store(total + at, sums, mask=present)
-    tl.store(highest + at, high, mask=present)
-    tl.store(lowest + at, low, mask=present)
-    tl.store(best + at, high_cell, mask=present)
-    tl.store(worst + at, low_cell, mask=present)
+    in_range = first < N
+    tl.store(total + at, sums, mask=in_range)
+    tl.store(highest + at, high, mask=in_range)
+    tl.store(lowest + at, low, mask=in_range)
+    tl.store(best + at, high_cell, mask=in_range)
+    tl.store(worst + at, low_cell, mask=in_range)
 
 
 # mean = sum over the runs of total / cells
@@ -188,29 +188,29 @@ def correlation_soft_argmax_fwd_kernel_merge(
     """`[runs, B, T, N]` -> `[B, N, T]`; `pairs` is B T N."""
     ACC: tl.constexpr = mean.dtype.element_ty
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    present = at < pairs
+    in_range = at < pairs
     frame = at // N
     n = at - frame * N
     b = frame // T
     out = (b * N + n) * T + frame - b * T
     sums = tl.zeros([BLOCK], ACC)
-    high = tl.load(highest + at, mask=present, other=0.0)
-    low = tl.load(lowest + at, mask=present, other=0.0)
-    high_cell = tl.load(high_cells + at, mask=present, other=0)
-    low_cell = tl.load(low_cells + at, mask=present, other=0)
+    high = tl.load(highest + at, mask=in_range, other=0.0)
+    low = tl.load(lowest + at, mask=in_range, other=0.0)
+    high_cell = tl.load(high_cells + at, mask=in_range, other=0)
+    low_cell = tl.load(low_cells + at, mask=in_range, other=0)
     for part in tl.range(0, runs):  # sums to low_cell: of the runs below part, and of the first one
         here = part * pairs + at
-        sums += tl.load(total + here, mask=present, other=0.0)
-        value = tl.load(highest + here, mask=present, other=0.0)
+        sums += tl.load(total + here, mask=in_range, other=0.0)
+        value = tl.load(highest + here, mask=in_range, other=0.0)
         better = (value > high) | ((value != value) & (high == high))
-        high_cell = tl.where(better, tl.load(high_cells + here, mask=present, other=0), high_cell)
+        high_cell = tl.where(better, tl.load(high_cells + here, mask=in_range, other=0), high_cell)
         high = tl.where(better, value, high)
-        value = tl.load(lowest + here, mask=present, other=0.0)
+        value = tl.load(lowest + here, mask=in_range, other=0.0)
         better = (value < low) | ((value != value) & (low == low))
-        low_cell = tl.where(better, tl.load(low_cells + here, mask=present, other=0), low_cell)
+        low_cell = tl.where(better, tl.load(low_cells + here, mask=in_range, other=0), low_cell)
         low = tl.where(better, value, low)
-    tl.store(mean + out, sums / tl.full([], cells, ACC), mask=present)
-    tl.store(maximum + out, high, mask=present)
-    tl.store(minimum + out, low, mask=present)
-    tl.store(best + out, high_cell, mask=present)
-    tl.store(worst + out, low_cell, mask=present)
+    tl.store(mean + out, sums / tl.full([], cells, ACC), mask=in_range)
+    tl.store(maximum + out, high, mask=in_range)
+    tl.store(minimum + out, low, mask=in_range)
+    tl.store(best + out, high_cell, mask=in_range)
+    tl.store(worst + out, low_cell, mask=in_range)

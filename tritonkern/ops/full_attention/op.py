@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from tritonkern.ops._checks import check_tensors, check_same_dtype, check_saved
+from tritonkern.ops._checks import check_same_dtype, check_saved, check_tensors
 from tritonkern.ops._dtypes import accumulator
 from tritonkern.ops._registry import Results, differentiable, operator
 
@@ -18,11 +18,11 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != 4 or 0 in tensor.shape[1:]:
             raise ValueError(f"{name} must be [B, L, H, D] with L, H and D from 1 up, got {tuple(tensor.shape)}")
-    batch, _, heads, dim = query.shape
+    batch, _, num_heads, dim = query.shape
     for name, tensor in (("key", key), ("value", value)):
-        if tensor.shape != (batch, key.shape[1], heads, dim):
+        if tensor.shape != (batch, key.shape[1], num_heads, dim):
             raise ValueError(
-                f"{name} must have shape {(batch, key.shape[1], heads, dim)} for this query and key, "
+                f"{name} must have shape {(batch, key.shape[1], num_heads, dim)} for this query and key, "
                 f"got {tuple(tensor.shape)}"
             )
 

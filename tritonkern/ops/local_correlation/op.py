@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from tritonkern.ops._checks import check_tensors, check_flags, check_same_dtype, check_saved
+from tritonkern.ops._checks import check_flags, check_same_dtype, check_saved, check_tensors
 from tritonkern.ops._dtypes import accumulator
 from tritonkern.ops._registry import Results, differentiable, operator
 

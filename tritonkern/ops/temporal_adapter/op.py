@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonkern.ops._checks import check_tensors, check_flags, check_saved
+from tritonkern.ops._checks import check_flags, check_saved, check_tensors
 from tritonkern.ops._registry import Results, differentiable, operator
 
 NAME = "temporal_adapter"
@@ -231,4 +231,3 @@ def _check_grid(length: int, grid: Grid) -> None:
 def _check_shape(name: str, x: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(x.shape) != shape:
         raise ValueError(f"{name} must have shape {shape}, got {tuple(x.shape)}")
-

@@ -22,11 +22,11 @@ def _query_gradient_by_tile(
     """Gradient of all `count` queries from row t0 on. Returns False and stores nothing if one is not finite."""
     grad_out, query, key, value, out, lse = tensors
     row = t0 + tl.arange(0, BLOCK_ROWS)
-    present = row < t0 + count
-    q = flat.load(query, row, present, place, D, BLOCK_D)
-    g = flat.load(grad_out, row, present, place, D, BLOCK_D)
-    o = flat.load(out, row, present, place, D, BLOCK_D)
-    denominator = tl.load(lse + flat.number(row, place), mask=present, other=0.0)
+    in_range = row < t0 + count
+    q = flat.load(query, row, in_range, place, D, BLOCK_D)
+    g = flat.load(grad_out, row, in_range, place, D, BLOCK_D)
+    o = flat.load(out, row, in_range, place, D, BLOCK_D)
+    denominator = tl.load(lse + flat.number(row, place), mask=in_range, other=0.0)
     delta = tl.sum(g.to(tl.float32) * o.to(tl.float32), 1)
     first, last = flat.window(row, place[0], left, right)
     total = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
@@ -42,7 +42,7 @@ def _query_gradient_by_tile(
         total = tl.dot(grad_score.to(k.dtype), k, total)
     finite = not poisoned(total)
     if finite:
-        flat.store(grads[0], row, total * scale, present, place, D, BLOCK_D)
+        flat.store(grads[0], row, total * scale, in_range, place, D, BLOCK_D)
     return finite
 
 
@@ -54,9 +54,9 @@ def _key_value_gradient_by_tile(
     """Gradients of all `count` keys and values from row t0 on. False, and nothing stored, if one is not finite."""
     grad_out, query, key, value, out, lse = tensors
     row = t0 + tl.arange(0, BLOCK_ROWS)
-    present = row < t0 + count
-    k = flat.load(key, row, present, place, D, BLOCK_D)
-    v = flat.load(value, row, present, place, D, BLOCK_D)
+    in_range = row < t0 + count
+    k = flat.load(key, row, in_range, place, D, BLOCK_D)
+    v = flat.load(value, row, in_range, place, D, BLOCK_D)
     # A query sees `left` frames back and `right` ahead, so a key is seen from `right` frames back to `left` ahead.
     first, last = flat.window(row, place[0], right, left)
     total_k = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
@@ -77,52 +77,52 @@ def _key_value_gradient_by_tile(
         total_k = tl.dot(grad_score.to(q.dtype), q, total_k)
     finite = not (poisoned(total_k) | poisoned(total_v))
     if finite:
-        flat.store(grads[1], row, total_k * scale, present, place, D, BLOCK_D)
-        flat.store(grads[2], row, total_v, present, place, D, BLOCK_D)
+        flat.store(grads[1], row, total_k * scale, in_range, place, D, BLOCK_D)
+        flat.store(grads[2], row, total_v, in_range, place, D, BLOCK_D)
     return finite
 
 
 @triton.jit
 def _query_gradient_by_distance(
-    tensors, grads, row, present, place, left, right, scale, D: tl.constexpr, BLOCK_D: tl.constexpr
+    tensors, grads, row, in_range, place, left, right, scale, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Gradient of the queries `row` that are `present`, one frame distance after the other."""
+    """Gradient of the queries `row` that are in range (`in_range`), one frame distance after the other."""
     grad_out, query, key, value, out, lse = tensors
     ACC: tl.constexpr = scale.dtype
     first, last = flat.window(row, place[0], left, right)
-    q = flat.load(query, row, present, place, D, BLOCK_D).to(ACC)
-    g = flat.load(grad_out, row, present, place, D, BLOCK_D).to(ACC)
-    delta = tl.sum(g * flat.load(out, row, present, place, D, BLOCK_D).to(ACC), 1)
-    denominator = tl.load(lse + flat.number(row, place), mask=present, other=0.0)
+    q = flat.load(query, row, in_range, place, D, BLOCK_D).to(ACC)
+    g = flat.load(grad_out, row, in_range, place, D, BLOCK_D).to(ACC)
+    delta = tl.sum(g * flat.load(out, row, in_range, place, D, BLOCK_D).to(ACC), 1)
+    denominator = tl.load(lse + flat.number(row, place), mask=in_range, other=0.0)
     total = tl.zeros(q.shape, ACC)
     # Invariant: total = sum over the keys j at smaller distances of ds_ij k_j.
     for distance in tl.range(-left, right + 1, num_stages=1):
         other = row + distance
-        visible = present & (other >= first) & (other <= last)
+        visible = in_range & (other >= first) & (other <= last)
         k = flat.load(key, other, visible, place, D, BLOCK_D).to(ACC)
         v = flat.load(value, other, visible, place, D, BLOCK_D).to(ACC)
         weight = tl.exp(tl.where(visible, tl.sum(q * k, 1) * scale, float("-inf")) - denominator)
         grad_score = tl.where(visible, weight * (tl.sum(g * v, 1) - delta), 0.0)
         total += grad_score[:, None] * k
-    flat.store(grads[0], row, total * scale, present, place, D, BLOCK_D)
+    flat.store(grads[0], row, total * scale, in_range, place, D, BLOCK_D)
 
 
 @triton.jit
 def _key_value_gradient_by_distance(
-    tensors, grads, row, present, place, left, right, scale, D: tl.constexpr, BLOCK_D: tl.constexpr
+    tensors, grads, row, in_range, place, left, right, scale, D: tl.constexpr, BLOCK_D: tl.constexpr
 ):
-    """Gradients of the keys and values `row` that are `present`, one frame distance after the other."""
+    """Gradients of the keys and values `row` that are in range (`in_range`), one frame distance after the other."""
     grad_out, query, key, value, out, lse = tensors
     ACC: tl.constexpr = scale.dtype
     first, last = flat.window(row, place[0], right, left)
-    k = flat.load(key, row, present, place, D, BLOCK_D).to(ACC)
-    v = flat.load(value, row, present, place, D, BLOCK_D).to(ACC)
+    k = flat.load(key, row, in_range, place, D, BLOCK_D).to(ACC)
+    v = flat.load(value, row, in_range, place, D, BLOCK_D).to(ACC)
     total_k = tl.zeros(k.shape, ACC)
     total_v = tl.zeros(v.shape, ACC)
     # Invariant: over the queries i at smaller distances, total_k = sum ds_ij q_i and total_v = sum p_ij grad_out_i.
     for distance in tl.range(-right, left + 1, num_stages=1):
         other = row + distance
-        visible = present & (other >= first) & (other <= last)
+        visible = in_range & (other >= first) & (other <= last)
         q = flat.load(query, other, visible, place, D, BLOCK_D).to(ACC)
         g = flat.load(grad_out, other, visible, place, D, BLOCK_D).to(ACC)
         delta = tl.sum(g * flat.load(out, other, visible, place, D, BLOCK_D).to(ACC), 1)
@@ -131,8 +131,8 @@ def _key_value_gradient_by_distance(
         grad_score = tl.where(visible, weight * (tl.sum(g * v, 1) - delta), 0.0)
         total_k += grad_score[:, None] * q
         total_v += weight[:, None] * g
-    flat.store(grads[1], row, total_k * scale, present, place, D, BLOCK_D)
-    flat.store(grads[2], row, total_v, present, place, D, BLOCK_D)
+    flat.store(grads[1], row, total_k * scale, in_range, place, D, BLOCK_D)
+    flat.store(grads[2], row, total_v, in_range, place, D, BLOCK_D)
 
 
 @kernel

@@ -26,8 +26,8 @@ def _forward_by_tile(
     """Attention of all `count` rows from row t0 on. Returns False and stores nothing if a result is not finite."""
     query, key, value, out, lse = tensors
     row = t0 + tl.arange(0, BLOCK_ROWS)
-    present = row < t0 + count
-    q = flat.load(query, row, present, place, D, BLOCK_D)
+    in_range = row < t0 + count
+    q = flat.load(query, row, in_range, place, D, BLOCK_D)
     first, last = flat.window(row, place[0], left, right)
     total = tl.zeros([BLOCK_ROWS, BLOCK_D], tl.float32)
     weights = tl.zeros([BLOCK_ROWS], tl.float32)
@@ -49,26 +49,26 @@ def _forward_by_tile(
         total = tl.dot(weight.to(v.dtype), v, total * decay[:, None])
     finite = not poisoned(total)
     if finite:
-        flat.store(out, row, total * (1.0 / weights)[:, None], present, place, D, BLOCK_D)
-        tl.store(lse + flat.number(row, place), highest + tl.log(weights), mask=present)
+        flat.store(out, row, total * (1.0 / weights)[:, None], in_range, place, D, BLOCK_D)
+        tl.store(lse + flat.number(row, place), highest + tl.log(weights), mask=in_range)
     return finite
 
 
 @triton.jit
-def _forward_by_distance(tensors, row, present, place, left, right, scale, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Attention of the rows `row` that are `present`, one frame distance after the other."""
+def _forward_by_distance(tensors, row, in_range, place, left, right, scale, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Attention of the rows `row` that are in range (`in_range`), one frame distance after the other."""
     query, key, value, out, lse = tensors
     ACC: tl.constexpr = scale.dtype
     LOWEST: tl.constexpr = -1.7976931348623157e308 if ACC == tl.float64 else -3.4028234663852886e38
     first, last = flat.window(row, place[0], left, right)
-    q = flat.load(query, row, present, place, D, BLOCK_D).to(ACC)
+    q = flat.load(query, row, in_range, place, D, BLOCK_D).to(ACC)
     total = tl.zeros(q.shape, ACC)
     weights = tl.zeros(row.shape, ACC)
     highest = tl.full(row.shape, LOWEST, ACC)
     # Invariant: as in _forward_by_tile, over the keys at smaller distances.
     for distance in tl.range(-left, right + 1, num_stages=1):
         other = row + distance
-        visible = present & (other >= first) & (other <= last)
+        visible = in_range & (other >= first) & (other <= last)
         k = flat.load(key, other, visible, place, D, BLOCK_D).to(ACC)
         v = flat.load(value, other, visible, place, D, BLOCK_D).to(ACC)
         score = tl.where(visible, tl.sum(q * k, 1) * scale, float("-inf"))
@@ -78,8 +78,8 @@ def _forward_by_distance(tensors, row, present, place, left, right, scale, D: tl
         highest = new_highest
         weights = weights * decay + weight
         total = total * decay[:, None] + weight[:, None] * v
-    flat.store(out, row, total / weights[:, None], present, place, D, BLOCK_D)
-    tl.store(lse + flat.number(row, place), highest + tl.log(weights), mask=present)
+    flat.store(out, row, total / weights[:, None], in_range, place, D, BLOCK_D)
+    tl.store(lse + flat.number(row, place), highest + tl.log(weights), mask=in_range)
 
 
 @kernel

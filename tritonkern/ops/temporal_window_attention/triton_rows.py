@@ -50,23 +50,23 @@ def pointers(tensor, row, place, BLOCK_D: tl.constexpr):
 
 
 @triton.jit
-def inside(present, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    mask = present[:, None]
+def inside(in_range, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    mask = in_range[:, None]
     if D < BLOCK_D:
         mask = mask & (tl.arange(0, BLOCK_D) < D)[None, :]
     return mask
 
 
 @triton.jit
-def load(tensor, row, present, place, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Tile `[rows, BLOCK_D]`, zero in rows that are not present and beyond D."""
-    return tl.load(pointers(tensor, row, place, BLOCK_D), mask=inside(present, D, BLOCK_D), other=0.0)
+def load(tensor, row, in_range, place, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """Tile `[rows, BLOCK_D]`, zero in rows that are out of range and beyond D."""
+    return tl.load(pointers(tensor, row, place, BLOCK_D), mask=inside(in_range, D, BLOCK_D), other=0.0)
 
 
 @triton.jit
-def store(tensor, row, tile, present, place, D: tl.constexpr, BLOCK_D: tl.constexpr):
+def store(tensor, row, tile, in_range, place, D: tl.constexpr, BLOCK_D: tl.constexpr):
     tile = tile.to(tensor[0].dtype.element_ty)
-    tl.store(pointers(tensor, row, place, BLOCK_D), tile, mask=inside(present, D, BLOCK_D))
+    tl.store(pointers(tensor, row, place, BLOCK_D), tile, mask=inside(in_range, D, BLOCK_D))
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonkern.ops._checks import check_tensors, check_flags, check_same_dtype, check_saved
+from tritonkern.ops._checks import check_flags, check_same_dtype, check_saved, check_tensors
 from tritonkern.ops._dtypes import accumulator
 from tritonkern.ops._registry import Results, differentiable, operator
 
@@ -35,10 +35,14 @@ class Points(NamedTuple):
 
     def placed(self) -> tuple[Tensor, Tensor]:
         """Positions whose squares do not overflow, and the mask of the tracks that take part; both contiguous."""
-        visible = self.tracks.isfinite().all(-1)
-        if self.visible is not None:
-            visible = visible & self.visible
+        visible = visible_tracks(self.tracks, self.visible)
         return self.tracks.clamp(-FARTHEST, FARTHEST).contiguous(), visible.contiguous()
+
+
+def visible_tracks(tracks: Tensor, visibility: Tensor | None) -> Tensor:
+    """`[B, T, M]` bool: which tracks take part in a frame, those that are visible (None: all) at a finite position."""
+    finite = tracks.isfinite().all(-1)
+    return finite if visibility is None else finite & visibility
 
 
 def check_inputs(query: Tensor, key: Tensor, value: Tensor, points: Points, scale: float, splat: bool) -> None:
@@ -152,8 +156,8 @@ def _save(ctx, inputs, output):
 
 
 def _gradient(ctx, grad_out):
-    needs = ctx.needs_input_grad
-    grads = track_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.options, [needs[3], needs[5]], ctx.backend)
+    needs_grad = ctx.needs_input_grad
+    grads = track_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.options, [needs_grad[3], needs_grad[5]], ctx.backend)
     *grads, grad_inverse_variance = grads
     return *grads, None, grad_inverse_variance
 

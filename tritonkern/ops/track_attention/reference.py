@@ -84,9 +84,9 @@ def _geometry(tracks: Tensor, visible: Tensor, grid: torch.Size, splat: bool) ->
     """
     tracks = tracks.double()
     y, x = (torch.arange(n, device=tracks.device, dtype=tracks.dtype) + 0.5 for n in grid)
-    cells = torch.stack(torch.broadcast_tensors(x, y[:, None]), -1).flatten(0, 1)
+    cell_centers = torch.stack(torch.broadcast_tensors(x, y[:, None]), -1).flatten(0, 1)
     positions = torch.where(visible[..., None], tracks, 0)
-    offset = positions[:, :, :, None] - cells  # [B, T, M, cells, 2]
+    offset = positions[:, :, :, None] - cell_centers  # [B, T, M, cells, 2]
     valid = visible[..., None].expand(offset.shape[:-1])
     return (-offset.transpose(2, 3), valid.transpose(2, 3)) if splat else (offset, valid)
 

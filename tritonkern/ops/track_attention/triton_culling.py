@@ -33,15 +33,15 @@ def track_attention_kernel_order(
     invisible track."""
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_range = at < total
-    seen = tl.load(visible + at, mask=in_range, other=0) != 0
-    x = tl.load(tracks + 2 * at, mask=seen, other=0.0).to(tl.float32)
-    y = tl.load(tracks + 2 * at + 1, mask=seen, other=0.0).to(tl.float32)
+    is_visible = tl.load(visible + at, mask=in_range, other=0) != 0
+    x = tl.load(tracks + 2 * at, mask=is_visible, other=0.0).to(tl.float32)
+    y = tl.load(tracks + 2 * at + 1, mask=is_visible, other=0.0).to(tl.float32)
     x = tl.minimum(tl.maximum(x, 0.0), w.to(tl.float32))
     y = tl.minimum(tl.maximum(y, 0.0), h.to(tl.float32))
     row = tl.floor(y / tl.full([], band, tl.float32))
     backwards = row - 2 * tl.floor(row * 0.5) > 0
     place = row * w + tl.where(backwards, w - x, x)
-    tl.store(sort_key + at, tl.where(seen, place, float("inf")), mask=in_range)
+    tl.store(sort_key + at, tl.where(is_visible, place, float("inf")), mask=in_range)
 
 
 @kernel

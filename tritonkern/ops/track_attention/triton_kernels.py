@@ -110,12 +110,12 @@ def track_attention_fwd_kernel(
     # of exp(score - maximum) * value.
     for n in tl.range(0, tl.load(counts + owned), num_stages=STAGES):
         other = tl.load(lists + owned * column_blocks + n).to(tl.int32)
-        ky, kx, cx, cy, _, there = geometry.members(other, scene, not SPLAT, COLUMNS, TILE_W)
+        ky, kx, cx, cy, _, other_visible = geometry.members(other, scene, not SPLAT, COLUMNS, TILE_W)
         k_rows = geometry.vectors(k_frame, ky, kx)
-        k = geometry.load_if(k_rows, there, D, BLOCK_D, HELD)
-        v = geometry.load(geometry.vectors(v_frame, ky, kx), there, 0, D, BLOCK_D)
-        score = _inner(q, k, q_rows, k_rows, visible, there, D, BLOCK_D, BLOCK_C, PRECISION) * scale
-        _, penalty = _penalty(rows, cx, cy, there, inverse_variance)
+        k = geometry.load_if(k_rows, other_visible, D, BLOCK_D, HELD)
+        v = geometry.load(geometry.vectors(v_frame, ky, kx), other_visible, 0, D, BLOCK_D)
+        score = _inner(q, k, q_rows, k_rows, visible, other_visible, D, BLOCK_D, BLOCK_C, PRECISION) * scale
+        _, penalty = _penalty(rows, cx, cy, other_visible, inverse_variance)
         new_maximum = tl.maximum(maximum, tl.max(score - penalty, 1))
         weight = _weight(score, new_maximum[:, None], penalty)
         rescale = tl.exp(maximum - new_maximum)
@@ -138,15 +138,15 @@ def _meet(
     HELD: tl.constexpr = BLOCK_C == BLOCK_D
     q, g, q_rows, g_rows = row_tensors
     k_frame, v_frame = column_frames
-    ky, kx, cx, cy, _, there = geometry.members(other, scene, not SPLAT, COLUMNS, TILE_W)
+    ky, kx, cx, cy, _, other_visible = geometry.members(other, scene, not SPLAT, COLUMNS, TILE_W)
     k_rows = geometry.vectors(k_frame, ky, kx)
     v_rows = geometry.vectors(v_frame, ky, kx)
-    k = geometry.load_if(k_rows, there, D, BLOCK_D, HELD)
-    v = geometry.load_if(v_rows, there, D, BLOCK_D, HELD)
-    score = _inner(q, k, q_rows, k_rows, rows[4], there, D, BLOCK_D, BLOCK_C, PRECISION) * scale
-    distance, penalty = _penalty(rows, cx, cy, there, inverse_variance)
-    grad_weight = _inner(g, v, g_rows, v_rows, rows[4], there, D, BLOCK_D, BLOCK_C, PRECISION)
-    return score, penalty, distance, grad_weight, cx, cy, k, there
+    k = geometry.load_if(k_rows, other_visible, D, BLOCK_D, HELD)
+    v = geometry.load_if(v_rows, other_visible, D, BLOCK_D, HELD)
+    score = _inner(q, k, q_rows, k_rows, rows[4], other_visible, D, BLOCK_D, BLOCK_C, PRECISION) * scale
+    distance, penalty = _penalty(rows, cx, cy, other_visible, inverse_variance)
+    grad_weight = _inner(g, v, g_rows, v_rows, rows[4], other_visible, D, BLOCK_D, BLOCK_C, PRECISION)
+    return score, penalty, distance, grad_weight, cx, cy, k, other_visible
 
 
 @triton.jit
@@ -224,12 +224,12 @@ def track_attention_bwd_kernel_query(
     distances = tl.zeros([ROWS], ACC)
     # The sums of the formulas over the blocks before n.
     for n in tl.range(0, count, num_stages=STAGES):
-        score, penalty, distance, grad_weight, cx, cy, k, there = _meet(
+        score, penalty, distance, grad_weight, cx, cy, k, other_visible = _meet(
             tl.load(lists + n).to(tl.int32), scene, rows, row_tensors, column_frames, scale, inverse_variance,
             SPLAT, D, BLOCK_D, BLOCK_C, COLUMNS, TILE_W, PRECISION,
         )  # fmt: skip
         if not HELD:
-            k = geometry.load(k, there, 0, D, BLOCK_D)
+            k = geometry.load(k, other_visible, 0, D, BLOCK_D)
         grad_score = _weight(score, maximum[:, None], penalty) * inverse[:, None] * (grad_weight - mean[:, None])
         total = product(grad_score, k, total, PRECISION)
         if POINTS:
@@ -291,27 +291,29 @@ def track_attention_bwd_kernel_key_value(
     for n in tl.range(0, tl.load(counts + owned), num_stages=STAGES):
         other = tl.load(lists + owned * row_blocks + n).to(tl.int32)
         y, x, _, rows = _rows(other, scene, SPLAT, ROWS, TILE_W)
-        px, py, nx, ny, there = rows
+        px, py, nx, ny, other_visible = rows
         q_rows = geometry.vectors(q_frame, y, x)
         g_rows = geometry.contiguous(grad_out, place, head, y, x, scene, SPLAT, H, D)
-        q = geometry.load(q_rows, there, 0, D, BLOCK_D)
-        g = geometry.load(g_rows, there, 0, D, BLOCK_D)
+        q = geometry.load(q_rows, other_visible, 0, D, BLOCK_D)
+        g = geometry.load(g_rows, other_visible, 0, D, BLOCK_D)
         number = 3 * (place * (h * w if SPLAT else M) + y * w + x)
-        maximum = tl.load(statistics + number, mask=there, other=0.0)
-        inverse = tl.load(statistics + number + 1, mask=there, other=0.0)
-        mean = tl.load(statistics + number + 2, mask=there, other=0.0)
+        maximum = tl.load(statistics + number, mask=other_visible, other=0.0)
+        inverse = tl.load(statistics + number + 1, mask=other_visible, other=0.0)
+        mean = tl.load(statistics + number + 2, mask=other_visible, other=0.0)
         if query.dtype.element_ty.primitive_bitwidth == 16:
-            score = _inner(k, q, k_rows, q_rows, visible, there, D, BLOCK_D, BLOCK_C, PRECISION) * scale
-            grad_weight = _inner(v, g, v_rows, g_rows, visible, there, D, BLOCK_D, BLOCK_C, PRECISION)
+            score = _inner(k, q, k_rows, q_rows, visible, other_visible, D, BLOCK_D, BLOCK_C, PRECISION) * scale
+            grad_weight = _inner(v, g, v_rows, g_rows, visible, other_visible, D, BLOCK_D, BLOCK_C, PRECISION)
         else:
             # Equal to the other kernel's to the bit, because its maximum and mean are used: a weight of one must be one
             # and have a gradient of zero, because a tiny sigma would magnify any other.
-            score = tl.trans(_inner(q, k, q_rows, k_rows, there, visible, D, BLOCK_D, BLOCK_C, PRECISION)) * scale
-            grad_weight = tl.trans(_inner(g, v, g_rows, v_rows, there, visible, D, BLOCK_D, BLOCK_C, PRECISION))
+            score = (
+                tl.trans(_inner(q, k, q_rows, k_rows, other_visible, visible, D, BLOCK_D, BLOCK_C, PRECISION)) * scale
+            )
+            grad_weight = tl.trans(_inner(g, v, g_rows, v_rows, other_visible, visible, D, BLOCK_D, BLOCK_C, PRECISION))
         distance = geometry.relative_distance(
             px[None, :], py[None, :], nx[None, :], ny[None, :], cx[:, None], cy[:, None]
         )
-        penalty = tl.where(there[None, :] & visible[:, None], inverse_variance * distance, float("inf"))
+        penalty = tl.where(other_visible[None, :] & visible[:, None], inverse_variance * distance, float("inf"))
         weight = _weight(score, maximum[None, :], penalty) * inverse[None, :]
         total_v = product(weight, g, total_v, PRECISION)
         grad_score = weight * (grad_weight - mean[None, :])
