@@ -30,11 +30,12 @@ test-slow: .venv/with-test
 
 test-all: test test-slow
 
-## Lint, formatting and types.
+## Lint, formatting and types; whether every benchmark can be collected.
 check: .venv/with-dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/python -m pytest benchmarks --collect-only -qq > /dev/null
 	$(BIN)/clang-format --dry-run --Werror csrc/*.cpp csrc/*/*.cpp csrc/*/*.h tests/*.cpp
 
 format: .venv/with-dev

@@ -5,7 +5,7 @@ PyTorch takes the tangent of an operator without a forward-mode rule for zero, s
 
 import pytest
 import torch
-from oracle import native_backends
+from oracle import fast_backends
 from torch.autograd import forward_ad
 
 from tritonkern import (
@@ -18,9 +18,11 @@ from tritonkern import (
     track_sample_attention,
     track_splat_attention,
 )
+from tritonkern.functional._adapter import adapter_in, adapter_out
 from tritonkern.ops.correlation_soft_argmax import op as correlation_op
 from tritonkern.ops.full_attention import op as full_op
 from tritonkern.ops.local_correlation import op as local_op
+from tritonkern.ops.temporal_adapter import op as adapter_op
 from tritonkern.ops.temporal_mixer import op as mixer_op
 from tritonkern.ops.temporal_window_attention import op as window_op
 from tritonkern.ops.track_attention import op as track_op
@@ -43,6 +45,12 @@ def full_operator(x, backend):
 def mixer(x, backend):
     weights = x.cos()[:, None, None].expand(32, 1, 3), x, x.sin()[:, None, None].expand(32, 1, 3), x
     return temporal_mixer(x[:8].expand(2, 4, 8), x[:8], *weights, backend=backend)
+
+
+def adapter(x, backend):
+    weight = x[0, 0, :9].mT.reshape(8, 3, 3).expand(8, 8, 3, 3)
+    hidden = adapter_in(x, (4, 4), x[0, 0, 0], x[0, 0, 1], weight, backend=backend)
+    return adapter_out(hidden, (4, 4), weight, None, x, backend=backend)
 
 
 def track_attention(x, backend):
@@ -77,6 +85,7 @@ CASES = {
     "soft_argmax_2d": (soft_argmax, torch.randn(2, 3, 4), correlation_op.NAME),
     "local_correlation": (correlations, torch.randn(8), local_op.NAME),
     "local_correlation_linear": (correlations_and_layer, torch.randn(8), local_op.NAME),
+    "temporal_adapter": (adapter, torch.randn(1, 2, 17, 8), adapter_op.NAME),
     "temporal_mixer": (mixer, torch.randn(32), mixer_op.NAME),
     "track_attention": (track_attention, torch.randn(1, 2, 1, 4, 2, 8), track_op.NAME),
 }
@@ -86,7 +95,7 @@ CASES = {
     params=[
         pytest.param((name, *where.values[0]), id=f"{name}-{where.values[0][0]}", marks=where.marks)
         for name, case in CASES.items()
-        for where in native_backends(case[2])
+        for where in fast_backends(case[2])
         if where.id != "triton" or case[2] != full_op.NAME  # which has no Triton kernel
     ]
 )

@@ -127,7 +127,8 @@ class LocoTrackRefiner(nn.Module):
 
         Args:
             video: `[B, T, 256, 256, 3]` floating point in [-1, 1].
-            queries: `[B, N, 3]` rows (t, y, x): frame index, then raster pixels (pixel i has its centre at i + 0.5).
+            queries: `[B, N, 3]` rows (t, y, x), while files and `tritonkern.tracking` have t, x, y: frame index, then
+                raster pixels (pixel i has its centre at i + 0.5).
             start: what another tracker says of these queries in this raster, such as the output of
                 `tritonkern.models.Chrono`. None: the position is matched on two of the own maps first, as in LocoTrack.
 

@@ -33,7 +33,8 @@ class MatchingTracker(CorrelationSoftArgmax):
 
         Args:
             video: `[B, T, H, W, 3]` floating point in [-1, 1], (H, W) equal to `resolution`.
-            queries: `[B, N, 3]` rows (t, y, x): frame index, then raster pixels (pixel i has its centre at i + 0.5).
+            queries: `[B, N, 3]` rows (t, y, x), while files and `tritonkern.tracking` have t, x, y: frame index, then
+                raster pixels (pixel i has its centre at i + 0.5).
 
         Returns:
             `TrackerOutput` for all T frames, before and after the query's own.
