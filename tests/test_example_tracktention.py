@@ -17,7 +17,7 @@ def example():
     return runpy.run_path(str(SCRIPT))
 
 
-@pytest.mark.parametrize("task", ["depth", "colour"])
+@pytest.mark.parametrize("task", [pytest.param("depth", marks=pytest.mark.slow), "colour"])
 def test_runs(task, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["tracktention.py", task, "--quick", "--out", str(tmp_path / "out.png")])
     runpy.run_path(str(SCRIPT), run_name="__main__")

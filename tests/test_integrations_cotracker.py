@@ -116,7 +116,7 @@ def steps(predictor, video, queries):
     return [predictor(video[:, start : start + 8]) for start in range(0, video.shape[1] - 4, 4)]
 
 
-@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("batch", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_online_predictor_encodes_every_frame_once(batch):
     predictor, (video, queries) = Predictor(Online()), clip(frames=18, batch=batch)
     expected = steps(predictor, video, queries)

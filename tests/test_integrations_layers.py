@@ -14,7 +14,7 @@ from tracker_twins import TWINS
 import tritonkern
 
 
-@pytest.fixture(params=["chrono", "tapir", "locotrack", "cotracker"])
+@pytest.fixture(params=TWINS)
 def twin(request):
     return TWINS[request.param]()
 
@@ -63,7 +63,7 @@ def with_quantised_layers(twin):
 
 
 CHANGES = [
-    pytest.param(with_lora, marks=pytest.mark.slow),
+    with_lora,
     with_weight_norm,
     with_pruning,
     with_hooks,
@@ -78,10 +78,27 @@ def largest(difference):
     return difference.abs().flatten(0, -2).amax(0)
 
 
+# Cases of more than five seconds; each tracker and each change has quick ones.
+SLOW = {
+    ("tapir", with_weight_norm),
+    ("cotracker", with_weight_norm),
+    ("locotrack", with_other_layers),
+    ("locotrack", with_quantised_layers),
+}
+
+
 @QUANTISATION
 @torch.no_grad()
 @pytest.mark.parametrize("when", ["before", "after"])
-@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize(
+    "twin, change",
+    [
+        pytest.param(name, change, marks=[pytest.mark.slow] * (change is with_lora or (name, change) in SLOW))
+        for name in TWINS
+        for change in CHANGES
+    ],
+    indirect=["twin"],
+)
 def test_changed_layers_count(twin, change, when):
     plain = twin.outputs()
     if change is with_other_layers and when == "before":

@@ -97,6 +97,7 @@ def test_online(frames):
             torch.testing.assert_close(mine[name], theirs[name], atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_gradients_with_a_state_are_the_models_own():
     tracker = Tracker(causal=True).eval()
     video, queries = clip(frames=3)

@@ -61,6 +61,7 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
         build_model("chrono-nano", path)
 
 
+@pytest.mark.slow
 def test_half_precision_weights_load_in_float32(tmp_path):
     path = tmp_path / "nano.safetensors"
     model = ChronoNano()
@@ -86,7 +87,9 @@ CHECKPOINTS = {
 }
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "ChronoNano")) for name in CHECKPOINTS]
+)
 def test_prefixes_are_removed_and_a_foreign_name_is_told(name, tmp_path):
     make, load = CHECKPOINTS[name]
     state, path = make().state_dict(), tmp_path / "weights.pth"

@@ -84,8 +84,18 @@ MODULES = {
 LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
 
 
-# The nano has one size only.
-@pytest.fixture(params=[pytest.param(name, marks=[pytest.mark.slow] * (name == "ChronoNano")) for name in MODULES])
+# Modules of which a case takes seconds, and the test that runs quickly all the same for the last two.
+SLOW = {"ChronoNano", "DepthModel", "LocoTrackRefiner"}
+
+
+def pytest_generate_tests(metafunc):
+    if "case" in metafunc.fixturenames:
+        slow = {"ChronoNano"} if metafunc.function is test_dynamic_quantisation else SLOW
+        params = [pytest.param(name, marks=[pytest.mark.slow] * (name in slow)) for name in MODULES]
+        metafunc.parametrize("case", params, indirect=True)
+
+
+@pytest.fixture
 def case(request):
     module, arguments = MODULES[request.param]()
     with torch.no_grad():

@@ -417,6 +417,7 @@ def test_calls_of_several_threads_do_not_meet():
         assert all(threads.map(call, range(60)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ours", "convolutions"])
 def test_compiled_model_is_one_graph(name):
     torch._dynamo.reset()

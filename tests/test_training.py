@@ -136,6 +136,7 @@ def test_perfect_features_have_a_small_loss():
     assert wrong["cells"] > 10 and wrong["points"] > 5 and wrong["within4"] == 0
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_resumes_to_the_same_weights(tmp_path):
     def stop(step, losses):
         if step == 3:
