@@ -13,8 +13,10 @@ from tracker_twins import TWINS
 
 import tritonkern
 
+TRACKERS = ("chrono", "tapir", "locotrack", "cotracker")
 
-@pytest.fixture(params=TWINS)
+
+@pytest.fixture(params=TRACKERS)
 def twin(request):
     return TWINS[request.param]()
 
@@ -94,7 +96,7 @@ SLOW = {
     "twin, change",
     [
         pytest.param(name, change, marks=[pytest.mark.slow] * (change is with_lora or (name, change) in SLOW))
-        for name in TWINS
+        for name in TRACKERS
         for change in CHANGES
     ],
     indirect=["twin"],
