@@ -71,7 +71,7 @@ def ninja_file(output: Path, build_dir: Path) -> str:
     if os.environ.get("TRITONKERN_WERROR") == "1":
         common.append("-Werror")
     common += shlex.split(os.environ.get("CXXFLAGS", ""))
-    # Contraction into fused multiply-adds is off by default under -std=c++17; traps are never looked at.
+    # Contraction into fused multiply-adds is off by default under -std=c++17. Floating-point traps are not used.
     kernel = [*common, "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math"]
     includes = [pybind11.get_include(), sysconfig.get_path("include"), sysconfig.get_path("platinclude")]
     bindings = [*common, *(f"-isystem{path}" for path in dict.fromkeys(includes))]

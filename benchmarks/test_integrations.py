@@ -1,7 +1,7 @@
 """Public trackers before and after `tritonkern.patch`, end to end and in the replaced steps alone.
 
 Two copies of the authors' model with the same random weights, one of them patched, on the same video. The repositories
-lie in the folder that TRITONKERN_OFFICIAL_DIR names (see tests/official.py); without it nothing is measured, as the
+are in the folder that TRITONKERN_OFFICIAL_DIR names (see tests/official.py); without it nothing is measured, as the
 twins of the tests are too small to stand for them. TRITONKERN_INTEGRATIONS_SHAPE ("8x256") sets frames and points.
 """
 

@@ -111,7 +111,7 @@ def test_forward(compare, device, shape):
     calls = {OURS: functools.partial(ours, *inputs)}
     calls |= {name: functools.partial(peer, *inputs) for name, peer in peers(device, shape.query[1]).items()}
     # Two tensors read and two written: as many bytes as query, key, value and out.
-    # Written before, as pages that nobody wrote to are all one page of zeros, and never leave the cache.
+    # Written before, as pages that were never written are all one page of zeros, and never leave the cache.
     source, target = (torch.ones(2, *shape.query, dtype=dtype, device=device) for _ in range(2))
 
     def copy():
@@ -147,7 +147,7 @@ def test_forward_and_backward(compare, device, shape):
 
 
 def test_video_layout(compare, device):
-    """`[B, T, N, H, D]` as it lies in memory; the peer permutes and copies first, as its callers must."""
+    """`[B, T, N, H, D]` as it is stored; the peer permutes and copies first, as its callers must."""
     dtype = main_dtype(device)
     inputs = random_qkv(TEMPORAL_WINDOW_VIDEO, dtype, device)
 

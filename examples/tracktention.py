@@ -30,7 +30,7 @@ HAZE = 0.7
 
 
 class Hazy:
-    """Surfaces of one clip, back to front: the farther, the more they fade into haze. Depth shows in single frames,
+    """Surfaces of one clip, back to front: the farther, the hazier. Depth shows in single frames,
     but vaguely, as surfaces differ in contrast by themselves."""
 
     def __init__(self) -> None:

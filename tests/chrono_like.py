@@ -1,5 +1,5 @@
 """A structural twin of cvlab-kaist/Chrono's model, written from its description: the same parts, names and signatures,
-eager PyTorch throughout. It stands in for the repository where that is not at hand. `xformers` is imported inside, as
+eager PyTorch throughout. It stands in for the repository where that is not available. `xformers` is imported inside, as
 the official file does at its top.
 """
 

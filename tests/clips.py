@@ -1,4 +1,4 @@
-"""Tiny videos that the tests of the tracking room make for themselves, and a tracker that needs no training."""
+"""Tiny videos that the tests of tracking make for themselves, and a tracker that needs no training."""
 
 import struct
 from fractions import Fraction

@@ -1,5 +1,5 @@
 """A structural twin of cvlab-kaist/locotrack's PyTorch model, written from its description: the same parts, names and
-signatures, small, in eager PyTorch. It stands in for the repository where that is not at hand.
+signatures, small, in eager PyTorch. It stands in for the repository where that is not available.
 """
 
 import math

@@ -1,4 +1,4 @@
-"""The authors' own repositories, run beside ours where they lie in the folder that TRITONKERN_OFFICIAL_DIR names.
+"""The authors' own repositories, run next to ours if they are in the folder that TRITONKERN_OFFICIAL_DIR names.
 
 That folder holds clones of facebookresearch/dinov2, cvlab-kaist/Chrono, cvlab-kaist/locotrack and
 google-deepmind/tapnet (GitHub), under the names `dinov2`, `Chrono`, `locotrack` and `tapnet`; a test

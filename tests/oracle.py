@@ -6,12 +6,16 @@ import os
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from tritonkern.ops import _backends
+
+CACHE = Path(__file__).parents[1] / "build" / "test-cache"
+"""What slow tests compile is kept here for the next run; its names depend on what it is compiled from."""
 
 
 def native_backends(operation):
@@ -263,13 +267,13 @@ def track_exact(query, key, value, tracks, sigma, grad_out, *, scale, visible, s
         grad_scores = weights * (grad_weights - mean)
         size = np.einsum("ihd,jhd->ihj", abs(g), abs(v))
         size = weights * (size + (weights * size).sum(-1, keepdims=True))
-        pull = grad_scores.sum(1)[..., None] * offset / sigma**2
+        grad_offset = grad_scores.sum(1)[..., None] * offset / sigma**2
         grads = (
             out,
             scale * np.einsum("ihj,jhd->ihd", grad_scores, k),
             scale * np.einsum("ihj,ihd->jhd", grad_scores, q),
             np.einsum("ihj,ihd->jhd", weights, g),
-            pull.sum(0) if splat else -pull.sum(1),
+            grad_offset.sum(0) if splat else -grad_offset.sum(1),
         )
         of_tracks = (False, False, True, True, True) if splat else (True, True, False, False, True)
         for whole, part, tracked in zip(results, grads, of_tracks, strict=False):
@@ -277,11 +281,11 @@ def track_exact(query, key, value, tracks, sigma, grad_out, *, scale, visible, s
                 whole[index][seen] = part
             else:
                 whole[index] = part.reshape(whole[index].shape)
-        widening = squared[:, None] / sigma**3
-        results[5] += (grad_scores * widening).sum()
+        by_sigma = squared[:, None] / sigma**3
+        results[5] += (grad_scores * by_sigma).sum()
         score = abs(scale) * size.max()
         pulled = (size.sum(1)[..., None] * abs(offset)).sum(0 if splat else 1).max() / sigma**2
         values = (weights * abs(g).max(-1)[..., None]).max()
         largest = (0, score * abs(k).max(), score * abs(q).max(), values, pulled)
-        terms = [*map(max, terms[:5], largest), terms[5] + (size * widening).sum()]
+        terms = [*map(max, terms[:5], largest), terms[5] + (size * by_sigma).sum()]
     return [torch.from_numpy(x.astype(np.float64)) for x in map(np.asarray, results)], [float(x) for x in terms]

@@ -1,5 +1,5 @@
 """A structural twin of TAPIR in PyTorch (google-deepmind/tapnet), written from its description: the same parts, names
-and signatures, eager PyTorch throughout, in small. It stands in for the repository where that is not at hand.
+and signatures, eager PyTorch throughout, in small. It stands in for the repository where that is not available.
 """
 
 from typing import NamedTuple

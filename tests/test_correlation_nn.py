@@ -122,7 +122,7 @@ def test_near_tie_gives_one_of_the_candidates():
 
 def test_radius_is_strict():
     model = layer()
-    # Distance exactly 5 (3, 4): outside. Distance sqrt(20) (2, 4): inside, and pulls the point half-way.
+    # Distance exactly 5 (3, 4): outside. Distance sqrt(20) (2, 4): inside, and moves the point half-way.
     outside = model(CORNER, peaks((2, 3), (5, 7))).tracks[0, 0, 1]
     torch.testing.assert_close(outside, torch.tensor([14.0, 10.0]), atol=1e-4, rtol=0)
     inside = model(CORNER, peaks((2, 3), (4, 7))).tracks[0, 0, 1]
@@ -209,7 +209,7 @@ def test_nan_poisons_what_depends_on_it():
     assert torch.equal(output.tracks[0, :, :2], clean.tracks[0, :, :2])
 
 
-def test_tokens_of_a_vision_transformer_are_used_where_they_lie():
+def test_tokens_of_a_vision_transformer_are_read_in_place():
     tokens = torch.randn(2 * 3, 1 + 12 * 16, 8)  # a class token before the patches of each frame
     patches = tokens[:, 1:].unflatten(1, (12, 16)).unflatten(0, (2, 3))
     _, queries = random_inputs(dtype=torch.float32)

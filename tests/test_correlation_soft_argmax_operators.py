@@ -96,7 +96,7 @@ def test_compiled_as_one_graph(where, inputs):
         found = correlation_soft_argmax(query, features, backend=where[0])
         return found.points * 2, found.max - found.min, soft_argmax_2d(features, backend=where[0])
 
-    torch._dynamo.reset()  # every layout is compiled anew, and the limit on that is eight
+    torch._dynamo.reset()  # every layout is compiled again, and the limit on that is eight
     compiled = torch.compile(match, fullgraph=True, backend="aot_eager")
     assert_same(results(compiled, inputs), results(match, inputs))
 

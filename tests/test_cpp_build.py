@@ -1,6 +1,7 @@
 """The C++ extension as it is built and loaded: threads, instruction sets, sanitizers, and life without a compiler."""
 
 import ast
+import hashlib
 import os
 import re
 import shutil
@@ -10,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from oracle import CACHE
 
 ROOT = Path(__file__).parents[1]
 _cpp = pytest.importorskip("tritonkern._cpp", reason="the C++ extension was not built", exc_type=ImportError)
@@ -183,21 +185,29 @@ def test_sanitizers_find_nothing(operation, isa, tmp_path):
         *names_in_setup()["instruction_sets"]()[isa],
     ]
     sources = [ROOT / "csrc" / f"{operation}.cpp", DRIVERS[operation]]
-    built = subprocess.run(
-        [*command, *map(str, sources), "-lgomp", "-o", str(tmp_path / "driver")], capture_output=True, text=True
-    )
-    if built.returncode and re.search(r"cannot find .*(asan|ubsan)", built.stderr):
-        pytest.skip("the compiler has no sanitizers")
-    assert built.returncode == 0, built.stderr
+    version = subprocess.run([compiler(), "--version"], capture_output=True).stdout
+    contents = [path.read_bytes() for path in (*sources, *sorted((ROOT / "csrc").rglob("*.h")))]
+    key = hashlib.sha256(b"\0".join([repr(command).encode(), version, *contents])).hexdigest()
+    driver = CACHE / "sanitizers" / f"{operation}.{isa}.{key[:16]}"
+    if not driver.exists():
+        built = subprocess.run(
+            [*command, *map(str, sources), "-lgomp", "-o", str(tmp_path / "driver")], capture_output=True, text=True
+        )
+        if built.returncode and re.search(r"cannot find .*(asan|ubsan)", built.stderr):
+            pytest.skip("the compiler has no sanitizers")
+        assert built.returncode == 0, built.stderr
+        driver.parent.mkdir(parents=True, exist_ok=True)
+        for old in driver.parent.glob(f"{operation}.{isa}.*"):
+            old.unlink()
+        shutil.move(tmp_path / "driver", driver)
     # The pool of threads of OpenMP lives until the process ends; between calls it would spin where cores are rare.
     environment = {**os.environ, "ASAN_OPTIONS": "detect_leaks=0", "OMP_WAIT_POLICY": "passive"}
-    done = subprocess.run([str(tmp_path / "driver")], capture_output=True, text=True, env=environment, timeout=500)
+    done = subprocess.run([str(driver)], capture_output=True, text=True, env=environment, timeout=500)
     assert done.returncode == 0, done.stderr
     assert "calls" in done.stdout
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(reason="not every operation has a namespace yet", strict=False)
 def test_no_name_stands_for_two_things(tmp_path):
     """Link-time optimisation compares the types and functions of all files that share a name (one definition rule)."""
     version = subprocess.run([compiler(), "--version"], capture_output=True, text=True).stdout

@@ -1,4 +1,4 @@
-"""`tritonkern.patch` on Chrono: on a structural twin everywhere, on the official repository where it is at hand."""
+"""`tritonkern.patch` on Chrono: on a structural twin everywhere, on the official repository where it is available."""
 
 import copy
 import sys

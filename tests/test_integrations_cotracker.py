@@ -1,4 +1,4 @@
-"""`tritonkern.patch` on CoTracker3: on structural twins everywhere, on the official repository where it is at hand."""
+"""`tritonkern.patch` on CoTracker3: on structural twins everywhere, on the official repository where it is available."""
 
 import copy
 

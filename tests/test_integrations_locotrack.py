@@ -1,4 +1,4 @@
-"""`tritonkern.patch` on LocoTrack: on a structural twin everywhere, on the official repository where it is at hand."""
+"""`tritonkern.patch` on LocoTrack: on a structural twin everywhere, on the official repository where it is available."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -46,7 +46,7 @@ def test_same_results_and_weights(tracker, chunk):
 
 
 def test_oblong_videos_and_another_clip():
-    """Width and height are not exchanged; the attention's bias is built anew for another number of frames."""
+    """Width and height are not exchanged; the attention's bias is built again for another number of frames."""
     tracker = Tracker(size=(48, 80)).eval()
     with tritonkern.patch(tracker) as handle:
         for frames in (3, 6):

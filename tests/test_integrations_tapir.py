@@ -1,4 +1,4 @@
-"""`tritonkern.patch` on TAPIR: on a structural twin everywhere, on the official repository where it is at hand."""
+"""`tritonkern.patch` on TAPIR: on a structural twin everywhere, on the official repository where it is available."""
 
 import sys
 import types

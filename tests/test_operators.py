@@ -75,7 +75,7 @@ def test_compiled_as_one_graph(where, inputs):
         return temporal_window_attention(*x, (2, 1), backend=where[0]) * 2
 
     grad_out = torch.randn(inputs[0].shape, device=where[1])
-    torch._dynamo.reset()  # every layout is compiled anew, and the limit on that is eight
+    torch._dynamo.reset()  # every layout is compiled again, and the limit on that is eight
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     for actual, expected in zip(
         gradients(compiled, inputs, grad_out), gradients(attend, inputs, grad_out), strict=True

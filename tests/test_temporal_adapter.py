@@ -94,7 +94,7 @@ def check(ours, plain, tensors, grad_out):
 
     The plain form sums forwards and backwards. Float64 has no better judge than itself: its error is what these two
     differ by, or the plain form's error in float32 times the ratio of their ulps. A hidden value within rounding of
-    zero may pass ReLU in one and not in the other, which is nobody's error; the inputs are such that none is.
+    zero may pass ReLU in one and not in the other, which is not an error; the inputs are such that none is.
     """
     exact = results(plain, [x.double().cpu() for x in tensors], grad_out.double().cpu())
     eager = [results(functools.partial(plain, backwards=order), tensors, grad_out) for order in (False, True)]

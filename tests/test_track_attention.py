@@ -267,12 +267,12 @@ def test_nothing_of_an_invisible_track_is_read(where, splat, bad):
     visibility = torch.ones(1, 2, 8, dtype=torch.bool, device=where[1])
     visibility[:, :, 2] = False
     expected = run(where, this.changed(visibility=visibility))
-    spoilt = {"tracks": this.tensors[3].clone()}
-    spoilt["tracks"][:, :, 2] = 1e30
+    poisoned = {"tracks": this.tensors[3].clone()}
+    poisoned["tracks"][:, :, 2] = 1e30
     for name, index in (("key", 1), ("value", 2)) if splat else (("query", 0),):
-        spoilt[name] = this.tensors[index].clone()
-        spoilt[name][:, :, 2] = bad
-    for x, y in zip(run(where, this.changed(visibility=visibility, **spoilt)), expected, strict=True):
+        poisoned[name] = this.tensors[index].clone()
+        poisoned[name][:, :, 2] = bad
+    for x, y in zip(run(where, this.changed(visibility=visibility, **poisoned)), expected, strict=True):
         assert torch.equal(x, y)
 
 
@@ -286,10 +286,10 @@ def test_non_finite_input_is_not_hidden(where, splat, name, bad):
     this.tensors[3][:, :, 0] = torch.tensor([2.6, 1.4])  # cell (row 1, column 2)
     clean = this.attend(where[0], *this.tensors)
     index = ("query", "key", "value").index(name)
-    spoilt = [x.clone() for x in this.tensors]
-    at = (0, 1, 1, 2, 1) if spoilt[index].dim() == 6 else (0, 1, 0, 1)
-    spoilt[index][at] = bad
-    out = this.attend(where[0], *spoilt)
+    poisoned = [x.clone() for x in this.tensors]
+    at = (0, 1, 1, 2, 1) if poisoned[index].dim() == 6 else (0, 1, 0, 1)
+    poisoned[index][at] = bad
+    out = this.attend(where[0], *poisoned)
     assert not out[(0, 1, 1, 2, 1) if splat else (0, 1, 0, 1)].isfinite().all()
     assert torch.equal(out[:, ::2], clean[:, ::2])
     torch.testing.assert_close(out[:, 1, ..., 0, :], clean[:, 1, ..., 0, :])

@@ -78,8 +78,8 @@ def test_operators_take_no_track_whose_position_is_not_finite(where, splat, bad)
     query, key, value, tracks, _, inverse_variance = arguments(splat, where[1], "contiguous")
     visible = torch.ones(tracks.shape[:-1], dtype=torch.bool, device=where[1])
     visible[:, 1:, 2:4] = visible[0, 0] = False
-    spoilt = tracks.masked_fill(~visible[..., None], bad)
-    spoilt[..., 0] = torch.where(visible | (torch.rand(visible.shape, device=where[1]) < 0.5), spoilt[..., 0], 1.0)
+    poisoned = tracks.masked_fill(~visible[..., None], bad)
+    poisoned[..., 0] = torch.where(visible | (torch.rand(visible.shape, device=where[1]) < 0.5), poisoned[..., 0], 1.0)
     options = 0.3, splat, True
 
     def run(tracks, visible):
@@ -89,7 +89,7 @@ def test_operators_take_no_track_whose_position_is_not_finite(where, splat, bad)
 
     expected = run(tracks, visible)
     for mask in (visible, torch.ones_like(visible), None):
-        for x, y in zip(run(spoilt, mask), expected, strict=True):
+        for x, y in zip(run(poisoned, mask), expected, strict=True):
             assert torch.equal(x, y)
     none = run(torch.full_like(tracks, bad), None)
     assert all((x == 0).all() for x in none)

@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from oracle import CACHE
 
 pytest.importorskip("triton")
 
@@ -98,18 +99,18 @@ class Driver:
         return 0
 
 
-def compile_only(room, target, tf32=False):
+def compile_only(operation, target, tf32=False):
     """The launchers' module, with kernels that compile for `target` and note what they compiled instead of running."""
     import triton
 
-    room = f"tritonkern.ops.{room}"
-    launchers = importlib.import_module(f"{room}.triton_kernels")
-    configs = importlib.import_module(f"{room}.configs")
+    folder = f"tritonkern.ops.{operation}"
+    launchers = importlib.import_module(f"{folder}.triton_kernels")
+    configs = importlib.import_module(f"{folder}.configs")
     triton.runtime.driver.set_active(Driver(target))
     configs.tf32_allowed = lambda: tf32
     configs.on_amd = lambda: target.startswith("gfx")
     compiled = []
-    modules = [module for name, module in sys.modules.items() if name.startswith(f"{room}.triton_")]
+    modules = [module for name, module in sys.modules.items() if name.startswith(f"{folder}.triton_")]
     kernels = {x for module in modules for name, x in vars(module).items() if re.search("_kernel(_|$)", name)}
     for kernel in kernels:
         run = type(kernel).run
@@ -178,8 +179,8 @@ def workers(cache):
 
 
 @pytest.fixture(scope="module")
-def pool(tmp_path_factory):
-    with workers(tmp_path_factory.mktemp("triton")) as pool:
+def pool():
+    with workers(CACHE / "triton") as pool:
         yield pool
 
 

@@ -102,7 +102,9 @@ def test_non_finite_input_stays_in_its_windows(at, bad, dtype):
         assert not result[wrong].isfinite().any(), f"{name} hides the {bad}"
         right = ~wrong[:, :, 1:, :1]
         tolerance = {"rtol": 1e-4, "atol": 1e-5}
-        if dtype == torch.float16:  # rows of a spoilt tile are made again without tensor cores, and rounded differently
+        if (
+            dtype == torch.float16
+        ):  # rows of a poisoned tile are made again without tensor cores, and rounded differently
             tolerance = {"rtol": 4e-3, "atol": 4e-3}
         for n, h in ((0, 0), (0, 1), (1, 1)):
             torch.testing.assert_close(result[:, :, n, h], before[:, :, n, h], **tolerance)

@@ -90,7 +90,7 @@ def tapvid_queries(clip: TapVidClip, mode: str) -> tuple[np.ndarray, np.ndarray]
 
     Returns:
         queries: `[n, 3]` float64 rows (t, y, x), t in frames, y and x in pixels.
-        tracks: `[n]` int64, the track of `clip` that each query lies on; answers belong to `clip.points[tracks]`.
+        tracks: `[n]` int64, the track of `clip` that each query is on; answers belong to `clip.points[tracks]`.
 
     Raises:
         ValueError: unknown mode.

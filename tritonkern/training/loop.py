@@ -139,7 +139,7 @@ def read_checkpoint(path: Path, keys: set[str]) -> dict[str, Any]:
     try:
         saved = read_pytorch(path)
     except ValueError as error:
-        raise ValueError(f"{path} is damaged, so that the run cannot continue: delete it to start anew") from error
+        raise ValueError(f"{path} is damaged, so that the run cannot continue: delete it to start again") from error
     if not isinstance(saved, dict) or not saved.keys() >= keys:
         raise ValueError(f"{path} is no checkpoint of a training run: delete it, or give another --out")
     return saved

@@ -34,7 +34,7 @@ def tracking_loss(
     """Losses of one batch, each a scalar; their weighted sum is `total`.
 
     `features` `[B, T, h, w, C]` of `model`, `queries` `[B, N, 3]` (t, y, x), true `points` `[B, N, T, 2]` xy in
-    pixels and `occluded` `[B, N, T]`. `points`: Huber with delta 4 px on visible frames whose match lies within
+    pixels and `occluded` `[B, N, T]`. `points`: Huber with delta 4 px on visible frames whose match is within
     reach, weight 0.05; `occlusion` and `distance`: binary cross-entropy of "occluded" and of "further than 6 px off"
     (Chrono, section 4). `cells`: cross-entropy between the softmax over the cells of a frame and the bilinear
     position of the true point, on visible frames.

@@ -5,7 +5,7 @@ similarity-plus-shear path and a travelling-wave deformation. Rendering asks, fo
 lies there (`Motion.inverse`, closed form); a track asks where a texture coordinate went (`Motion.forward`, the fixed
 point of the same map), so tracks are exact to float precision and never estimated from the picture.
 
-Coordinates are xy in pixels, and the centre of pixel i lies at i + 0.5.
+Coordinates are xy in pixels, and the centre of pixel i is at i + 0.5.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Clip:
 
 
 class Motion:
-    """Where the texture of a layer lies in each frame: texture -> screen is `matrix_t @ wave_t^-1(u - origin) +
+    """Where the texture of a layer is in each frame: texture -> screen is `matrix_t @ wave_t^-1(u - origin) +
     centre_t`.
     """
 
@@ -58,19 +58,19 @@ class Motion:
             curve = (sizes * angle.sin()).sum(-1) + rng.normal(0.0, drift) * time
             return curve - curve[0]
 
-        def pull(curve: Tensor, limit: float) -> Tensor:
+        def limited(curve: Tensor, limit: float) -> Tensor:
             return limit * torch.tanh(curve / limit)
 
         turn = path(0.02 * speed, 0.2 * speed) + rng.uniform(-0.3, 0.3)
-        zoom = pull(path(0.008 * speed, 0.1 * speed), 0.5) + rng.uniform(-0.2, 0.2)
-        shear = pull(path(0.0, 0.08 * speed), 0.3)
+        zoom = limited(path(0.008 * speed, 0.1 * speed), 0.5) + rng.uniform(-0.2, 0.2)
+        shear = limited(path(0.0, 0.08 * speed), 0.3)
         sway = torch.stack([path(2.0 * speed, 16.0 * speed) for _ in range(2)], -1)
         cos, sin, scale = turn.cos(), turn.sin(), zoom.exp()
         rotation = torch.stack([cos, -sin, sin, cos], -1).view(frames, 2, 2)
         slant = torch.eye(2, dtype=torch.float64).repeat(frames, 1, 1)
         slant[:, 0, 1] = shear
         self.matrix = scale[:, None, None] * rotation @ slant
-        self.centre = start + pull(sway, 160.0)
+        self.centre = start + limited(sway, 160.0)
         self.origin = origin
         # Wavelength and amplitude keep the slope of the wave field under one half, which makes `forward` a contraction.
         lengths = torch.from_numpy(rng.uniform(70.0, 200.0, WAVES))
