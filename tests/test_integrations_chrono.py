@@ -1,4 +1,4 @@
-"""`tritonkern.patch` on Chrono: on a structural twin everywhere, on the official repository where it is available."""
+"""`tritonkern.patch` on Chrono: on a structural twin everywhere, on the official repository where there is one."""
 
 import copy
 import sys

@@ -1,4 +1,4 @@
-"""`tritonkern.patch` on CoTracker3: on structural twins everywhere, on the official repository where it is available."""
+"""`tritonkern.patch` on CoTracker3: on structural twins everywhere, on the official repository where there is one."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""`tritonkern.patch` on LocoTrack: on a structural twin everywhere, on the official repository where it is available."""
+"""`tritonkern.patch` on LocoTrack: on a structural twin everywhere, on the official repository where there is one."""
 
 import threading
 from concurrent.futures import ThreadPoolExecutor

@@ -1,4 +1,4 @@
-"""`tritonkern.patch` on TAPIR: on a structural twin everywhere, on the official repository where it is available."""
+"""`tritonkern.patch` on TAPIR: on a structural twin everywhere, on the official repository where there is one."""
 
 import sys
 import types
