@@ -9,8 +9,10 @@ Environment: CXX chooses the compiler; CXXFLAGS and LDFLAGS are appended; TRITON
 errors; TRITONKERN_REQUIRE_CPP=1 makes a failed build an error.
 """
 
+import importlib.util
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
@@ -106,6 +108,24 @@ def ninja_file(output: Path, build_dir: Path) -> str:
     return "\n".join(rules) + "\n"
 
 
+def stub(extension: Path) -> str:
+    """The text of `_cpp.pyi`, from the signatures that pybind11 writes into docstrings."""
+    spec = importlib.util.spec_from_file_location("tritonkern._cpp", extension)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    lines = ['"""The compiled CPU kernels, bound in csrc/*/bindings.cpp. Written by setup.py."""', ""]
+    lines += ["from torch import Tensor", ""]
+    for name, function in sorted(vars(module).items()):
+        if callable(function):
+            signature = function.__doc__.splitlines()[0]
+            for pattern, kind in (("Int", "int"), ("Float", "float")):
+                signature = re.sub(rf"typing\.Supports{pattern}( \| typing\.SupportsIndex)?", kind, signature)
+            arguments, result = signature.replace("torch.Tensor", "Tensor | None").split("(", 1)[1].rsplit(") -> ", 1)
+            listed = [f"    {argument}," for argument in arguments.split(", ") if argument]
+            lines += [f"def {name}(", *listed, f") -> {result}: ..."] if listed else [f"def {name}() -> {result}: ..."]
+    return "\n".join(lines) + "\n"
+
+
 class NinjaBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
@@ -114,6 +134,8 @@ class NinjaBuild(build_ext):
             (package / ERROR_FILE).unlink(missing_ok=True)
         try:
             self.run_ninja(output)
+            if self.inplace or self.editable_mode:
+                (ROOT / "tritonkern" / "_cpp.pyi").write_text(stub(output), encoding="utf-8")
         except (RuntimeError, OSError, ImportError) as error:
             if os.environ.get("TRITONKERN_REQUIRE_CPP") == "1":
                 raise

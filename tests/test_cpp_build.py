@@ -158,7 +158,7 @@ def test_every_kernel_file_has_a_memory_driver():
 
 
 def test_the_stub_declares_what_is_bound():
-    """Each function of `_cpp.pyi` exists, with these argument names and tensors; pybind11 writes the signatures."""
+    """Builds in place write `_cpp.pyi`; each function in it exists, with these argument names and tensors."""
     declared = {}
     for node in ast.parse((ROOT / "tritonkern" / "_cpp.pyi").read_text()).body:
         if isinstance(node, ast.FunctionDef):

@@ -1,176 +1,64 @@
-"""The compiled CPU kernels, bound in csrc/*/bindings.cpp. tests/test_cpp_build.py compares this file with them."""
+"""The compiled CPU kernels, bound in csrc/*/bindings.cpp. Written by setup.py."""
 
 from torch import Tensor
 
-def isa() -> str: ...
-def isas() -> list[str]: ...
-def view(x: Tensor) -> tuple[str, tuple[int, ...], tuple[int, ...]]: ...
-def temporal_window_attention_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    left: int,
-    right: int,
-    scale: float,
-    num_threads: int,
-    out: Tensor,
-    lse: Tensor,
-) -> None: ...
-def temporal_window_attention_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    left: int,
-    right: int,
-    scale: float,
-    num_threads: int,
-    grad_query: Tensor,
-    grad_key: Tensor,
-    grad_value: Tensor,
-) -> None: ...
-def correlation_soft_argmax_forward(
-    query: Tensor,
-    features: Tensor,
-    temperature: float,
-    limit: int,
-    cosine: bool,
-    eps: float,
-    num_threads: int,
-    points: Tensor,
-    mean: Tensor,
-    maximum: Tensor,
-    minimum: Tensor,
-    best: Tensor,
-    worst: Tensor,
-    weight: Tensor,
-    query_inverse_norm: Tensor,
-    features_inverse_norm: Tensor,
-) -> None: ...
 def correlation_soft_argmax_backward(
     grad_points: Tensor | None,
     grad_mean: Tensor | None,
     grad_maximum: Tensor | None,
     grad_minimum: Tensor | None,
-    query: Tensor,
-    features: Tensor,
-    points: Tensor,
-    maximum: Tensor,
-    best: Tensor,
-    worst: Tensor,
-    weight: Tensor,
-    query_inverse_norm: Tensor,
-    features_inverse_norm: Tensor,
+    query: Tensor | None,
+    features: Tensor | None,
+    points: Tensor | None,
+    maximum: Tensor | None,
+    best: Tensor | None,
+    worst: Tensor | None,
+    weight: Tensor | None,
+    query_inverse_norm: Tensor | None,
+    features_inverse_norm: Tensor | None,
     temperature: float,
     limit: int,
     cosine: bool,
     eps: float,
     num_threads: int,
-    grad_query: Tensor,
-    grad_features: Tensor,
+    grad_query: Tensor | None,
+    grad_features: Tensor | None,
 ) -> None: ...
-def soft_argmax_2d_forward(
-    cost: Tensor,
+def correlation_soft_argmax_forward(
+    query: Tensor | None,
+    features: Tensor | None,
     temperature: float,
     limit: int,
+    cosine: bool,
+    eps: float,
     num_threads: int,
-    points: Tensor,
-    maximum: Tensor,
-    best: Tensor,
-    weight: Tensor,
+    points: Tensor | None,
+    mean: Tensor | None,
+    maximum: Tensor | None,
+    minimum: Tensor | None,
+    best: Tensor | None,
+    worst: Tensor | None,
+    weight: Tensor | None,
+    query_inverse_norm: Tensor | None,
+    features_inverse_norm: Tensor | None,
 ) -> None: ...
-def soft_argmax_2d_backward(
-    grad_points: Tensor,
-    cost: Tensor,
-    points: Tensor,
-    maximum: Tensor,
-    best: Tensor,
-    weight: Tensor,
-    temperature: float,
-    limit: int,
-    num_threads: int,
-    grad_cost: Tensor,
-) -> None: ...
-def temporal_adapter_statistics(image: Tensor, eps: float, num_threads: int, mean: Tensor, rstd: Tensor) -> None: ...
-def temporal_adapter_sums(
-    image: Tensor, grad: Tensor, mean: Tensor, num_threads: int, sums: Tensor, moments: Tensor
-) -> None: ...
-def temporal_adapter_norm_gradient(
-    image: Tensor, grad: Tensor, slope: Tensor, scale: Tensor, shift: Tensor, num_threads: int, grad_image: Tensor
-) -> None: ...
-def temporal_adapter_conv3x3(
-    source: Tensor,
-    load: str,
-    mask: Tensor | None,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    weight: Tensor,
-    bias: Tensor | None,
-    relu: bool,
-    residual: Tensor | None,
-    out_mask: Tensor | None,
-    tile: int,
-    num_threads: int,
-    out: Tensor,
-) -> None: ...
-def temporal_adapter_conv3x3_weight_gradient(
-    source: Tensor,
-    load: str,
-    scale: Tensor | None,
-    shift: Tensor | None,
-    grad_out: Tensor,
-    mask: Tensor | None,
-    tile: int,
-    num_threads: int,
-    grad_weight: Tensor,
-    grad_bias: Tensor,
-) -> None: ...
-def track_attention_forward(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    tracks: Tensor,
-    visible: Tensor | None,
-    inverse_variance: float,
+def full_attention_forward(
+    query: Tensor | None,
+    key: Tensor | None,
+    value: Tensor | None,
     scale: float,
-    splat: bool,
-    culling: bool,
     num_threads: int,
-    out: Tensor,
+    out: Tensor | None,
+    lse: Tensor | None,
 ) -> None: ...
-def track_attention_backward(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    tracks: Tensor,
-    visible: Tensor | None,
-    inverse_variance: float,
-    scale: float,
-    splat: bool,
-    culling: bool,
-    num_threads: int,
-    grad_query: Tensor,
-    grad_key: Tensor,
-    grad_value: Tensor,
-    grad_tracks: Tensor | None,
-    grad_inverse_variance: Tensor | None,
-) -> None: ...
-def local_correlation_forward(
-    features: Tensor,
-    support: Tensor,
-    position: Tensor,
-    radius: int,
-    zeros: bool,
-    y_first: bool,
-    num_threads: int,
-    out: Tensor,
-) -> None: ...
+def is_amd() -> bool: ...
+def isa() -> str: ...
+def isas() -> list: ...
 def local_correlation_backward(
-    grad_out: Tensor,
-    features: Tensor,
-    support: Tensor,
-    position: Tensor,
+    grad_out: Tensor | None,
+    features: Tensor | None,
+    support: Tensor | None,
+    position: Tensor | None,
     radius: int,
     zeros: bool,
     y_first: bool,
@@ -179,37 +67,180 @@ def local_correlation_backward(
     grad_support: Tensor | None,
     grad_position: Tensor | None,
 ) -> None: ...
-def local_correlation_multiply(left: Tensor, right: Tensor, add: bool, num_threads: int, out: Tensor) -> None: ...
-def is_amd() -> bool: ...
-def full_attention_forward(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, num_threads: int, out: Tensor, lse: Tensor
-) -> None: ...
-def temporal_mixer_forward(
-    x: Tensor,
-    norm_weight: Tensor,
-    conv1_weight: Tensor,
-    conv1_bias: Tensor,
-    conv2_weight: Tensor,
-    conv2_bias: Tensor,
-    causal: bool,
-    eps: float,
-    normed_state: Tensor | None,
-    hidden_state: Tensor | None,
+def local_correlation_forward(
+    features: Tensor | None,
+    support: Tensor | None,
+    position: Tensor | None,
+    radius: int,
+    zeros: bool,
+    y_first: bool,
     num_threads: int,
-    out: Tensor,
-    new_normed_state: Tensor | None,
-    new_hidden_state: Tensor | None,
+    out: Tensor | None,
+) -> None: ...
+def local_correlation_multiply(
+    left: Tensor | None,
+    right: Tensor | None,
+    add: bool,
+    num_threads: int,
+    out: Tensor | None,
+) -> None: ...
+def soft_argmax_2d_backward(
+    grad_points: Tensor | None,
+    cost: Tensor | None,
+    points: Tensor | None,
+    maximum: Tensor | None,
+    best: Tensor | None,
+    weight: Tensor | None,
+    temperature: float,
+    limit: int,
+    num_threads: int,
+    grad_cost: Tensor | None,
+) -> None: ...
+def soft_argmax_2d_forward(
+    cost: Tensor | None,
+    temperature: float,
+    limit: int,
+    num_threads: int,
+    points: Tensor | None,
+    maximum: Tensor | None,
+    best: Tensor | None,
+    weight: Tensor | None,
+) -> None: ...
+def temporal_adapter_conv3x3(
+    source: Tensor | None,
+    load: str,
+    mask: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    relu: bool,
+    residual: Tensor | None,
+    out_mask: Tensor | None,
+    tile: int,
+    num_threads: int,
+    out: Tensor | None,
+) -> None: ...
+def temporal_adapter_conv3x3_weight_gradient(
+    source: Tensor | None,
+    load: str,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    grad_out: Tensor | None,
+    mask: Tensor | None,
+    tile: int,
+    num_threads: int,
+    grad_weight: Tensor | None,
+    grad_bias: Tensor | None,
+) -> None: ...
+def temporal_adapter_norm_gradient(
+    image: Tensor | None,
+    grad: Tensor | None,
+    slope: Tensor | None,
+    scale: Tensor | None,
+    shift: Tensor | None,
+    num_threads: int,
+    grad_image: Tensor | None,
+) -> None: ...
+def temporal_adapter_statistics(
+    image: Tensor | None,
+    eps: float,
+    num_threads: int,
+    mean: Tensor | None,
+    rstd: Tensor | None,
+) -> None: ...
+def temporal_adapter_sums(
+    image: Tensor | None,
+    grad: Tensor | None,
+    mean: Tensor | None,
+    num_threads: int,
+    sums: Tensor | None,
+    moments: Tensor | None,
 ) -> None: ...
 def temporal_mixer_backward(
-    grad_out: Tensor,
-    x: Tensor,
-    norm_weight: Tensor,
-    conv1_weight: Tensor,
-    conv1_bias: Tensor,
-    conv2_weight: Tensor,
+    grad_out: Tensor | None,
+    x: Tensor | None,
+    norm_weight: Tensor | None,
+    conv1_weight: Tensor | None,
+    conv1_bias: Tensor | None,
+    conv2_weight: Tensor | None,
     causal: bool,
     eps: float,
     num_threads: int,
     grad_x: Tensor | None,
     sums: Tensor | None,
 ) -> None: ...
+def temporal_mixer_forward(
+    x: Tensor | None,
+    norm_weight: Tensor | None,
+    conv1_weight: Tensor | None,
+    conv1_bias: Tensor | None,
+    conv2_weight: Tensor | None,
+    conv2_bias: Tensor | None,
+    causal: bool,
+    eps: float,
+    normed_state: Tensor | None,
+    hidden_state: Tensor | None,
+    num_threads: int,
+    out: Tensor | None,
+    new_normed_state: Tensor | None,
+    new_hidden_state: Tensor | None,
+) -> None: ...
+def temporal_window_attention_backward(
+    grad_out: Tensor | None,
+    query: Tensor | None,
+    key: Tensor | None,
+    value: Tensor | None,
+    left: int,
+    right: int,
+    scale: float,
+    num_threads: int,
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+) -> None: ...
+def temporal_window_attention_forward(
+    query: Tensor | None,
+    key: Tensor | None,
+    value: Tensor | None,
+    left: int,
+    right: int,
+    scale: float,
+    num_threads: int,
+    out: Tensor | None,
+    lse: Tensor | None,
+) -> None: ...
+def track_attention_backward(
+    grad_out: Tensor | None,
+    query: Tensor | None,
+    key: Tensor | None,
+    value: Tensor | None,
+    tracks: Tensor | None,
+    visible: Tensor | None,
+    inverse_variance: float,
+    scale: float,
+    splat: bool,
+    culling: bool,
+    num_threads: int,
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+    grad_value: Tensor | None,
+    grad_tracks: Tensor | None,
+    grad_inverse_variance: Tensor | None,
+) -> None: ...
+def track_attention_forward(
+    query: Tensor | None,
+    key: Tensor | None,
+    value: Tensor | None,
+    tracks: Tensor | None,
+    visible: Tensor | None,
+    inverse_variance: float,
+    scale: float,
+    splat: bool,
+    culling: bool,
+    num_threads: int,
+    out: Tensor | None,
+) -> None: ...
+def view(
+    x: Tensor | None,
+) -> tuple[str, tuple, tuple]: ...

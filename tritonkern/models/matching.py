@@ -28,7 +28,7 @@ class MatchingTracker(CorrelationSoftArgmax):
         """Unit-norm features `[B, T, h, w, C]` of a video `[B, T, H, W, 3]` in [-1, 1] at `resolution`."""
         raise NotImplementedError(f"{type(self).__name__} does not implement features(video)")
 
-    def forward(self, video: Tensor, queries: Tensor) -> TrackerOutput:
+    def forward(self, video: Tensor, queries: Tensor) -> TrackerOutput:  # type: ignore[override]
         """Tracks `queries` through `video`.
 
         Args:
