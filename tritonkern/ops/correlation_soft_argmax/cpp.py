@@ -55,6 +55,8 @@ def soft_argmax_2d_forward(cost: Tensor, temperature: float, radius: float) -> O
     frames, cost = cost.shape[:-2], _with_three_axes_of_frames(cost)
     outputs = allocate_2d(cost)
     _cpp.soft_argmax_2d_forward(cost, temperature, disc_limit(radius), torch.get_num_threads(), *outputs)
+    if len(frames) == 3:
+        return outputs
     points, *others = outputs
     return Outputs2d(points.view(*frames, 2), *(x.view(frames) for x in others))
 
@@ -74,6 +76,6 @@ def soft_argmax_2d_backward(
 
 
 def _with_three_axes_of_frames(cost: Tensor) -> Tensor:
-    if cost.dim() > 5:
-        cost = cost.flatten(0, -5)
+    if cost.dim() >= 5:
+        return cost.flatten(0, -5)
     return cost[(None,) * (5 - cost.dim())]
