@@ -4,7 +4,7 @@ JOBS ?= 2
 OPS ?=
 BIN := .venv/bin
 
-.PHONY: demo test test-slow test-all check format bench gpu aot clean
+.PHONY: demo docs test test-slow test-all check format bench gpu aot clean
 
 # The package with an extra of pyproject.toml. Also when a C++ file is newer than the last build; ninja compiles only what changed.
 .venv/with-%: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
@@ -16,9 +16,27 @@ BIN := .venv/bin
 demo: .venv/with-eval
 	$(BIN)/python examples/demo.py
 
+## The documentation as a site, build/site/index.html. It needs neither the package nor PyTorch.
+docs: .venv-docs/bin/mkdocs
+	.venv-docs/bin/mkdocs build --strict
+
+.venv-docs/bin/mkdocs: pyproject.toml
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check "mkdocs>=1.6,<2" "mkdocs-material>=9"
+	touch $@
+
 PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --quiet
 # Longest files first (tests/conftest.py orders them), so that no core waits for the last one.
-SLOW_PYTEST = $(PYTEST) --no-loadscope-reorder -m slow
+SLOW_## The documentation as a site, build/site/index.html. It needs neither the package nor PyTorch.
+docs: .venv-docs/bin/mkdocs
+	.venv-docs/bin/mkdocs build --strict
+
+.venv-docs/bin/mkdocs: pyproject.toml
+	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check "mkdocs>=1.6,<2" "mkdocs-material>=9"
+	touch $@
+
+PYTEST = $(PYTEST) --no-loadscope-reorder -m slow
 
 ## Run the quick tests, in at most five minutes on two cores; OPS=name runs the files of one operation.
 test: .venv/with-test
@@ -65,4 +83,4 @@ aot: .venv/with-test
 		tests/test_cpp_build.py::test_sanitizers_find_nothing
 
 clean:
-	rm -rf .venv build demo tritonkern/_cpp*.so
+	rm -rf .venv .venv-docs build demo tritonkern/_cpp*.so

@@ -16,6 +16,7 @@ from unittest.mock import MagicMock
 import pytest
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 
 OFFICIAL_DIR = os.environ.get("TRITONKERN_OFFICIAL_DIR")
 needs_official = pytest.mark.skipif(not OFFICIAL_DIR, reason="TRITONKERN_OFFICIAL_DIR is not set")
@@ -64,3 +65,19 @@ def official(monkeypatch):
     for name in set(sys.modules) - before:
         if name.split(".")[0] in ("models", "dinov2", "tapnet"):
             del sys.modules[name]
+
+
+def _einshape(equation, value, **sizes):
+    """As much of google-deepmind/einshape as the official code asks for: groups of axes, and axes of size 1."""
+    sides = [side.replace("...", "…") for side in equation.split("->")]
+    spelt = [" ".join("..." if c == "…" else c for c in side).replace("( ", "(").replace(" )", ")") for side in sides]
+    return rearrange(value, "->".join(spelt), **sizes)
+
+
+@pytest.fixture
+def tapir(official, monkeypatch):
+    """The official class TAPIR; dm-tree, which no tracking needs, is left out."""
+    monkeypatch.setitem(sys.modules, "tree", types.ModuleType("tree"))
+    module = official("tapnet", "tapnet.torch.tapir_model")
+    monkeypatch.setattr(sys.modules["tapnet.torch.utils"], "einshape", _einshape)
+    return module.TAPIR

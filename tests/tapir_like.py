@@ -71,18 +71,20 @@ class Mixer(nn.Module):
 class Tracker(nn.Module):
     """Takes videos `[B, T, H, W, 3]` in [-1, 1] and queries `[B, N, 3]` (t, y, x) in pixels."""
 
-    def __init__(self, causal=False, dim=24, blocks=2, initial=(64, 64)):
+    def __init__(self, causal=False, dim=24, blocks=2, initial=(64, 64), maps=(8, 16), heads=(4, 6, 4), steps=2):
         super().__init__()
-        self.highres_dim, self.lowres_dim, self.num_pips_iter, self.pyramid_level = 8, 16, 2, 1
+        self.highres_dim, self.lowres_dim = maps
+        self.num_pips_iter, self.pyramid_level = steps, 1
         self.softmax_temperature, self.initial_resolution, self.dim = 20.0, initial, dim
-        self.first, self.second = nn.Conv2d(3, 8, 4, 4), nn.Conv2d(8, 16, 2, 2)
+        self.first, self.second = nn.Conv2d(3, maps[0], 4, 4), nn.Conv2d(*maps, 2, 2)
+        wide, wider, narrow = heads
         self.torch_cost_volume_track_mods = nn.ModuleDict(
             {
-                "hid1": nn.Conv2d(1, 4, 3, 1, 1),
-                "hid2": nn.Conv2d(4, 1, 3, 1, 1),
-                "hid3": nn.Conv2d(4, 6, 3, 2),
-                "hid4": nn.Linear(6, 4),
-                "occ_out": nn.Linear(4, 2),
+                "hid1": nn.Conv2d(1, wide, 3, 1, 1),
+                "hid2": nn.Conv2d(wide, 1, 3, 1, 1),
+                "hid3": nn.Conv2d(wide, wider, 3, 2),
+                "hid4": nn.Linear(wider, narrow),
+                "occ_out": nn.Linear(narrow, 2),
             }
         )
         outputs = 4 + self.highres_dim + self.lowres_dim

@@ -59,18 +59,18 @@ x = torch.randn(1, 5, 2, 8, requires_grad=True)
 tritonkern.temporal_window_attention(x, x, x, 3).sum().backward()
 tritonkern.TemporalWindowAttention(32, num_heads=4)(torch.randn(1, 5, 32))
 print(torch.compile(tritonkern.temporal_window_attention, backend="eager", fullgraph=True)(x, x, x).isfinite().all())
+_backends.has_gpu = lambda: False
 print(_backends.report())
 """,
         TRITONKERN_STRICT=None,
     )
     assert output.startswith("tensor(True)")
-    backend = "triton" if missing == "triton" else "cpp"
-    lines = [line for line in output.splitlines() if line.split()[:1] == [backend]]
-    written = [line for line in lines if "is not written for it" not in line]
-    assert len(lines) >= 5 and len(written) >= 3  # one for each operation
-    for line in written:
-        assert f"missing: {'Triton' if missing == 'triton' else 'the C++ extension'} cannot be imported" in line
-        assert "install" in line
+    if missing == "triton":
+        assert "Triton cannot be imported" not in output  # which a machine without a GPU does not need
+        assert output.splitlines()[1].startswith("ready; C++ kernels (")
+    else:
+        assert output.splitlines()[1] == "slow: this machine lacks C++ kernels for the CPU; no GPU"
+        assert output.count("the C++ extension cannot be imported") == output.count("install a C++17 compiler") == 1
 
 
 def test_without_a_compiler_the_first_call_warns_once(blocked):

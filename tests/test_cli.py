@@ -14,6 +14,7 @@ from clips import ColourTracker, square_clip, write_clip, write_cut_clip, write_
 from tritonkern import tracking
 from tritonkern.cli import main
 from tritonkern.models import build_model
+from tritonkern.ops import _backends
 from tritonkern.tracking import PointTracks, VideoReader, predictor
 
 # The command with a tracker that needs no weights; `slow` makes it wait where a test wants to interrupt it.
@@ -369,6 +370,21 @@ def test_doctor_survives(tmp_path, damage, environment, part):
     assert "Traceback" not in result.stderr
     assert part in result.stdout
     assert f"python {sys.version.split()[0]}" in result.stdout
+
+
+def test_doctor_says_first_what_is_missing_and_may_fail(call, monkeypatch):
+    result = call("doctor", "--strict")
+    assert result.returncode == 0 and result.stdout.startswith("ready; C++ kernels (")
+    for part in ("CPU: ", "C++ compiler: ", "operations: correlation_soft_argmax, "):
+        assert f"\n{part}" in result.stdout
+    monkeypatch.setattr(_backends, "has_gpu", lambda: True)
+    absent = _backends.Obstacle("no Triton today", "bring it")
+    monkeypatch.setitem(_backends._PREDICATES, "triton", lambda device: absent)
+    result = call("doctor")
+    assert result.returncode == 0
+    assert result.stdout.startswith("slow: this machine lacks Triton kernels for the GPU; C++ kernels (")
+    assert result.stdout.count("no Triton today; bring it") == 1
+    assert call("doctor", "--strict").returncode == 1
 
 
 def test_version(call):

@@ -1,12 +1,9 @@
 """`tritonkern.patch` on TAPIR: on a structural twin everywhere, on the official repository where there is one."""
 
-import sys
-import types
-
 import pytest
 import torch
 import torch.nn.functional as F
-from official import needs_official, official  # noqa: F401
+from official import needs_official, official, tapir  # noqa: F401
 from tapir_like import Block, Tracker
 from torch import nn
 
@@ -145,29 +142,10 @@ def test_blocks_of_another_shape_stay(tracker):
         assert_same(tracker(video, queries), expected)
 
 
-def einshape(equation, value, **sizes):
-    """As much of google-deepmind/einshape as the official code asks for: groups of axes, and axes of size 1."""
-    from einops import rearrange
-
-    sides = [side.replace("...", "…") for side in equation.split("->")]
-    spelt = [" ".join("..." if c == "…" else c for c in side).replace("( ", "(").replace(" )", ")") for side in sides]
-    return rearrange(value, "->".join(spelt), **sizes)
-
-
-@pytest.fixture
-def tapir(official, monkeypatch):  # noqa: F811
-    """The official class; dm-tree, which no tracking needs, is left out."""
-    pytest.importorskip("einops")
-    monkeypatch.setitem(sys.modules, "tree", types.ModuleType("tree"))
-    module = official("tapnet", "tapnet.torch.tapir_model")
-    monkeypatch.setattr(sys.modules["tapnet.torch.utils"], "einshape", einshape)
-    return module.TAPIR
-
-
 @needs_official
 @pytest.mark.slow
 @pytest.mark.parametrize("size", [(256, 256), (256, 320)], ids=str)
-def test_official(tapir, size):
+def test_official(tapir, size):  # noqa: F811
     model = tapir(pyramid_level=1).eval()
     video, queries = clip(2, 70, size)
     with torch.no_grad():
@@ -180,7 +158,7 @@ def test_official(tapir, size):
 
 @needs_official
 @pytest.mark.slow
-def test_official_online(tapir):
+def test_official_online(tapir):  # noqa: F811
     model = tapir(pyramid_level=1, use_casual_conv=True, extra_convs=False).eval()
     video, queries = clip(3, 20, (256, 256))
 

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from tritonkern.models import Nano, build_model, nano, packaged
+from tritonkern.models import Nano, build_model, chrono_nano, nano, packaged
 from tritonkern.models.nano import Refiner, _from_neighbours, make_maps
 from tritonkern.nn.correlation import TrackerOutput
 
@@ -60,22 +60,18 @@ def test_points_do_not_depend_on_each_other(untrained, features, monkeypatch):
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
 
 
-def test_features_are_half_precision_only_without_gradients(untrained, features):
+def test_features_are_half_precision_only_without_gradients(untrained, features, monkeypatch):
     full = untrained.features(sliding())
-    assert features.dtype == torch.float16 and full.dtype == torch.float32 and full.shape == (1, FRAMES, 64, 64, 256)
-    torch.testing.assert_close(features.float(), full, atol=1e-3, rtol=1e-3)
-
-
-def test_the_packed_fine_map_is_the_fine_map(untrained, features, monkeypatch):
-    maps = []
-    refine = untrained.refine
-    monkeypatch.setattr(untrained, "refine", lambda given, queries: maps.append(given) or refine(given, queries))
-    with torch.no_grad():
-        untrained.track(features, grid())
-        torch.testing.assert_close(maps[0].fine.float(), untrained.fine(sliding()), atol=1e-3, rtol=1e-3)
-    assert maps[0].blocks.shape == (1, FRAMES, 32, 32, 128)
-    norm = maps[0].blocks.float().norm(dim=-1)
-    torch.testing.assert_close(norm, torch.ones_like(norm), atol=2e-3, rtol=0)
+    shapes = [(1, FRAMES, 128, 128, 32), (1, FRAMES, 64, 64, 128), (1, FRAMES, 32, 32, 128)]
+    for half, single, shape in zip(features, full, shapes, strict=True):
+        assert half.dtype == torch.float16 and single.dtype == torch.float32 and half.shape == single.shape == shape
+        torch.testing.assert_close(half.float(), single, atol=1e-3, rtol=1e-3)
+        norm = half.float().norm(dim=-1)
+        torch.testing.assert_close(norm, torch.ones_like(norm), atol=2e-3, rtol=0)
+    monkeypatch.setattr(chrono_nano, "_BLOCK", 2)
+    with torch.inference_mode():
+        for parts, whole in zip(untrained.features(sliding()), features, strict=True):
+            torch.testing.assert_close(parts, whole, atol=1e-3, rtol=1e-3)
 
 
 @pytest.mark.parametrize("ahead", [(0, 0), (2, -1), (-3, 3)])

@@ -13,6 +13,7 @@ from tritonkern.tracking import PointTracker, PointTracks, VideoReader, draw_poi
 from tritonkern.tracking import predictor as predictor_module
 from tritonkern.tracking import spans as spans_module
 from tritonkern.tracking.overlay import point_colours
+from tritonkern.tracking.raster import Raster
 
 
 @pytest.fixture
@@ -153,12 +154,12 @@ class TestPointTracker:
         program = """
 import resource, numpy as np
 from tritonkern.tracking import VideoReader
-from tritonkern.tracking.predictor import _read
+from tritonkern.tracking.predictor import _read, _whole_clip
 reader = VideoReader(np.broadcast_to(np.uint8(7), (400, 256, 256, 3)))
 quiet = lambda *call: None
-_read(reader, (256, 256), 8, quiet)
+_whole_clip(_read(reader, 8, quiet), reader.size)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-size = _read(reader, (256, 256), None, quiet).nbytes
+size = _whole_clip(_read(reader, None, quiet), reader.size).nbytes
 print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / size)
 """
         result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
@@ -239,8 +240,8 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / siz
         clip = square_clip(21, size=(128, 64))
         queries = np.array([[0, 16, 32], [11, 60, 32], [20, 96, 32], [11, 5, 5]])
         whole = PointTracker(ShiftTracker())(clip, queries=queries)
-        monkeypatch.setattr(spans_module, "_SPAN", 9)
-        monkeypatch.setattr(spans_module, "_CONTEXT", 2)
+        monkeypatch.setattr(ShiftTracker, "span", 9)
+        monkeypatch.setattr(ShiftTracker, "context", 2)
         monkeypatch.setattr(spans_module, "_QUERY_FRAMES", 2)
         model = ShiftTracker()
         spans = PointTracker(model)(clip, queries=queries)
@@ -248,6 +249,33 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / siz
         # Two frames of context are all that this model needs, so the result is the same.
         np.testing.assert_allclose(spans.tracks, whole.tracks, atol=1e-3)
         np.testing.assert_array_equal(spans.visibility, whole.visibility)
+
+    def test_frames_are_kept_on_disk(self):
+        frames = np.random.default_rng(0).integers(0, 256, (5, 6, 8, 3), dtype=np.uint8)
+        with Raster((6, 8)) as raster:
+            for frame in frames:
+                raster.append(frame)
+            for start, stop in ((3, 5), (0, 2), (0, 5)):
+                np.testing.assert_array_equal(raster[start:stop], frames[start:stop])
+            raster.append(frames[0][::-1])
+            np.testing.assert_array_equal(raster[5:6][0], frames[0][::-1])
+            assert len(raster) == 6
+            with pytest.raises(ValueError, match="got a step of 2"):
+                raster[0:4:2]
+
+    @pytest.mark.slow
+    def test_memory_of_long_clips(self):
+        """nano on 420 frames of 480p, measured in a process of its own."""
+        program = """
+import resource, numpy as np
+from tritonkern.tracking import PointTracker
+picture = np.random.default_rng(0).integers(0, 256, (480, 854, 3), dtype=np.uint8)
+tracks = PointTracker("nano", device="cpu")(np.broadcast_to(picture, (420, 480, 854, 3)), grid=10)
+assert tracks.tracks.shape == (100, 420, 2)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+        assert int(result.stdout) * 1024 < 1e9
 
     def test_a_short_clip_is_encoded_once(self):
         model = ShiftTracker()

@@ -15,9 +15,8 @@ try:
     from tritonkern.commands.track import track
     from tritonkern.commands.train import train
 except ModuleNotFoundError as _error:
-    if sys.argv[1:] == ["doctor"]:
-        doctor()
-        sys.exit(0)
+    if sys.argv[1:2] == ["doctor"]:
+        sys.exit(doctor("--strict" in sys.argv))
     sys.stderr.write(f"tritonkern: the package {_error.name} is missing: {how_to_install('track')}\n")
     sys.exit(2)
 
@@ -32,8 +31,17 @@ app.command()(track)
 app.command()(pick)
 app.command("eval")(evaluate)
 app.command()(train)
-app.command()(doctor)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
+
+
+@app.command("doctor")
+def _doctor(
+    strict: Annotated[
+        bool, typer.Option("--strict", help="End with exit code 1 if a fast backend of this machine is missing.")
+    ] = False,
+) -> None:
+    """Show whether this machine has its fast backends, what is missing, and what to do."""
+    raise typer.Exit(doctor(strict))
 
 
 def _print_version(wanted: bool) -> None:

@@ -1,26 +1,77 @@
 """`tritonkern doctor`: the state of the installation. It needs the standard library only, and survives a broken one."""
 
+import os
+import platform
+import shlex
+import shutil
+import subprocess
 import sys
 from importlib import metadata
+from pathlib import Path
 
 _PACKAGES = ("tritonkern", "torch", "triton", "numpy", "einops", "av", "pillow", "safetensors", "typer", "rich")
+_FEATURES = (
+    "sse4_2",
+    "avx",
+    "avx2",
+    "fma",
+    "f16c",
+    "avx512f",
+    "avx512bw",
+    "avx512dq",
+    "avx512vl",
+    "avx512_bf16",
+    "asimd",
+)
 
 
-def doctor() -> None:
-    """Show which backends each operation has on this machine, why one is missing, and what to do."""
-    sys.stdout.write(f"{_backends()}\n\npython {sys.version.split()[0]}\n")
+def doctor(strict: bool = False) -> int:
+    """Show whether this machine has its fast backends, what is missing, and what to do.
+
+    Returns 1 if `strict` and a fast backend is missing or nothing can be said about them, else 0.
+    """
+    page, complete = _backends()
+    sys.stdout.write(f"{page}\n\n{_processor()}\n{_compiler()}\npython {sys.version.split()[0]}\n")
     for package in _PACKAGES:
         sys.stdout.write(f"{package} {version(package)}\n")
+    return int(strict and not complete)
 
 
-def _backends() -> str:
+def _backends() -> tuple[str, bool]:
     try:
-        from tritonkern.ops._backends import report
+        from tritonkern.ops._backends import missing, report
 
-        return report()
+        return report(), not missing()
     # Whatever is broken must not keep the rest of the page from the user, who runs this command because of it.
     except Exception as error:
-        return f"the backends cannot be listed: {type(error).__name__}: {' '.join(str(error).split())}"
+        text = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        return f"broken: the backends cannot be listed: {text}", False
+
+
+def _processor() -> str:
+    """The CPU, and which of the instruction sets it has that the kernels or PyTorch make use of."""
+    try:
+        fields = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
+    except OSError:
+        fields = {}
+    fields = {name.strip(): value.strip() for name, value in fields.items()}
+    has = fields.get("flags", fields.get("Features", "")).split()
+    name = fields.get("model name", platform.machine())
+    features = " ".join(feature for feature in _FEATURES if feature in has) or "features unknown"
+    return f"CPU: {name}, {os.cpu_count()} logical cores, {features}"
+
+
+def _compiler() -> str:
+    """The C++ compiler that setup.py would take."""
+    for candidate in filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++")):
+        command = shlex.split(candidate)
+        if shutil.which(command[0]):
+            try:
+                result = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=20)
+                return f"C++ compiler: {candidate}, {result.stdout.splitlines()[0]}"
+            except Exception as error:
+                return f"C++ compiler: {candidate}, which does not run ({type(error).__name__})"
+    return "C++ compiler: none on PATH (Debian: apt install g++)"
 
 
 def version(package: str) -> str:

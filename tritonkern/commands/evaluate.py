@@ -26,8 +26,13 @@ def evaluate(
         bool, typer.Option("--synthetic", help="Generated clips of moving photographs instead.")
     ] = False,
     mode: Annotated[str, typer.Option(help="Queries: first, strided or both.")] = "both",
-    model: Annotated[str, typer.Option(help="Name of the model.")] = "chrono-nano",
-    weights: Annotated[Path | None, typer.Option(help="Checkpoint of a model that ships without weights.")] = None,
+    model: Annotated[
+        str, typer.Option(help="Name of the model, such as nano or bootstapir; docs/tracking.md lists them.")
+    ] = "chrono-nano",
+    weights: Annotated[
+        list[Path] | None,
+        typer.Option(help="Checkpoint of a model that ships without weights; chrono-locotrack needs both."),
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda if there is one]")] = None,
     out: Annotated[str | None, typer.Option(help="JSON file for all scores, video by video.")] = None,
 ) -> None:
@@ -43,7 +48,7 @@ def _evaluate(
     synthetic: bool,
     mode: str,
     model: str,
-    weights: Path | None,
+    weights: list[Path] | None,
     device: str | None,
     out: Path | None,
 ) -> None:

@@ -28,8 +28,13 @@ def track(
         Path | None, typer.Option(help="Points to track instead: .csv or .npz with t,x,y in pixels.")
     ] = None,
     query_frame: Annotated[int, typer.Option(help="Frame in which the grid is placed.", min=0)] = 0,
-    model: Annotated[str, typer.Option(help="Name of the model.")] = "chrono-nano",
-    weights: Annotated[Path | None, typer.Option(help="Checkpoint of a model that ships without weights.")] = None,
+    model: Annotated[
+        str, typer.Option(help="Name of the model, such as nano or bootstapir; docs/tracking.md lists them.")
+    ] = "chrono-nano",
+    weights: Annotated[
+        list[Path] | None,
+        typer.Option(help="Checkpoint of a model that ships without weights; chrono-locotrack needs both."),
+    ] = None,
     max_frames: Annotated[int | None, typer.Option(help="Read at most this many frames.", min=1)] = None,
     stride: Annotated[
         int, typer.Option(help="Read every so many-th frame; t counts the frames that are read.", min=1)

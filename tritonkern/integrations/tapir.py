@@ -16,12 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from tritonkern.functional import local_correlation, soft_argmax_2d, temporal_mixer
+from tritonkern.functional import local_correlation
 from tritonkern.integrations import _compare, _recognise
 from tritonkern.integrations._patch import Replacement
 from tritonkern.integrations._precision import Precision
-from tritonkern.nn._plain import is_plain
-from tritonkern.nn.correlation import put_queries, scaled
+from tritonkern.nn._tapir import is_mixer_block, match_filtered, mix_block, refine
+from tritonkern.nn.correlation import TrackerOutput
 
 PARTS = (
     *_recognise.methods("get_feature_grids", "refine_pips", "tracks_from_cost_volume"),
@@ -45,26 +45,8 @@ def replacements(path: str, tracker: Any, precision: Precision) -> Iterator[Repl
 
 
 def _is_block(block: Any) -> bool:
-    """Whether it has what `temporal_mixer` computes, in plain layers: kernels of 3 frames, each channel made four."""
-    norm, first, second = (getattr(block, name, None) for name in ("layer_norm", "mlp1_up", "mlp1_up_1"))
-    if not isinstance(norm, nn.LayerNorm) or len(norm.normalized_shape) != 1:
-        return False
-    (channels,) = norm.normalized_shape
-    padding = (0,) if getattr(block, "use_causal_conv", False) else (1,)
-    kernel: dict[str, Any] = dict(
-        kernel_size=(3,), stride=(1,), padding=padding, padding_mode="zeros", dilation=(1,), out_channels=4 * channels
-    )
-    return (
-        is_plain(norm, nn.LayerNorm)
-        and norm.weight is not None
-        and norm.bias is None
-        and is_plain(first, nn.Conv1d, **kernel, in_channels=channels, groups=channels)
-        and is_plain(second, nn.Conv1d, **kernel, in_channels=4 * channels, groups=4 * channels)
-        and all(conv.bias is not None for conv in (first, second))
-        and all(
-            hasattr(block, name) for name in ("layer_norm_1", "conv_channels_mixer", "use_causal_conv", "block_name")
-        )
-    )
+    causal = getattr(block, "use_causal_conv", None)
+    return causal is not None and hasattr(block, "block_name") and is_mixer_block(block, causal)
 
 
 def _block_forward(
@@ -73,27 +55,18 @@ def _block_forward(
     """Replaces `PIPsConvBlock.forward`: `[N, T, C]` -> the same shape, and the state after it."""
     if not _is_block(self):  # no longer
         return own(x, causal_context, get_causal_context)
-    parameters = (
-        self.layer_norm.weight,
-        self.mlp1_up.weight,
-        self.mlp1_up.bias,
-        self.mlp1_up_1.weight,
-        self.mlp1_up_1.bias,
-    )
-    context: dict[str, Tensor] = {}
-    result: Any
     if causal_context is None:
-        result = temporal_mixer(x, *parameters, causal=self.use_causal_conv, eps=self.layer_norm.eps)
-    else:
-        names = [f"{self.block_name}_causal_{i}" for i in (1, 2)]
-        state = (causal_context[names[0]], causal_context[names[1]])
-        trained = torch.is_grad_enabled() and any(t.requires_grad for t in (x, *parameters, *state))
-        # What `temporal_mixer` does not carry on: gradients, and the frames of a mixer that is not causal.
-        if trained or not self.use_causal_conv or any(t.shape[-2] != 2 or t.dtype != x.dtype for t in state):
-            return own(x, causal_context, get_causal_context)
-        result, after = temporal_mixer(x, *parameters, causal=True, state=state, eps=self.layer_norm.eps)
-        context = dict(zip(names, after, strict=True))
-    return result + self.conv_channels_mixer(self.layer_norm_1(result)), context
+        return mix_block(self, x, self.use_causal_conv)[0], {}
+    names = [f"{self.block_name}_causal_{i}" for i in (1, 2)]
+    state = (causal_context[names[0]], causal_context[names[1]])
+    read = (self.layer_norm, self.mlp1_up, self.mlp1_up_1)
+    inputs = (x, *state, *(parameter for layer in read for parameter in layer.parameters()))
+    trained = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    # What `temporal_mixer` does not carry on: gradients, and the frames of a mixer that is not causal.
+    if trained or not self.use_causal_conv or any(t.shape[-2] != 2 or t.dtype != x.dtype for t in state):
+        return own(x, causal_context, get_causal_context)
+    result, after = mix_block(self, x, True, state)
+    return result, dict(zip(names, after or (), strict=True))
 
 
 def _first(
@@ -139,29 +112,19 @@ def _refine_pips(
             target_feature, frame_features, pyramid, pos_guess, occ_guess, expd_guess, orig_hw, last_iter,
             mixer_iter, resize_hw, causal_context, get_causal_context,
         )  # fmt: skip
-    batch, points, frames = occ_guess.shape
-    correlations = []
-    for level, (query, grid) in enumerate(zip(target_feature, pyramid, strict=True)):
-        support = query.unsqueeze(-2)
-        if last_iter is not None:
-            own = last_iter[..., : self.highres_dim] if level == 0 else last_iter[..., self.highres_dim :]
-            support = own.unsqueeze(-2)
-        coords = _rescaled(pos_guess, orig_hw, grid.shape[2:4]).transpose(1, 2)
-        support, options = support.to(grid.dtype), {"padding": "zeros", "align_corners": False, "axis_order": "yx"}
-        found = precision(local_correlation, grid, support, coords, **options)
-        correlations.append(found.squeeze(-1).transpose(1, 2))
-    features = last_iter
-    if features is None:
-        features = torch.cat(target_feature[:2], -1).unsqueeze(2).expand(-1, -1, frames, -1)
-    guesses = (torch.zeros_like(pos_guess), occ_guess[..., None], expd_guess[..., None])
-    tokens = torch.cat([*guesses, features, *correlations], -1).flatten(0, 1)
+    batch, points = occ_guess.shape[:2]
     context = None if causal_context is None else {name: x.flatten(0, 1) for name, x in causal_context.items()}
-    result, after = self.torch_pips_mixer(tokens.float(), context, get_causal_context)
-    result = result.unflatten(0, (batch, points))
+
+    def mix(tokens: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.torch_pips_mixer(tokens.float(), context, get_causal_context)
+
+    features = torch.cat(target_feature[:2], -1) if last_iter is None else last_iter
+    guess = TrackerOutput(pos_guess, occ_guess, expd_guess)
+    correlate = partial(precision, local_correlation)
+    better, features, after = refine(mix, pyramid, features, guess, orig_hw, resize_hw, correlate)
     if get_causal_context:
         after = {name: x.unflatten(0, (batch, points)) for name, x in after.items()}
-    moved = pos_guess + _rescaled(result[..., :2], resize_hw, orig_hw)
-    return moved, result[..., 2] + occ_guess, result[..., 3] + expd_guess, result[..., 4:] + features, after
+    return (*better, features, after)
 
 
 def _one_point(
@@ -183,11 +146,13 @@ def _one_point(
 ) -> Any:
     """One point in at most two frames, of which a part of the patch is outside of the maps."""
     frames = min(2, pos_guess.shape[2])
+    # Of the second map and the smaller ones, made of it, the official code has the same features.
+    fine, coarse = (_compare.random((1, 1, x.shape[-1]), x) for x in target_feature[:2])
     return _compare.arguments(
         module,
         own,
         function,
-        [_compare.random((1, 1, x.shape[-1]), x) for x in target_feature],
+        [fine, *[coarse] * (len(target_feature) - 1)],
         None,
         [_compare.map_of_features((1, frames, *x.shape[2:]), x) for x in pyramid],
         pos_guess.new_tensor([[[[0.7, orig_hw[0] - 3.3], [3.9, orig_hw[0] - 8.6]][:frames]]]),
@@ -202,28 +167,12 @@ def _one_point(
     )
 
 
-def _rescaled(points: Tensor, size: Any, new_size: Any) -> Tensor:
-    """(x, y) in a raster of one (height, width) -> in another."""
-    return points if tuple(size) == tuple(new_size) else scaled(points, new_size[1] / size[1], new_size[0] / size[0])
-
-
 def _tracks_from_cost_volume(
     self: Any, own: Any, interp_feature: Tensor, feature_grid: Tensor, query_points: Tensor | None, im_shp: Any = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Replaces the method of that name: the first guess of points, occlusion and expected distance."""
-    heads = self.torch_cost_volume_track_mods
-    cost = torch.einsum("bnc,bthwc->tbnhw", interp_feature, feature_grid)
-    frames, batch, points, rows, columns = cost.shape
-    hidden = heads["hid1"](cost.flatten(0, 2).unsqueeze(1)).relu()
-    heat = heads["hid2"](hidden).view(frames, batch, points, rows, columns).permute(1, 2, 0, 3, 4)
-    # The official points carry no gradient either.
-    found = soft_argmax_2d(heat.detach(), temperature=float(self.softmax_temperature), radius=5.0)
-    found = _rescaled(found, (rows, columns), im_shp[2:4])
-    if query_points is not None:
-        found = put_queries(found, query_points)
-    hidden = heads["hid3"](nn.functional.pad(hidden, (0, 2, 0, 2))).relu().mean((-2, -1))
-    logits = heads["occ_out"](heads["hid4"](hidden).relu()).view(frames, batch, points, 2).permute(3, 1, 2, 0)
-    return found, logits[0], logits[1]
+    heads, temperature = self.torch_cost_volume_track_mods, float(self.softmax_temperature)
+    return match_filtered(interp_feature, feature_grid, heads, temperature, (im_shp[2], im_shp[3]), query_points)
 
 
 def _one_query(

@@ -1,22 +1,27 @@
-"""Reference models: DINOv2, depth on it, Chrono, chrono-nano with weights, LocoTrack; Tracktention for any of them."""
+"""Reference models: DINOv2, depth on it, trackers, two of them with weights; Tracktention for any of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 from tritonkern.models.chrono import Chrono
 from tritonkern.models.chrono_nano import ChronoNano
 from tritonkern.models.depth import DepthModel
 from tritonkern.models.dinov2 import DINOv2
-from tritonkern.models.locotrack import LocoTrackFeatures, LocoTrackRefiner
+from tritonkern.models.locotrack import ChronoLocoTrack, LocoTrackFeatures, LocoTrackRefiner
 from tritonkern.models.matching import MatchingTracker, TrackerOutput
 from tritonkern.models.nano import Nano
+from tritonkern.models.tapir import TAPIR, TAPIRFeatures
+from tritonkern.models.tracker import Tracker
 from tritonkern.models.tracktention import TracktentionModel, insert_tracktention
 
 __all__ = [
     "Chrono",
+    "ChronoLocoTrack",
     "ChronoNano",
     "DINOv2",
     "DepthModel",
@@ -24,7 +29,11 @@ __all__ = [
     "LocoTrackRefiner",
     "MODELS",
     "MatchingTracker",
+    "NamedModel",
     "Nano",
+    "TAPIR",
+    "TAPIRFeatures",
+    "Tracker",
     "TrackerOutput",
     "TracktentionModel",
     "build_model",
@@ -37,33 +46,66 @@ def packaged(name: str) -> Path:
     return Path(str(resources.files("tritonkern") / "weights" / f"{name}.safetensors"))
 
 
-MODELS: dict[str, Callable[[Path | None], MatchingTracker]] = {
-    "nano": lambda weights: Nano.from_checkpoint(packaged("nano") if weights is None else weights),
-    "chrono-nano": lambda weights: ChronoNano.from_checkpoint(packaged("chrono-nano") if weights is None else weights),
-    "chrono-vits14": lambda weights: _official(weights, "vits14"),
-    "chrono-vitb14": lambda weights: _official(weights, "vitb14"),
+class NamedModel(NamedTuple):
+    """A tracker that `build_model` makes."""
+
+    make: Callable[..., Tracker]
+    """Called with one path of a weights file, or two."""
+    weights: tuple[str, ...]
+    """The official weights files and where they are; nothing where the weights are packaged."""
+
+
+_CHRONO = "a Chrono checkpoint, linked in the README of github.com/cvlab-kaist/Chrono"
+_LOCOTRACK = "a LocoTrack checkpoint, linked in the README of github.com/cvlab-kaist/locotrack"
+_TAPNET = "linked in the README of github.com/google-deepmind/tapnet"
+
+MODELS = {
+    "nano": NamedModel(Nano.from_checkpoint, ()),
+    "chrono-nano": NamedModel(ChronoNano.from_checkpoint, ()),
+    "tapir": NamedModel(
+        partial(TAPIR.from_checkpoint, extra_convs=False), (f"tapir_checkpoint_panning.pt, {_TAPNET}",)
+    ),
+    "bootstapir": NamedModel(
+        partial(TAPIR.from_checkpoint, extra_convs=True), (f"bootstapir_checkpoint_v2.pt, {_TAPNET}",)
+    ),
+    "bootstapir-causal": NamedModel(
+        partial(TAPIR.from_checkpoint, extra_convs=True, causal=True), (f"causal_bootstapir_checkpoint.pt, {_TAPNET}",)
+    ),
+    "locotrack-small": NamedModel(partial(LocoTrackRefiner.from_checkpoint, size="small"), (_LOCOTRACK,)),
+    "locotrack-base": NamedModel(partial(LocoTrackRefiner.from_checkpoint, size="base"), (_LOCOTRACK,)),
+    "chrono-vits14": NamedModel(partial(Chrono.from_checkpoint, variant="vits14"), (_CHRONO,)),
+    "chrono-vitb14": NamedModel(partial(Chrono.from_checkpoint, variant="vitb14"), (_CHRONO,)),
+    "chrono-locotrack": NamedModel(ChronoLocoTrack.from_checkpoints, (_CHRONO, _LOCOTRACK)),
 }
 
 
-def _official(weights: Path | None, variant: str) -> MatchingTracker:
-    if weights is None:
-        raise ValueError(
-            f"weights: chrono-{variant} has no packaged weights; give the path of a Chrono checkpoint (the links stand "
-            "in the README of github.com/cvlab-kaist/Chrono), or use model='chrono-nano', which needs none"
-        )
-    return Chrono.from_checkpoint(weights, variant)
-
-
-def build_model(name: str, weights: Path | str | None = None) -> MatchingTracker:
+def build_model(name: str, weights: Path | str | Sequence[Path | str] | None = None) -> Tracker:
     """The tracker `name` in evaluation mode, on the CPU, in float32.
 
-    `weights`: a checkpoint file; "chrono-nano" uses the packaged one if none is given. Raises `ValueError` for an
-    unknown name, missing weights, or a checkpoint that does not fit the model, and `FileNotFoundError` if the file
-    does not exist.
+    Args:
+        name: a key of `MODELS`.
+        weights: the path of the weights file; "chrono-locotrack" needs two, in this order. None takes the packaged
+            weights of "nano" and "chrono-nano".
+
+    Raises:
+        ValueError: unknown name, missing weights, or a file that does not fit the model.
+        FileNotFoundError: a file does not exist.
     """
     if name not in MODELS:
         raise ValueError(f"model: no model is called {name!r}; choose one of {', '.join(MODELS)}")
-    path = None if weights is None else Path(weights)
-    if path is not None and not path.is_file():
-        raise FileNotFoundError(f"weights: {path} does not exist or is not a file")
-    return MODELS[name](path).eval()
+    make, files = MODELS[name]
+    if weights is None:
+        if files:
+            raise ValueError(
+                f"weights: {name} has no packaged weights; give the path of {' and that of '.join(files)}, or use "
+                "model='nano', which needs none"
+            )
+        weights = packaged(name)
+    paths = [Path(path) for path in ([weights] if isinstance(weights, (str, Path)) else weights)]
+    if len(paths) != max(1, len(files)):
+        wanted = f": {' and '.join(files)}" if files else ""
+        raise ValueError(f"weights: {name} needs {max(1, len(files))} file(s), got {len(paths)}{wanted}")
+    for path in paths:
+        if not path.is_file():
+            raise FileNotFoundError(f"weights: {path} does not exist or is not a file")
+    return make(*paths).eval()

@@ -88,7 +88,7 @@ class ChronoNano(MatchingTracker):
     def features(self, video: Tensor) -> Tensor:
         batch, frames = video.shape[:2]
         images = rearrange(video.to(self.pos_embed.dtype), "b t h w c -> (b t) c h w")
-        local = _frames_in_blocks(lambda images: self.stem(images).movedim(1, -1), images).movedim(-1, 1)
+        local = frames_in_blocks(lambda images: self.stem(images).movedim(1, -1), images).movedim(-1, 1)
 
         tokens = rearrange(self.patch_embed(local), "n c h w -> n (h w) c") + self.pos_embed
         for index, block in enumerate(self.blocks):
@@ -98,21 +98,21 @@ class ChronoNano(MatchingTracker):
                 tokens = adapter.add_to(tokens.unflatten(0, (batch, frames)), (16, 16)).flatten(0, 1)
         context = rearrange(self.norm(tokens), "n (h w) c -> n c h w", h=16)
 
-        cells = _frames_in_blocks(
+        cells = frames_in_blocks(
             lambda local, context: self.fuse(local + self.upsample(context)).movedim(1, -1), local, context
         ).unflatten(0, (batch, frames))
         del local
         if self.temporal:
             grid = cells.shape[2:4]
             cells = self.local_adapter.add_to(cells.flatten(2, 3), grid).unflatten(2, grid)
-        return _frames_in_blocks(self._unit_features, cells.flatten(0, 1)).unflatten(0, (batch, frames))
+        return frames_in_blocks(self._unit_features, cells.flatten(0, 1)).unflatten(0, (batch, frames))
 
     def _unit_features(self, cells: Tensor) -> Tensor:
         features = self.head(self.local_norm(cells))
         return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
-def _frames_in_blocks(function: Callable[..., Tensor], *frames: Tensor) -> Tensor:
+def frames_in_blocks(function: Callable[..., Tensor], *frames: Tensor) -> Tensor:
     """`function` of tensors whose first axis is the frames; some frames at a time where no gradient is needed.
 
     The stem needs 20 MB per frame. Its results are the same in any blocks, up to rounding.

@@ -12,6 +12,9 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tritonkern.models.checkpoints import load_strict, read_state_dict
+from tritonkern.models.chrono import Chrono
+from tritonkern.models.resnet import ResNet, frame_maps, unit
+from tritonkern.models.tracker import Tracker
 from tritonkern.nn._locotrack import (
     SameConv2d,
     attend_over_time,
@@ -22,12 +25,14 @@ from tritonkern.nn._locotrack import (
     temporal_bias,
 )
 from tritonkern.nn._plain import input_dtype
-from tritonkern.nn.correlation import TrackerOutput, sample_features
+from tritonkern.nn.correlation import TrackerOutput, check_queries, sample_features
 
 SIZES = {"base": (384, 6, (64, 128, 128), (3, 3, 2), (2, 2, 2)), "small": (256, 4, (64, 128), (5, 2), (4, 2))}
 """Width and heads of the attention over time; channels, kernels and strides of the encoder of correlations."""
 
-_LAYERS, _CHANNELS, _STRIDES = 3, (64, 128, 256, 256), (1, 2, 2, 1)
+_LAYERS = 3
+_POSITIONS = 8192
+"""Points times frames that are refined together, with 40 KB each."""
 
 
 class LocoTrackFeatures(NamedTuple):
@@ -60,7 +65,7 @@ class LocoTrackFeatures(NamedTuple):
         return cls(hires, _resized(hires, 32), _resized(grid, 128))
 
 
-class LocoTrackRefiner(nn.Module):
+class LocoTrackRefiner(Tracker):
     """Makes the tracks of any tracker more precise, and is LocoTrack where there is none before it.
 
     A start, such as what Chrono returns, is improved `steps` times: the 7 x 7 surroundings of the query are correlated
@@ -76,7 +81,7 @@ class LocoTrackRefiner(nn.Module):
     """
 
     resolution = (256, 256)
-    """(height, width) of the raster that `forward` takes and that queries and tracks are measured in."""
+    context, span = 0, 64
     temperature = 20.0
 
     def __init__(self, size: str = "base", steps: int = 4) -> None:
@@ -85,7 +90,7 @@ class LocoTrackRefiner(nn.Module):
             raise ValueError(f"size must be one of {', '.join(SIZES)}, got {size!r}")
         width, num_heads, channels, kernels, strides = SIZES[size]
         self.steps = steps
-        self.resnet_torch = _ResNet()
+        self.resnet_torch = ResNet()
         self.cmdtop = nn.ModuleList(_CorrelationEncoder(channels, kernels, strides) for _ in range(3))
         self.torch_pips_mixer = _TemporalMixer(2 + 3 * 2 * channels[-1] + 84, width, num_heads)
         self.cost_conv = SameConv2d(2, 1, 3)
@@ -96,12 +101,13 @@ class LocoTrackRefiner(nn.Module):
             layer.requires_grad_(steps == 0)
 
     @classmethod
-    def from_checkpoint(cls, path: str | Path) -> LocoTrackRefiner:
-        """The model of an official checkpoint of either size, in evaluation mode on the CPU.
+    def from_checkpoint(cls, path: str | Path, size: str | None = None) -> LocoTrackRefiner:
+        """The model of an official checkpoint, in evaluation mode on the CPU.
 
         Args:
             path: a Lightning checkpoint of the official PyTorch code (`.ckpt`), or its tensors alone (.pth,
                 .safetensors), with or without the prefix `model.`.
+            size: "base" or "small"; None infers it.
 
         Raises:
             FileNotFoundError: no such file.
@@ -110,17 +116,13 @@ class LocoTrackRefiner(nn.Module):
         """
         state = read_state_dict(path)
         with torch.device("meta"):
-            model = cls("base" if "cmdtop.0.conv.2.0.weight" in state else "small")
+            model = cls(size or ("base" if "cmdtop.0.conv.2.0.weight" in state else "small"))
         load_strict(model, state, str(path))
         return model.eval()
 
     def features(self, video: Tensor) -> LocoTrackFeatures:
         """The maps of a video `[B, T, 256, 256, 3]` in [-1, 1]; frames are independent of each other."""
-        video = video.to(input_dtype(self.resnet_torch, video.dtype))
-        batch, frames = video.shape[:2]
-        units = self.resnet_torch(rearrange(video, "b t h w c -> (b t) c h w"))
-        maps = (rearrange(units[i], "(b t) c h w -> b t h w c", b=batch, t=frames) for i in (1, 3, 0))
-        return LocoTrackFeatures(*map(_unit, maps))
+        return LocoTrackFeatures(*frame_maps(self.resnet_torch, video, lambda units: (units[1], units[3], units[0])))
 
     def forward(self, video: Tensor, queries: Tensor, start: TrackerOutput | None = None) -> TrackerOutput:
         """Tracks `queries` through `video`.
@@ -140,13 +142,25 @@ class LocoTrackRefiner(nn.Module):
             TypeError: `video` or `queries` is not floating point.
             ValueError: a shape is not the above.
         """
-        height, width = self.resolution
-        if not video.is_floating_point():
-            raise TypeError(f"video must be floating point, got {video.dtype}")
-        if video.ndim != 5 or video.shape[2:] != (height, width, 3) or video.shape[1] == 0:
-            raise ValueError(f"video must be [B, T, {height}, {width}, 3] with T >= 1, got {list(video.shape)}")
-        _check_queries(queries, start, video.shape[:2])
-        return self.refine(self.features(video), queries, start)
+        if start is not None:
+            self.check_video(video)
+            _check_queries(queries, start, video.shape[:2])
+            return self.refine(self.features(video), queries, start)
+        return super().forward(video, queries)
+
+    def track(self, features: Sequence[Tensor], queries: Tensor) -> TrackerOutput:
+        """LocoTrack: `refine` without a start, some queries at a time where no gradient is needed."""
+        return self._in_parts(features, queries, None)
+
+    def _in_parts(self, features: Sequence[Tensor], queries: Tensor, start: TrackerOutput | None) -> TrackerOutput:
+        frames, points = features[0].shape[1], queries.shape[1]
+        few = max(1, points) if torch.is_grad_enabled() else max(1, _POSITIONS // frames)
+        parts = []
+        for first in range(0, max(points, 1), few):
+            rows = slice(first, first + few)
+            given = None if start is None else TrackerOutput(*(x[:, rows] for x in start))
+            parts.append(self.refine(features, queries[:, rows], given))
+        return TrackerOutput(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
 
     def refine(self, features: Sequence[Tensor], queries: Tensor, start: TrackerOutput | None = None) -> TrackerOutput:
         """As `forward`, of features that are already computed, by this network or by another.
@@ -214,17 +228,44 @@ class LocoTrackRefiner(nn.Module):
         return supports.to(features.dtype).unflatten(1, (-1, 7, 7))
 
 
-def _unit(features: Tensor) -> Tensor:
-    return features / features.square().sum(-1, keepdim=True).clamp(min=1e-12).sqrt()
+class ChronoLocoTrack(Tracker):
+    """Chrono, whose tracks LocoTrack refines on features of its own.
+
+    The parts are published; weights of a refiner that was trained on Chrono's features are not.
+
+    Args:
+        chrono: makes the start.
+        refiner: improves it.
+    """
+
+    resolution = (256, 256)
+    span = 64
+
+    def __init__(self, chrono: Chrono, refiner: LocoTrackRefiner) -> None:
+        super().__init__()
+        self.chrono, self.refiner = chrono, refiner
+
+    @classmethod
+    def from_checkpoints(cls, chrono: str | Path, locotrack: str | Path) -> ChronoLocoTrack:
+        """Of official checkpoints of any sizes, as `Chrono.from_checkpoint` and `LocoTrackRefiner.from_checkpoint`."""
+        return cls(Chrono.from_checkpoint(chrono), LocoTrackRefiner.from_checkpoint(locotrack)).eval()
+
+    def features(self, video: Tensor) -> tuple[Tensor, ...]:
+        """Chrono's `[B, T, 64, 64, C]`, then the three maps of LocoTrack."""
+        return (self.chrono.features(video), *self.refiner.features(video))
+
+    def track(self, features: Sequence[Tensor], queries: Tensor) -> TrackerOutput:
+        """`features` as the method of this name returns them."""
+        return self.refiner._in_parts(features[1:], queries, self.chrono.track(features[0], queries))
 
 
 def _resized(grid: Tensor, cells: int) -> Tensor:
     """`[B, T, cells, cells, C]` of unit norm."""
     if grid.shape[2:4] == (cells, cells):
-        return _unit(grid)
+        return unit(grid)
     images = rearrange(grid, "b t h w c -> (b t) c h w")
     resized = F.interpolate(images, size=(cells, cells), mode="bilinear", align_corners=False)
-    return _unit(rearrange(resized, "(b t) c h w -> b t h w c", b=grid.shape[0], t=grid.shape[1]))
+    return unit(rearrange(resized, "(b t) c h w -> b t h w c", b=grid.shape[0], t=grid.shape[1]))
 
 
 def _check_map(name: str, grid: Tensor) -> None:
@@ -240,58 +281,11 @@ def _check_map(name: str, grid: Tensor) -> None:
 
 def _check_queries(queries: Tensor, start: TrackerOutput | None, clip: Sequence[int]) -> None:
     """Raise TypeError or ValueError unless both are of a clip of (B, T)."""
-    if not queries.is_floating_point():
-        raise TypeError(f"queries must be floating point, got {queries.dtype}")
     batch, frames = clip
-    if queries.ndim != 3 or queries.shape[2] != 3 or queries.shape[0] != batch:
-        raise ValueError(f"queries must be [{batch}, N, 3] with rows (t, y, x), got {list(queries.shape)}")
+    check_queries(queries, batch)
     expected = [*queries.shape[:2], frames, 2]
     if start is not None and list(start.tracks.shape) != expected:
         raise ValueError(f"start.tracks must be {expected}, got {list(start.tracks.shape)}")
-
-
-class _Block(nn.Module):
-    def __init__(self, before: int, after: int, stride: int, projects: bool) -> None:
-        super().__init__()
-        if projects:
-            self.proj_conv = SameConv2d(before, after, 1, stride, bias=False)
-        self.bn_0, self.conv_0 = (
-            nn.InstanceNorm2d(before, affine=True),
-            SameConv2d(before, after, 3, stride, bias=False),
-        )
-        self.conv_1, self.bn_1 = SameConv2d(after, after, 3, bias=False), nn.InstanceNorm2d(after, affine=True)
-
-    def forward(self, x: Tensor) -> Tensor:
-        y = F.relu(self.bn_0(x))
-        shortcut = self.proj_conv(y) if hasattr(self, "proj_conv") else x
-        return shortcut + self.conv_1(F.relu(self.bn_1(self.conv_0(y))))
-
-
-class _BlockGroup(nn.Module):
-    def __init__(self, before: int, after: int, stride: int) -> None:
-        super().__init__()
-        self.blocks = nn.ModuleList([_Block(before, after, stride, True), _Block(after, after, 1, False)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        for block in self.blocks:
-            x = block(x)
-        return x
-
-
-class _ResNet(nn.Module):
-    """`[M, 3, H, W]` -> the outputs of four groups of blocks, at half to an eighth of the size."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.initial_conv = SameConv2d(3, _CHANNELS[0], 7, 2, bias=False)
-        before = (_CHANNELS[0], *_CHANNELS)
-        self.block_groups = nn.ModuleList(map(_BlockGroup, before, _CHANNELS, _STRIDES))
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        units = [self.initial_conv(images)]
-        for group in self.block_groups:
-            units.append(group(units[-1]))
-        return tuple(units[1:])
 
 
 class _CorrelationEncoder(nn.Module):

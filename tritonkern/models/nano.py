@@ -8,12 +8,12 @@ from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange, reduce
+from einops import reduce
 from torch import Tensor, nn
 
 from tritonkern.functional import correlation_soft_argmax, local_correlation_linear, temporal_mixer
 from tritonkern.models.checkpoints import load_strict, read_state_dict
-from tritonkern.models.chrono_nano import ChronoNano
+from tritonkern.models.chrono_nano import ChronoNano, frames_in_blocks
 from tritonkern.nn import TemporalWindowAttention
 from tritonkern.nn.correlation import TrackerOutput, put_queries, sample_features
 
@@ -60,8 +60,8 @@ class Nano(ChronoNano):
     to the query enter a network of `temporal_mixer`, `TemporalWindowAttention` and perceptrons for each point, which
     weighs the proposals, adds a correction, and updates the two logits.
 
-    `features(video)`: float `[B, T, 256, 256, 3]` in [-1, 1] -> `[B, T, 64, 64, 256]`: chrono-nano's 128 channels, then
-    2x2 cells of the fine map with 32 each; float16 where no gradient is recorded, as long clips fill the memory.
+    `features(video)`: float `[B, T, 256, 256, 3]` in [-1, 1] -> `Maps`, in float16 where no gradient is recorded, as
+    long clips fill the memory.
 
     Local 4-D correlation: Cho et al., "Local All-Pair Correspondence for Point Tracking", ECCV 2024; temporal mixing:
     Doersch et al., "TAPIR", ICCV 2023; start: Kim et al., CVPR 2025.
@@ -100,18 +100,20 @@ class Nano(ChronoNano):
         """chrono-nano's features `[B, T, 64, 64, 128]`."""
         return super().features(video)
 
-    def features(self, video: Tensor) -> Tensor:
-        fine = rearrange(self.fine(video), "b t (h r) (w s) c -> b t h w (r s c)", r=2, s=2)
-        features = torch.cat([self.cells(video), fine], -1)
+    def features(self, video: Tensor) -> Maps:  # type: ignore[override]
+        fine = frames_in_blocks(lambda frames: self._stored(self.fine(frames[None])[0]), video.flatten(0, 1))
+        return make_maps(fine.unflatten(0, video.shape[:2]), self.cells(video))
+
+    def _unit_features(self, cells: Tensor) -> Tensor:
+        return self._stored(super()._unit_features(cells))
+
+    def _stored(self, features: Tensor) -> Tensor:
         return features if torch.is_grad_enabled() else features.half()
 
-    def track(self, features: Tensor, queries: Tensor) -> TrackerOutput:
+    def track(self, features: Maps, queries: Tensor) -> TrackerOutput:  # type: ignore[override]
         """Tracks of `queries` `[B, N, 3]` (t, y, x), of `features` as the method of this name returns them."""
-        width = self.head.out_features
-        fine = rearrange(features[..., width:], "b t h w (r s c) -> b t (h r) (w s) c", r=2, s=2)
-        maps = make_maps(fine, features[..., :width])
-        few = max(1, _POSITIONS // features.shape[1])
-        parts = [self.refine(maps, part)[-1].output for part in queries.split(few, 1)]
+        few = max(1, _POSITIONS // features.cells.shape[1])
+        parts = [self.refine(features, part)[-1].output for part in queries.split(few, 1)]
         return TrackerOutput(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
 
     def refine(self, maps: Maps, queries: Tensor) -> list[Step]:

@@ -88,12 +88,7 @@ class CorrelationSoftArgmax(nn.Module):
             raise ValueError(f"features must be [B, T, h, w, C], got {list(features.shape)}")
         if 0 in features.shape[1:]:
             raise ValueError(f"features must hold at least one frame, cell and channel, got {list(features.shape)}")
-        if not queries.is_floating_point():
-            raise TypeError(f"queries must be floating point, got {queries.dtype}; use queries.float()")
-        if queries.ndim != 3 or queries.shape[2] != 3 or queries.shape[0] != features.shape[0]:
-            raise ValueError(
-                f"queries must be [{features.shape[0]}, N, 3] with rows (t, y, x), got {list(queries.shape)}"
-            )
+        check_queries(queries, len(features))
         with torch.autocast(features.device.type, enabled=False):
             query = self.query_features(features, queries)
         return find(query, features, queries, self.occ_linear, self.resolution, self.temperature, self.radius)
@@ -113,6 +108,14 @@ class CorrelationSoftArgmax(nn.Module):
 
     def extra_repr(self) -> str:
         return f"resolution={self.resolution}, temperature={self.temperature}, radius={self.radius}"
+
+
+def check_queries(queries: Tensor, batch: int) -> None:
+    """Raise TypeError or ValueError unless they are `[batch, N, 3]` and floating point."""
+    if not queries.is_floating_point():
+        raise TypeError(f"queries must be floating point, got {queries.dtype}; use queries.float()")
+    if queries.ndim != 3 or queries.shape[2] != 3 or queries.shape[0] != batch:
+        raise ValueError(f"queries must be [{batch}, N, 3] with rows (t, y, x), got {list(queries.shape)}")
 
 
 def find(

@@ -58,21 +58,42 @@ def unavailable(operation: str, backend: str, device: torch.device) -> Obstacle 
     return _PREDICATES[backend](device)
 
 
+def missing() -> dict[str, Obstacle]:
+    """The fast backends that this machine could run and does not."""
+    found = {"C++ kernels for the CPU": _PREDICATES["cpp"](torch.device("cpu"))}
+    if has_gpu():
+        found["Triton kernels for the GPU"] = _PREDICATES["triton"](torch.device("cuda"))
+    return {name: obstacle for name, obstacle in found.items() if obstacle is not None}
+
+
+def has_gpu() -> bool:
+    """Whether this machine has a GPU, also one that PyTorch cannot use."""
+    return torch.cuda.is_available() or any(Path(path).exists() for path in ("/dev/nvidia0", "/dev/kfd"))
+
+
 def report() -> str:
-    """The page that `tritonkern doctor` prints: each operation, its backends, what is missing and what to do."""
-    lines = [f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads"]
-    if torch.cuda.is_available():
-        lines.append(f"GPU: {torch.cuda.get_device_name()}")
+    """The page that `tritonkern doctor` prints: a verdict, what is missing and what to do, what each backend runs."""
+    lacks = missing()
+    uses = []
+    if "C++ kernels for the CPU" not in lacks:
+        uses.append(f"C++ kernels ({importlib.import_module('tritonkern._cpp').isa()}) on the CPU")
+    if not has_gpu():
+        uses.append("no GPU")
+    elif "Triton kernels for the GPU" not in lacks:
+        uses.append(f"Triton kernels on {torch.cuda.get_device_name()}")
+    verdict = "slow: this machine lacks " + " and ".join(lacks) if lacks else "ready"
+    lines = ["; ".join([verdict, *uses])]
+    lines += [f"  {name}: {obstacle.reason}; {obstacle.remedy}" for name, obstacle in lacks.items()]
     fallback = "raise (TRITONKERN_STRICT=1)" if strict() else "warn once"
+    lines += ["", f"torch {torch.__version__}, {torch.get_num_threads()} CPU threads"]
     lines.append(f"calls that fall back to the slow reference {fallback}")
+
     folders = importlib.import_module("tritonkern.ops").__path__
-    for operation in (module.name for module in pkgutil.iter_modules(folders) if module.ispkg):
-        lines.append(f"\n{operation}")
-        for backend, home in (("cpp", "cpu"), ("triton", "cuda"), ("reference", "cpu")):
-            obstacle = unavailable(operation, backend, torch.device(home))
-            lines.append(f"  {_line(backend, obstacle, _DESCRIPTIONS[backend])}")
-            if backend == "cpp" and obstacle is None:
-                lines[-1] += f" ({importlib.import_module('tritonkern._cpp').isa()} kernels)"
+    operations = [module.name for module in pkgutil.iter_modules(folders) if module.ispkg]
+    lines += ["", f"operations: {', '.join(operations)}"]
+    for backend, what in _DESCRIPTIONS.items():
+        unwritten = [name for name in operations if importlib.util.find_spec(_room_name(name, backend)) is None]
+        lines.append(f"  {backend:10}{what}" + (f"; not written for {', '.join(unwritten)}" if unwritten else ""))
     return "\n".join(lines)
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from tritonkern.files import atomic_path
-from tritonkern.models.matching import MatchingTracker
+from tritonkern.models.tracker import Tracker
 from tritonkern.tracking.metrics import QUERY_MODES, mean_metrics, tapvid_metrics
 from tritonkern.tracking.predictor import Progress
 from tritonkern.tracking.tapvid import TapVidClip, tapvid_queries
@@ -46,7 +46,7 @@ def query_modes(mode: str) -> tuple[str, ...]:
 
 
 def evaluate(
-    model: MatchingTracker,
+    model: Tracker,
     dataset: Iterable[TapVidClip],
     mode: str = "both",
     *,
@@ -145,9 +145,7 @@ def save_scores(path: str | PathLike[str], scores: Mapping[str, Mapping[str, Map
 
 
 @torch.inference_mode()
-def _score(
-    model: MatchingTracker, clip: TapVidClip, modes: tuple[str, ...]
-) -> dict[str, tuple[dict[str, float], float]]:
+def _score(model: Tracker, clip: TapVidClip, modes: tuple[str, ...]) -> dict[str, tuple[dict[str, float], float]]:
     """Scores and seconds by mode."""
     if clip.video.shape[1:] != (*model.resolution, 3):
         raise ValueError(

@@ -1,6 +1,7 @@
 """From a video to point tracks in its own pixels."""
 
 import os
+from collections.abc import Iterable, Iterator, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonkern.models import build_model
-from tritonkern.models.matching import MatchingTracker
+from tritonkern.models.tracker import Tracker
 from tritonkern.tracking.cotracker import Predictor, call_predictor
 from tritonkern.tracking.queries import DEFAULT_GRID, check_queries, grid_queries, open_queries
+from tritonkern.tracking.raster import Raster
 from tritonkern.tracking.results import PointTracks
 from tritonkern.tracking.spans import Progress, track_in_spans
 from tritonkern.tracking.video import VideoReader, VideoSource, whole_number
@@ -36,9 +38,9 @@ class PointTracker:
     `tritonkern.tracking.spans.track_in_spans`.
 
     Args:
-        model: a name known to `tritonkern.models.build_model`; a `MatchingTracker`; or any object that is called as
-            CoTracker's predictors are (`tritonkern.tracking.cotracker`).
-        weights: checkpoint for a model that ships without weights.
+        model: a name known to `tritonkern.models.build_model`; a `tritonkern.models.Tracker`; or any object that is
+            called as CoTracker's predictors are (`tritonkern.tracking.cotracker`).
+        weights: checkpoint for a model that ships without weights, or the checkpoints of one that needs several.
         device: "cpu" or "cuda"; None takes the GPU where there is one.
 
     Raises:
@@ -49,7 +51,7 @@ class PointTracker:
     def __init__(
         self,
         model: Any = "chrono-nano",
-        weights: str | Path | None = None,
+        weights: str | Path | Sequence[str | Path] | None = None,
         device: str | torch.device | None = None,
     ) -> None:
         self.device = choose_device(device)
@@ -112,15 +114,17 @@ class PointTracker:
         check_queries(rows, reader.size, count, name)
         _check_memory(len(rows), reader, max_frames)
 
-        if isinstance(self.model, MatchingTracker):
+        if isinstance(self.model, Tracker):
             height, width = self.model.resolution
-            raster = _read(reader, (height, width), max_frames, report)
-            check_queries(rows, reader.size, len(raster), name)
             scale = np.array([width / reader.size[0], height / reader.size[1]])
             points = torch.from_numpy(np.column_stack([rows[:, 0], (rows[:, 1:] * scale)[:, ::-1]])).float()
-            positions, certainty = track_in_spans(self.model, raster, points, self.device, report)
+            with Raster((height, width)) as raster:
+                for frame in _read(reader, max_frames, report):
+                    raster.append(_resize(frame, (height, width)))
+                check_queries(rows, reader.size, len(raster), name)
+                positions, certainty = track_in_spans(self.model, raster, points, self.device, report)
         else:
-            frames = _read(reader, None, max_frames, report)
+            frames = _whole_clip(_read(reader, max_frames, report), reader.size)
             check_queries(rows, reader.size, len(frames), name)
             scale = np.ones(2)
             report("tracking", 0, 1)
@@ -142,18 +146,24 @@ class PointTracker:
         return Predictor(self)
 
 
-def _read(reader: VideoReader, resolution: tuple[int, int] | None, max_frames: int | None, report: Progress) -> Tensor:
-    """The clip at `resolution` (None: as it is), uint8 `[T, H, W, 3]`. Memory peaks at 1.07 times its size."""
+def _read(reader: VideoReader, max_frames: int | None, report: Progress) -> Iterator[np.ndarray]:
+    """The frames of a clip, with their number reported."""
     total = min((n for n in (reader.frame_count, max_frames) if n is not None), default=None)
-    clip = np.empty((0, *(resolution or reader.size[::-1]), 3), dtype=np.uint8)
+    for done, frame in enumerate(reader.frames(max_frames), start=1):
+        yield frame
+        report("reading", done, total)
+
+
+def _whole_clip(frames: Iterable[np.ndarray], size: tuple[int, int]) -> Tensor:
+    """uint8 `[T, H, W, 3]` of frames of `size` (width, height). Memory peaks at 1.07 times what it takes."""
+    clip = np.empty((0, *size[::-1], 3), dtype=np.uint8)
     done = 0
-    for frame in reader.frames(max_frames):
+    for frame in frames:
         if done == len(clip):
             # `resize` moves the pages of a large array and does not copy them.
             clip.resize((done + max(16, done // 16), *clip.shape[1:]), refcheck=False)
-        clip[done] = frame if resolution is None else _resize(frame, resolution)
+        clip[done] = frame
         done += 1
-        report("reading", done, total)
     clip.resize((done, *clip.shape[1:]), refcheck=False)
     return torch.from_numpy(clip)
 

@@ -5,14 +5,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from tritonkern.models.matching import MatchingTracker
+from tritonkern.models.tracker import Features, Tracker
+from tritonkern.tracking.raster import Raster
 
 Progress = Callable[[str, int, int | None], None]
+Frames = Tensor | Raster
 
-# Frames whose features are computed together, and how many of them at either end only serve as context. The four
-# temporal adapters of chrono-nano reach six frames each, so that its features do not depend on the spans.
-_SPAN, _CONTEXT = 128, 24
 # Queries that are matched together; fewer where the model does more with each.
 _CHUNK, _CHUNK_OWN_TRACK = 4096, 512
 # Frames with queries that are put before a span together, for models that need them in one clip.
@@ -24,12 +25,13 @@ _CYCLE_BYTES = 1 << 26
 
 
 def track_in_spans(
-    model: MatchingTracker, raster: Tensor, queries: Tensor, device: torch.device, report: Progress
+    model: Tracker, raster: Frames, queries: Tensor, device: torch.device, report: Progress
 ) -> tuple[Tensor, Tensor]:
     """Tracks and confidence of `queries` in a clip at the model's resolution.
 
-    Clips of up to 128 frames are encoded as a whole. Longer ones are encoded in spans of 128 frames, of which the inner
-    80 count; every span is matched against the features of the queries' frames.
+    Clips of up to `model.span` frames are encoded as a whole. Longer ones are encoded in spans of so many, of which
+    `model.context` frames at either end only serve as context; every span is tracked on its own, together with the
+    features of the queries' frames.
 
     A model that matches every frame on its own (its `track` is the one of `MatchingTracker`) has no memory by which it
     could notice that a point is hidden and something similar is elsewhere. Its matches are therefore followed back: the
@@ -38,50 +40,50 @@ def track_in_spans(
     own are expected to estimate visibility themselves; their confidence is `TrackerOutput.confidence`.
 
     Args:
-        raster: uint8 `[T, H, W, 3]`, (H, W) = `model.resolution`, on the CPU.
+        raster: frames at `model.resolution`: a tensor uint8 `[T, H, W, 3]` or a `tritonkern.tracking.raster.Raster`.
         queries: float32 `[N, 3]`, rows (t, y, x): frame and raster pixels, as models take them.
         report: called as `report("tracking", steps done, steps)`.
 
     Returns:
         Tracks float32 `[N, T, 2]` (x, y) in raster pixels and confidence float32 `[N, T]`, on the CPU.
     """
-    spans = _spans(len(raster))
+    spans = _spans(len(raster), model.span, model.context)
     frames, index = torch.unique(queries[:, 0].long(), return_inverse=True)
     wanted = [span for span in spans if span.holds(frames).any()]
     steps = len(wanted) + len(spans)
     report("tracking", 0, steps)
 
-    encoded: tuple[_Span, Tensor] | None = None
+    encoded: tuple[_Span, Features] | None = None
 
-    def encode(span: _Span) -> Tensor:
-        """Features `[stop - start, h, w, C]` of a span, computed with its context."""
+    def encode(span: _Span) -> Features:
+        """Features `[1, stop - start, ...]` of a span, computed with its context."""
         nonlocal encoded
         if encoded is None or encoded[0] != span:
             # The old features are freed before the new ones are made.
             encoded = None
             context = raster[span.context_start : span.context_stop].to(device)
-            encoded = span, model.features(context[None].float().div_(127.5).sub_(1))[0]
-        features = encoded[1]
-        return features[span.start - span.context_start : span.stop - span.context_start]
+            features = model.features(context[None].float().div_(127.5).sub_(1))
+            encoded = span, _frames(features, slice(span.start - span.context_start, span.stop - span.context_start))
+        return encoded[1]
 
     # Two passes, as a query may be in any span. `encoded` avoids the second encoding of a clip of one span.
     sources = []
     for done, span in enumerate(wanted, start=1):
-        sources.append(encode(span)[frames[span.holds(frames)] - span.start])
+        sources.append(_frames(encode(span), frames[span.holds(frames)] - span.start))
         report("tracking", done, steps)
-    source = torch.cat(sources)
+    source = _joined(*sources)
     # The same queries in the clip that consists of the queries' frames.
     local = torch.cat([index[:, None].to(queries), queries[:, 1:]], 1).to(device)
 
     tracks = torch.empty(len(queries), len(raster), 2)
     confidence = torch.empty(len(queries), len(raster))
-    alone = type(model).track is MatchingTracker.track
+    alone = isinstance(model, MatchingTracker) and type(model).track is MatchingTracker.track
     for done, span in enumerate(spans, start=len(wanted) + 1):
         for rows in _chunks(index, _CHUNK if alone else _CHUNK_OWN_TRACK):
             if alone:
                 positions, certainty = _match(model, source, encode(span), local[rows])
             elif len(spans) == 1:
-                output = model.track(encode(span)[None], queries[None, rows].to(device))
+                output = model.track(encode(span), queries[None, rows].to(device))
                 positions, certainty = output.tracks[0], output.confidence[0]
             else:
                 positions, certainty = _track(model, source, encode(span), local[rows])
@@ -100,31 +102,41 @@ def _chunks(index: Tensor, size: int) -> list[Tensor]:
 
 def _match(model: MatchingTracker, source: Tensor, features: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
     """Frame by frame, with the way back. `queries` `[n, 3]` (frame of `source`, y, x)."""
-    output = model.match(model.query_features(source[None], queries[None]), features[None])
+    output = model.match(model.query_features(source, queries[None]), features)
     tracks, confidence = output.tracks[0], output.confidence[0]
     closed = torch.empty_like(confidence, dtype=torch.bool)
     height, width = model.resolution
-    frames, channels = len(features), features.shape[-1]
+    frames, channels = features.shape[1], features.shape[-1]
     t = torch.arange(frames, device=features.device)
     step = max(1, _CYCLE_BYTES // (8 * 4 * channels * frames))
     for frame in queries[:, 0].unique():
         for rows in torch.nonzero(queries[:, 0] == frame)[:, 0].split(step):
             x, y = tracks[rows].unbind(-1)
             found = torch.stack([t.to(y).expand_as(y), y, x], -1).flatten(0, 1)  # [n * T, 3]
-            vectors = model.query_features(features[None], found[None])
-            back = model.match(vectors, source[None, int(frame), None]).tracks.view(len(rows), frames, 2)
+            vectors = model.query_features(features, found[None])
+            back = model.match(vectors, source[:, int(frame), None]).tracks.view(len(rows), frames, 2)
             away = back - queries[rows, None, 1:].flip(-1)
             distance = torch.hypot(away[..., 0] / width, away[..., 1] / height)
             closed[rows] = distance <= CYCLE_DISTANCE
     return tracks, torch.where(closed, confidence, 0)
 
 
-def _track(model: MatchingTracker, source: Tensor, features: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+def _track(model: Tracker, source: Features, features: Features, queries: Tensor) -> tuple[Tensor, Tensor]:
     """By the model's own `track`, in the clip of the queries' frames followed by the span."""
     frames, index = torch.unique(queries[:, 0].long(), return_inverse=True)
     local = torch.cat([index[:, None].to(queries), queries[:, 1:]], 1)
-    output = model.track(torch.cat([source[frames], features])[None], local[None])
+    output = model.track(_joined(_frames(source, frames), features), local[None])
     return output.tracks[0, :, len(frames) :], output.confidence[0, :, len(frames) :]
+
+
+def _frames(features: Features, index: slice | Tensor) -> Features:
+    """Some frames of features, whether they are one tensor or several."""
+    return tree_map(lambda x: x[:, index], features)
+
+
+def _joined(*parts: Features) -> Features:
+    """The same features of all frames of `parts`."""
+    return tree_map(lambda *x: torch.cat(x, 1), *parts)
 
 
 class _Span(NamedTuple):
@@ -137,12 +149,12 @@ class _Span(NamedTuple):
         return (frames >= self.start) & (frames < self.stop)
 
 
-def _spans(frame_count: int) -> list[_Span]:
-    if frame_count <= _SPAN:
+def _spans(frame_count: int, span: int, context: int) -> list[_Span]:
+    if frame_count <= span:
         return [_Span(0, frame_count, 0, frame_count)]
-    inner = _SPAN - 2 * _CONTEXT
+    inner = span - 2 * context
     spans = []
     for start in range(0, frame_count, inner):
         stop = min(start + inner, frame_count)
-        spans.append(_Span(start, stop, max(start - _CONTEXT, 0), min(stop + _CONTEXT, frame_count)))
+        spans.append(_Span(start, stop, max(start - context, 0), min(stop + context, frame_count)))
     return spans
