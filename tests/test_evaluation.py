@@ -246,7 +246,7 @@ def test_command_line_on_generated_clips(checkpoint, monkeypatch):
         (["--tapvid", "nowhere.pkl"], "nowhere.pkl: no such file"),
         (["--tapvid", "{davis}", "--mode", "last"], "mode must be"),
         (["--synthetic", "--mode", "last"], "mode must be"),
-        (["--tapvid", "{davis}", "--model", "tapir"], "no model is called 'tapir'"),
+        (["--tapvid", "{davis}", "--model", "nope"], "no model is called 'nope'"),
         (["--tapvid", "{davis}", "--out", "{davis}/scores.json"], "exists"),
     ],
 )

@@ -6,7 +6,15 @@ import torch.nn.functional as F
 from official import needs_official, official  # noqa: F401
 from torch import nn
 
-from tritonkern.models import Chrono, LocoTrackFeatures, LocoTrackRefiner, TrackerOutput
+from tritonkern.models import (
+    Chrono,
+    ChronoLocoTrack,
+    LocoTrackFeatures,
+    LocoTrackRefiner,
+    TrackerOutput,
+    build_model,
+    locotrack,
+)
 from tritonkern.models.dinov2 import DINOv2Config
 from tritonkern.nn import _locotrack
 
@@ -153,6 +161,32 @@ def test_refines_on_features_of_chrono(monkeypatch):
     assert refiner.cmdtop[2].conv[0][0].weight.grad.abs().max() > 0
     # Through the features alone, as a step's gradient ends at its guess
     assert chrono.dino.norm.weight.grad.abs().max() > 0
+
+
+@torch.no_grad()
+def test_behind_chrono_as_one_tracker(monkeypatch):
+    monkeypatch.setattr(Chrono, "cells", 8)
+    monkeypatch.setattr(locotrack, "_POSITIONS", 4)  # two points at a time
+    chrono = Chrono(DINOv2Config(dim=64, depth=2, num_heads=1), hidden=32).eval()
+    refiner = LocoTrackRefiner("small", steps=2).eval()
+    video, queries = clip(frames=2, queries=3)
+    expected = refiner(video, queries, chrono(video, queries))
+    actual = ChronoLocoTrack(chrono, refiner)(video, queries)
+    for result, value in zip(actual, expected, strict=True):
+        torch.testing.assert_close(result, value, atol=1e-3, rtol=0)
+
+
+def test_by_name(tmp_path):
+    model = LocoTrackRefiner("small")
+    torch.save(model.state_dict(), tmp_path / "locotrack_small.ckpt")
+    loaded = build_model("locotrack-small", tmp_path / "locotrack_small.ckpt")
+    assert not loaded.training and torch.equal(loaded.cost_conv.weight, model.cost_conv.weight)
+    with pytest.raises(ValueError, match="does not fit LocoTrackRefiner"):
+        build_model("locotrack-base", tmp_path / "locotrack_small.ckpt")
+    with pytest.raises(ValueError, match=r"chrono-locotrack needs 2 file\(s\), got 1: a Chrono .* and a LocoTrack"):
+        build_model("chrono-locotrack", tmp_path / "locotrack_small.ckpt")
+    with pytest.raises(FileNotFoundError, match="absent.ckpt"):
+        build_model("chrono-locotrack", [tmp_path / "absent.ckpt", tmp_path / "locotrack_small.ckpt"])
 
 
 @pytest.mark.parametrize("size", ["base", "small"])

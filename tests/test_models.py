@@ -46,7 +46,7 @@ def test_nano_batches_are_independent():
 
 
 def test_unknown_model_and_missing_weights_say_what_to_do(tmp_path):
-    with pytest.raises(ValueError, match="chrono-nano, chrono-vits14"):
+    with pytest.raises(ValueError, match="nano, chrono-nano, tapir, .*, chrono-locotrack"):
         build_model("nope")
     with pytest.raises(ValueError, match="give the path"):
         build_model("chrono-vits14")

@@ -11,9 +11,9 @@ from clips import ColourTracker, square_clip, write_clip
 
 from tritonkern.tracking import PointTracker, PointTracks, VideoReader, draw_points, grid_queries, write_overlay
 from tritonkern.tracking import predictor as predictor_module
+from tritonkern.tracking import raster as raster_module
 from tritonkern.tracking import spans as spans_module
 from tritonkern.tracking.overlay import point_colours
-from tritonkern.tracking.raster import Raster
 
 
 @pytest.fixture
@@ -250,9 +250,11 @@ print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / siz
         np.testing.assert_allclose(spans.tracks, whole.tracks, atol=1e-3)
         np.testing.assert_array_equal(spans.visibility, whole.visibility)
 
-    def test_frames_are_kept_on_disk(self):
+    @pytest.mark.parametrize("in_memory", [1 << 20, 200])
+    def test_frames_are_kept_on_disk(self, monkeypatch, in_memory):
+        monkeypatch.setattr(raster_module, "_IN_MEMORY", in_memory)
         frames = np.random.default_rng(0).integers(0, 256, (5, 6, 8, 3), dtype=np.uint8)
-        with Raster((6, 8)) as raster:
+        with raster_module.Raster((6, 8)) as raster:
             for frame in frames:
                 raster.append(frame)
             for start, stop in ((3, 5), (0, 2), (0, 5)):

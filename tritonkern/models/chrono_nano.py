@@ -17,7 +17,7 @@ from tritonkern.models.matching import MatchingTracker
 from tritonkern.nn import TemporalAdapter
 
 # Frames that are convolved together where no gradient is needed.
-_BLOCK = 16
+_BLOCK = 8
 
 
 class ResidualBlock(nn.Module):

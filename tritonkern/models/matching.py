@@ -4,6 +4,8 @@ It is the head of Chrono (Kim et al., CVPR 2025) and the initialisation of TAPIR
 convolutions. A backbone subclasses `MatchingTracker` and supplies `resolution` and `features`.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor
 
@@ -22,6 +24,10 @@ class MatchingTracker(Tracker, CorrelationSoftArgmax):
 
     def __init__(self) -> None:
         super().__init__(self.resolution)
+
+    def features(self, video: Tensor) -> Tensor:
+        """Unit-norm features `[B, T, h, w, C]` of a video `[B, T, H, W, 3]` in [-1, 1] at `resolution`."""
+        return cast(Tensor, super().features(video))
 
     def track(self, features: Tensor, queries: Tensor) -> TrackerOutput:
         """Matches `queries` against features that are already computed: `CorrelationSoftArgmax.forward`."""

@@ -101,8 +101,10 @@ class Nano(ChronoNano):
         return super().features(video)
 
     def features(self, video: Tensor) -> Maps:  # type: ignore[override]
+        # First what needs the most memory on the way
+        cells = self.cells(video)
         fine = frames_in_blocks(lambda frames: self._stored(self.fine(frames[None])[0]), video.flatten(0, 1))
-        return make_maps(fine.unflatten(0, video.shape[:2]), self.cells(video))
+        return make_maps(fine.unflatten(0, video.shape[:2]), cells)
 
     def _unit_features(self, cells: Tensor) -> Tensor:
         return self._stored(super()._unit_features(cells))

@@ -6,7 +6,7 @@ Each is a `MatchingTracker`, so that `evaluate` scores it like a network.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -171,7 +171,7 @@ class FlowThenMatches(MatchingTracker):
 
 def baselines(device: torch.device | str = "cpu") -> dict[str, MatchingTracker]:
     """The trackers to compare with, by name."""
-    chrono = build_model("chrono-nano").to(device)
+    chrono = cast(MatchingTracker, build_model("chrono-nano")).to(device)
     trackers: dict[str, MatchingTracker] = {
         "standing still": StandingStill(),
         "Lucas-Kanade": LucasKanade(),

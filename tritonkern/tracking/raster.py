@@ -1,4 +1,4 @@
-"""A clip at the resolution of a model, on disk: memory does not grow with its length."""
+"""A clip at the resolution of a model, in memory while it is short and then on disk."""
 
 from __future__ import annotations
 
@@ -9,21 +9,25 @@ import numpy as np
 import torch
 from torch import Tensor
 
+_IN_MEMORY = 64 << 20
+"""Bytes up to which a clip stays in memory: 340 frames of 256 x 256 pixels."""
+
 
 class Raster:
-    """Frames uint8 `[H, W, 3]` in a temporary file (in `TMPDIR`), which is gone when this object is closed.
+    """Frames uint8 `[H, W, 3]`; those of long clips are in a temporary file, removed at the end of `with`.
 
     `len(raster)` and `raster[start:stop]`, a tensor uint8 `[stop - start, H, W, 3]`, are as of a tensor.
     """
 
     def __init__(self, resolution: tuple[int, int]) -> None:
         self._shape = (*resolution, 3)
+        self._size = 3 * resolution[0] * resolution[1]
         self._frames = 0
-        self._file = tempfile.TemporaryFile(prefix="tritonkern-")
+        self._file = tempfile.SpooledTemporaryFile(_IN_MEMORY, prefix="tritonkern-")
 
     def append(self, frame: np.ndarray) -> None:
         try:
-            self._file.write(np.ascontiguousarray(frame, dtype=np.uint8).reshape(self._shape).data)
+            self._file.write(np.asarray(frame, dtype=np.uint8).reshape(self._shape).tobytes())
         except OSError as error:
             raise OSError(error.errno, error.strerror, tempfile.gettempdir()) from error
         self._frames += 1
@@ -35,11 +39,10 @@ class Raster:
         start, stop, step = frames.indices(self._frames)
         if step != 1:
             raise ValueError(f"frames must follow each other, got a step of {step}")
-        size = int(np.prod(self._shape))
-        clip = torch.empty(max(0, stop - start), *self._shape, dtype=torch.uint8)
-        self._file.seek(start * size)
-        self._file.readinto(clip.numpy().data)  # type: ignore[attr-defined]
-        return clip
+        self._file.seek(start * self._size)
+        data = bytearray(self._file.read((stop - start) * self._size))
+        self._file.seek(0, 2)
+        return torch.frombuffer(data, dtype=torch.uint8).view(-1, *self._shape)
 
     def __enter__(self) -> Raster:
         return self

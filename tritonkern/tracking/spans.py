@@ -1,7 +1,7 @@
 """Long clips in bounded memory: features span by span, and every span matched against the queries' frames."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -77,11 +77,11 @@ def track_in_spans(
 
     tracks = torch.empty(len(queries), len(raster), 2)
     confidence = torch.empty(len(queries), len(raster))
-    alone = isinstance(model, MatchingTracker) and type(model).track is MatchingTracker.track
+    matcher = model if isinstance(model, MatchingTracker) and type(model).track is MatchingTracker.track else None
     for done, span in enumerate(spans, start=len(wanted) + 1):
-        for rows in _chunks(index, _CHUNK if alone else _CHUNK_OWN_TRACK):
-            if alone:
-                positions, certainty = _match(model, source, encode(span), local[rows])
+        for rows in _chunks(index, _CHUNK if matcher else _CHUNK_OWN_TRACK):
+            if matcher:
+                positions, certainty = _match(matcher, cast(Tensor, source), cast(Tensor, encode(span)), local[rows])
             elif len(spans) == 1:
                 output = model.track(encode(span), queries[None, rows].to(device))
                 positions, certainty = output.tracks[0], output.confidence[0]
