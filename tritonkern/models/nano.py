@@ -8,7 +8,7 @@ from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
-from einops import reduce
+from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from tritonkern.functional import correlation_soft_argmax, local_correlation_linear, temporal_mixer

@@ -92,7 +92,7 @@ def report() -> str:
     operations = [module.name for module in pkgutil.iter_modules(folders) if module.ispkg]
     lines += ["", f"operations: {', '.join(operations)}"]
     for backend, what in _DESCRIPTIONS.items():
-        unwritten = [name for name in operations if importlib.util.find_spec(_room_name(name, backend)) is None]
+        unwritten = [name for name in operations if importlib.util.find_spec(_module_name(name, backend)) is None]
         lines.append(f"  {backend:10}{what}" + (f"; not written for {', '.join(unwritten)}" if unwritten else ""))
     return "\n".join(lines)
 
