@@ -125,7 +125,9 @@ def test_parameters():
     assert [round(count / 1e6, 1) for count in counts.values()] == [31.1, 54.7]
 
 
-@pytest.mark.parametrize("name", ["tapir", "bootstapir", "bootstapir-causal"])
+@pytest.mark.parametrize(
+    "name", ["tapir", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bootstapir", "bootstapir-causal"))]
+)
 def test_checkpoints(tmp_path, name):
     model = TAPIR(name != "tapir", 0 if name == "tapir" else 1)
     torch.save(model.state_dict(), tmp_path / "official.pt")
