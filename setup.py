@@ -127,6 +127,12 @@ def stub(extension: Path) -> str:
 
 
 class NinjaBuild(build_ext):
+    def run(self) -> None:
+        super().run()
+        in_source = Path(self.get_ext_fullpath("tritonkern._cpp"))
+        if self.inplace and in_source.exists():
+            (ROOT / "tritonkern" / "_cpp.pyi").write_text(stub(in_source), encoding="utf-8")
+
     def build_extension(self, ext: Extension) -> None:
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
         packages = [output.parent, *([ROOT / "tritonkern"] if self.editable_mode else [])]
@@ -134,8 +140,6 @@ class NinjaBuild(build_ext):
             (package / ERROR_FILE).unlink(missing_ok=True)
         try:
             self.run_ninja(output)
-            if self.inplace or self.editable_mode:
-                (ROOT / "tritonkern" / "_cpp.pyi").write_text(stub(output), encoding="utf-8")
         except (RuntimeError, OSError, ImportError) as error:
             if os.environ.get("TRITONKERN_REQUIRE_CPP") == "1":
                 raise

@@ -14,12 +14,12 @@ from tritonkern.models.tracker import Tracker
 from tritonkern.nn.correlation import CorrelationSoftArgmax, TrackerOutput, scaled
 
 
-class MatchingTracker(Tracker, CorrelationSoftArgmax):
+class MatchingTracker(Tracker, CorrelationSoftArgmax):  # type: ignore[misc]  # its forward is that of Tracker
     """Base class of trackers that find a query by its cosine similarity to every cell of every frame.
 
     Subclasses set `resolution` and implement `features`, which returns unit-norm features `[B, T, h, w, C]`; the rest
     is described in `CorrelationSoftArgmax`. It is the base class, not a part, because official checkpoints keep its
-    `occ_linear` beside the backbone.
+    `occ_linear` next to the backbone.
     """
 
     def __init__(self) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -183,7 +183,7 @@ def correlation_soft_argmax_bwd(
     return lambda: (query.new_empty(query.shape), features.new_empty(features.shape))
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
     query, features, *ctx.options = inputs
     outputs = Outputs(*output)
     ctx.mark_non_differentiable(*outputs[4:])
@@ -191,7 +191,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(query, features, *(getattr(outputs, name) for name in Saved._fields))
 
 
-def _gradient(ctx, *grads):
+def _gradient(ctx: Any, *grads: Tensor | None) -> Any:
     if all(grad is None for grad in grads):
         return ()
     return correlation_soft_argmax_bwd(*grads[: len(Grads._fields)], *ctx.saved_tensors, *ctx.options)
@@ -227,13 +227,13 @@ def soft_argmax_2d_bwd(
     return lambda: cost_volume.new_empty(cost_volume.shape)
 
 
-def _save_2d(ctx, inputs, output):
+def _save_2d(ctx: Any, inputs: Any, output: Any) -> None:
     cost_volume, *ctx.options = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(cost_volume, *output)
 
 
-def _gradient_2d(ctx, grad_points, *_):
+def _gradient_2d(ctx: Any, grad_points: Tensor, *_: Any) -> Any:
     return soft_argmax_2d_bwd(grad_points, *ctx.saved_tensors, *ctx.options)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
 from tritonkern.ops._checks import check_same_dtype, check_saved, check_tensors
@@ -45,13 +47,13 @@ def full_attention_bwd(
     return lambda: (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
     query, key, value, *ctx.options = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(query, key, value, *output)
 
 
-def _gradient(ctx, grad_out, _):
+def _gradient(ctx: Any, grad_out: Tensor, _: Any) -> Any:
     return full_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.options)
 
 

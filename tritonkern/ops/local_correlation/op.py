@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -134,17 +134,17 @@ def _like(x: Tensor, needed: bool) -> Tensor:
     return x.new_empty(x.shape if needed else 0)
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
     *tensors, ctx.radius, ctx.zeros, ctx.y_first, ctx.backend = inputs
     ctx.save_for_backward(*tensors[:4])
 
 
-def _gradient(ctx, grad_out):
+def _gradient(ctx: Any, grad_out: Tensor) -> Any:
     options = (ctx.radius, ctx.zeros, ctx.y_first, list(ctx.needs_input_grad[:3]), ctx.backend)
     return local_correlation_bwd(grad_out, *ctx.saved_tensors, *options)
 
 
-def _linear_gradient(ctx, grad_out):
+def _linear_gradient(ctx: Any, grad_out: Tensor) -> Any:
     options = (ctx.radius, ctx.zeros, ctx.y_first, list(ctx.needs_input_grad[:5]), ctx.backend)
     return local_correlation_linear_bwd(grad_out, *ctx.saved_tensors, *options)
 

@@ -7,7 +7,7 @@ whose kernel and stride are p is a linear layer on it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -139,14 +139,14 @@ def adapter_out_bwd(
     )
 
 
-def _save_in(ctx, inputs, output):
+def _save_in(ctx: Any, inputs: Any, output: Any) -> None:
     tokens, norm_weight, norm_bias, eps, conv_weight, _, *ctx.options = inputs
     ctx.eps = eps
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(tokens, norm_weight, norm_bias, conv_weight, *output)
 
 
-def _gradient_in(ctx, grad_hidden, *_):
+def _gradient_in(ctx: Any, grad_hidden: Tensor, *_: Any) -> Any:
     tokens, norm_weight, norm_bias, conv_weight, hidden, mean, rstd = ctx.saved_tensors
     of_tokens, of_weight, of_bias, _, of_conv_weight, of_conv_bias, *_ = ctx.needs_input_grad
     *options, backend = ctx.options
@@ -156,12 +156,12 @@ def _gradient_in(ctx, grad_hidden, *_):
     return (*grads[:3], None, *grads[3:])  # None for eps
 
 
-def _save_out(ctx, inputs, output):
+def _save_out(ctx: Any, inputs: Any, output: Any) -> None:
     hidden, conv_weight, _, _, *ctx.options = inputs
     ctx.save_for_backward(hidden, conv_weight)
 
 
-def _gradient_out(ctx, grad_out):
+def _gradient_out(ctx: Any, grad_out: Tensor) -> Any:
     of_hidden, of_weight, of_bias, *_ = ctx.needs_input_grad
     *options, backend = ctx.options
     grads = (None, None, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -153,7 +153,7 @@ def parameter_gradients(sums: Tensor | None, x: Tensor, needs_grad: list[bool]) 
     ]
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
     *tensors, ctx.causal, ctx.eps, normed_state, _, ctx.backend = inputs
     ctx.set_materialize_grads(False)
     ctx.carries_state = normed_state is not None
@@ -162,7 +162,7 @@ def _save(ctx, inputs, output):
     ctx.save_for_backward(*tensors[:5])
 
 
-def _gradient(ctx, grad_out, _normed, _hidden):
+def _gradient(ctx: Any, grad_out: Tensor | None, *_: Any) -> Any:
     if ctx.carries_state:
         raise RuntimeError(
             "temporal_mixer with a carried state has no gradient; run it under torch.no_grad(), or train on whole "

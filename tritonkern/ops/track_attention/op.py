@@ -6,7 +6,7 @@ grid `[B, T, h, w, H, D]`), `splat=True` splats (queries are the grid, keys and 
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -149,13 +149,13 @@ def empty_gradients(
     )
 
 
-def _save(ctx, inputs, output):
+def _save(ctx: Any, inputs: Any, output: Any) -> None:
     *tensors, scale, splat, culling, ctx.backend = inputs
     ctx.options = scale, splat, culling
     ctx.save_for_backward(*tensors)
 
 
-def _gradient(ctx, grad_out):
+def _gradient(ctx: Any, grad_out: Tensor) -> Any:
     needs_grad = ctx.needs_input_grad
     grads = track_attention_bwd(grad_out, *ctx.saved_tensors, *ctx.options, [needs_grad[3], needs_grad[5]], ctx.backend)
     *grads, grad_inverse_variance = grads
