@@ -4,7 +4,7 @@ JOBS ?= 2
 OPS ?=
 BIN := .venv/bin
 
-.PHONY: demo docs test test-slow test-all check format bench gpu aot clean
+.PHONY: demo docs test test-slow test-all check format bench gpu gpu-kernels aot clean
 
 # The package with an extra of pyproject.toml. Also when a C++ file is newer than the last build; ninja compiles only what changed.
 .venv/with-%: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
@@ -43,7 +43,7 @@ test: .venv/with-test
 	$(PYTEST) -m "not slow" $(if $(OPS),$(wildcard tests/test_$(OPS)*.py),tests)
 
 ## Run the slow tests: Triton's interpreter, ahead-of-time compilation, inductor, sanitizers, long clips.
-test-slow: .venv/with-test
+test-slow: .venv/with-test build/triton-3.6
 	$(SLOW_PYTEST) $(if $(OPS),$(wildcard tests/test_$(OPS)*.py),tests)
 
 test-all: test test-slow
@@ -71,14 +71,28 @@ bench: .venv/with-test
 	$(TUNED) $(BIN)/python -m pytest benchmarks --benchmark-only --rows $(ROWS) $(RECORD) $(if $(OPS),-k "$(OPS)")
 	$(BIN)/python benchmarks/table.py $(ROWS)
 
-## On a machine with a GPU, with the Python that has its PyTorch: tests on the device, benchmarks, roofline table.
+## On a machine with a GPU, with the Python that has its PyTorch: correctness, times, tests, a table; see benchmarks/README.md.
+## PARTS="correct times" runs some of it. Without a GPU it is a rehearsal on small shapes.
 gpu:
-	$(PYTHON) setup.py --quiet build_ext --inplace
-	$(PYTHON) benchmarks/gpu.py $(OPS)
+	$(PYTHON) benchmarks/gpu $(PARTS)
+
+## On a machine without one: compile the kernels for an H100 or H200 with Triton 3.6 and Python 3.12, to travel with the tree.
+gpu-kernels: .venv/with-test build/triton-3.6 build/triton-3.6-cp312
+	PYTHONPATH=build/triton-3.6 $(BIN)/python benchmarks/gpu/compiled.py build/triton-3.6-cp312
+
+# The oldest Triton that the kernels are compiled with, beside the one that is installed.
+OLDER = 'triton==3.6.*'
+build/triton-3.6: | .venv/with-test
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ $(OLDER)
+
+build/triton-3.6-cp312: | .venv/with-test
+	$(BIN)/python -m pip download --quiet --no-deps --dest $@ --python-version 3.12 --only-binary=:all: \
+		--platform manylinux_2_28_x86_64 --platform manylinux_2_27_x86_64 $(OLDER)
+	cd $@ && python3 -m zipfile -e *.whl . && rm *.whl
 
 ## Compile every Triton kernel for every target and every tile, and run the sanitizers on every instruction set that this machine has
 ## (the tests do a part of both).
-aot: .venv/with-test
+aot: .venv/with-test build/triton-3.6
 	TRITONKERN_AOT=all $(BIN)/python -m pytest --quiet tests/test_triton_aot.py tests/test_*_triton.py \
 		tests/test_cpp_build.py::test_sanitizers_find_nothing
 

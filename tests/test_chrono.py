@@ -346,29 +346,6 @@ def test_nothing_waits_for_the_host(tiny, grad, autocast):
             call()
 
 
-@pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("autocast", [False, True])
-def test_cuda_graph(tiny, autocast):
-    tiny.float().cuda()
-    video, queries = (x.cuda() for x in random_clip(dtype=torch.float32))
-    other = [x.cuda() for x in random_clip(dtype=torch.float32)]
-    with torch.no_grad(), torch.autocast("cuda", torch.bfloat16, enabled=autocast, cache_enabled=False):
-        expected = tiny(*other)
-        side = torch.cuda.Stream()
-        with torch.cuda.stream(side):
-            tiny(video, queries)
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = tiny(video, queries)
-        video.copy_(other[0])
-        queries.copy_(other[1])
-        graph.replay()
-    for actual, plain in zip(output, expected, strict=True):
-        torch.testing.assert_close(actual, plain)
-
-
 @pytest.mark.parametrize("autocast", [False, True])
 def test_compiled_as_one_graph(tiny, autocast):
     tiny.float()

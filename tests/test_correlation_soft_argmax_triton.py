@@ -1,7 +1,6 @@
 """The Triton kernels of `correlation_soft_argmax` and `soft_argmax_2d`, compiled ahead of time without a GPU."""
 
 import itertools
-import os
 import re
 from typing import NamedTuple
 
@@ -10,10 +9,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_triton_aot import (  # noqa: E402
+from aot import (  # noqa: E402
     DTYPES,
+    EVERYTHING,
     MATRIX,
     SHARED_KIB,
+    SIBLINGS,
     TARGETS,
     compile_only,
     pool,  # noqa: F401
@@ -65,11 +66,10 @@ def measure(case):
 
 def cases():
     """Calls whose launchers start all kernels of the operation; `make aot` (TRITONKERN_AOT=all) has more of them."""
-    everything = os.environ.get("TRITONKERN_AOT") == "all"
     half, single, double = torch.bfloat16, torch.float32, torch.float64
     for target in TARGETS:
         for function in ("forward", "backward"):
-            if everything:
+            if EVERYTHING:
                 for channels, cosine in itertools.product((8, 24, 32, 64, 768), (False, True)):
                     yield from (Case(function, target, channels, dtype, cosine) for dtype in DTYPES)
             else:
@@ -78,10 +78,14 @@ def cases():
                     yield Case(function, target, 768, torch.float16)
             if target == "sm_80":
                 yield Case(function, target, 768, double, cosine=True)
-            if target != "gfx942" and (everything or target == "sm_90"):
+            if not target.startswith("gfx") and (EVERYTHING or target == "sm_90"):
                 yield Case(function, target, 768, single, cosine=True, tf32=True)
         for function in ("soft_argmax_2d_forward", "soft_argmax_2d_backward"):
-            yield from (Case(function, target, 1, dtype) for dtype in (DTYPES if everything else (half,)))
+            yield from (Case(function, target, 1, dtype) for dtype in (DTYPES if EVERYTHING else (half,)))
+    if not EVERYTHING:
+        for target, function in itertools.product(SIBLINGS, ("forward", "backward")):
+            yield Case(function, target, 768, half, cosine=True)
+        yield Case("forward", "sm_90", 384, single, cosine=True)  # spilled in Triton 3.6
 
 
 @pytest.mark.slow
@@ -106,7 +110,7 @@ def test_no_kernel_spills_or_overflows_shared_memory(pool):  # noqa: F811
                 faults.append(f"{row}: vectors are not read as such")
             # AMD's matrix units take float32 as it is.
             tensor_cores = case.dtype.itemsize == 2 or case.tf32
-            tensor_cores |= case.dtype == torch.float32 and case.target == "gfx942"
+            tensor_cores |= case.dtype == torch.float32 and case.target.startswith("gfx")
             if bool(re.search(MATRIX[case.target], used.assembly)) != tensor_cores:
                 faults.append(f"{row}: tensor cores are {'not ' if tensor_cores else ''}used")
     print("\n".join(table))

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_triton_aot import SHARED_KIB, TARGETS, compile_only, pool, resources  # noqa: E402, F401
+from aot import EVERYTHING, SHARED_KIB, SIBLINGS, TARGETS, compile_only, pool, resources  # noqa: E402, F401
 
 from tritonkern.ops.local_correlation.op import Samples  # noqa: E402
 
@@ -51,11 +51,12 @@ def measure(target, *case):
 
 @pytest.mark.slow
 def test_no_kernel_spills_or_overflows_shared_memory(pool):  # noqa: F811
-    futures = {(target, *case): pool.submit(measure, target, *case) for target in TARGETS for case in CASES}
+    chosen = {target: CASES for target in TARGETS} | ({} if EVERYTHING else dict.fromkeys(SIBLINGS, CASES[2:3]))
+    futures = {(target, *case): pool.submit(measure, target, *case) for target in chosen for case in chosen[target]}
     table, faults = [], []
     for (target, *case), future in futures.items():
         for used in future.result():
-            row = f"{target} {case}: {used._replace(assembly='')}"
+            row = f"{target} {case}: {used._replace(assembly='', cubin=b'')}"
             table.append(row)
             if used.spilled > STACK.get((target, used.kernel, case[1]), 0) or used.shared > SHARED_KIB[target] * 1024:
                 faults.append(row)

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_triton_aot import SHARED_KIB, TARGETS, compile_only, pool, resources  # noqa: E402, F401
+from aot import EVERYTHING, SHARED_KIB, SIBLINGS, TARGETS, compile_only, pool, resources  # noqa: E402, F401
 
 from tritonkern.ops.temporal_mixer.op import Conv, State  # noqa: E402
 
@@ -52,11 +52,12 @@ def measure(target, channels, dtype):
 
 @pytest.mark.slow
 def test_no_kernel_spills_or_overflows_shared_memory(pool):  # noqa: F811
-    futures = {(target, *case): pool.submit(measure, target, *case) for target in TARGETS for case in CASES}
+    chosen = {target: CASES for target in TARGETS} | ({} if EVERYTHING else dict.fromkeys(SIBLINGS, CASES[:1]))
+    futures = {(target, *case): pool.submit(measure, target, *case) for target in chosen for case in chosen[target]}
     faults = []
     for (target, channels, dtype), future in futures.items():
         for used in future.result():
-            row = f"{target} C={channels} {dtype}: {used._replace(assembly='')}"
+            row = f"{target} C={channels} {dtype}: {used._replace(assembly='', cubin=b'')}"
             if used.spilled or used.shared > SHARED_KIB[target] * 1024:
                 faults.append(row)
     assert not faults, "\n".join(faults)

@@ -12,7 +12,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from test_triton_aot import MATRIX, SHARED_KIB, TARGETS, compile_only, pool, resources  # noqa: E402, F401
+from aot import EVERYTHING, MATRIX, SHARED_KIB, SIBLINGS, TARGETS, compile_only, pool, resources  # noqa: E402, F401
 
 from tritonkern.ops.track_attention.op import Points  # noqa: E402
 
@@ -33,10 +33,9 @@ class Case(NamedTuple):
 
 
 def cases():
-    everything = os.environ.get("TRITONKERN_AOT") == "all"
     for target in TARGETS:
         for splat in (False, True):
-            if everything:
+            if EVERYTHING:
                 plain = [(head_dim, dtype) for head_dim in range(8, 257, 8) for dtype in (DOUBLE, FLOAT, BFLOAT, HALF)]
             else:
                 plain = [(256, BFLOAT), (256, FLOAT)]
@@ -45,8 +44,12 @@ def cases():
                 plain += [(256, DOUBLE)] if target == "sm_80" else []
                 plain += [(144, FLOAT), (192, FLOAT)] if target == "sm_100" and splat else []  # spilled in other tiles
             yield from (Case(target, splat, *choice) for choice in plain)
-            if target != "gfx942" and (everything or target == "sm_90" and splat):  # PyTorch has no TF32 on AMD
+            if not target.startswith("gfx") and (
+                EVERYTHING or target == "sm_90" and splat
+            ):  # PyTorch has no TF32 on AMD
                 yield from (Case(target, splat, head_dim, FLOAT, tf32=True) for head_dim in (64, 256))
+    if not EVERYTHING:
+        yield from (Case(target, True, 256, BFLOAT) for target in SIBLINGS)
 
 
 @pytest.mark.slow
@@ -94,7 +97,7 @@ def test_no_kernel_spills_or_overflows_shared_memory(pool):  # noqa: F811
             # AMD's matrix units take float32 as it is; the widest heads go without TF32 in backward.
             tf32 = case.tf32 and (case.head_dim <= 128 or name == "fwd_kernel")
             tensor_cores = case.dtype.itemsize == 2 or tf32
-            tensor_cores |= case.dtype == FLOAT and case.target == "gfx942"
+            tensor_cores |= case.dtype == FLOAT and case.target.startswith("gfx")
             tensor_cores &= name in PRODUCTS
             if bool(re.search(MATRIX[case.target], used.assembly)) != tensor_cores:
                 faults.append(f"{row}: tensor cores are {'not ' if tensor_cores else ''}used")

@@ -1,42 +1,18 @@
-"""Triton without a GPU, part two: the launchers compile what they would run, for four architectures.
+"""Temporal window attention in Triton without a GPU: compiled ahead of time for every target, see aot.py."""
 
-A stand-in for Triton's driver names the architecture and every launch stops after compilation, so that compile keys,
-tiles and warps are the real ones. `make aot` (TRITONKERN_AOT=all) does so for every head dim; the default is a choice
-that still holds every kernel on every architecture, where it needs most registers, and every dtype, tile size and width
-of the head on one.
-"""
-
-import concurrent.futures
-import functools
-import importlib
-import multiprocessing
-import os
 import re
-import subprocess
-import sys
-import tempfile
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from oracle import CACHE
 
 pytest.importorskip("triton")
 
-TARGETS = {
-    "sm_80": ("cuda", 80, 32),
-    "sm_90": ("cuda", 90, 32),
-    "sm_100": ("cuda", 100, 32),
-    "gfx942": ("hip", "gfx942", 64),
-}
-SHARED_KIB = {"sm_80": 163, "sm_90": 227, "sm_100": 227, "gfx942": 64}
-# Tiles of fewer than 64 rows use the instruction of the first architecture on the others, too.
-MATRIX = {"sm_80": "mma.sync", "sm_90": "wgmma|mma.sync", "sm_100": "tcgen05.mma|mma.sync", "gfx942": "v_mfma"}
-DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+from aot import DTYPES, EVERYTHING, MATRIX, SHARED_KIB, SIBLINGS, TARGETS, compile_only, pool, resources  # noqa: E402, F401
+
 # Scalar registers kept in lanes of vector registers, which is no memory traffic. Masks of heads above 128 that are no
 # power of two take them.
-LANES = {("backward", "gfx942", head_dim): 16 for head_dim in range(136, 256, 8)}
+LANES = {("backward", target, d): 16 for target in ("gfx942", "gfx950") for d in range(136, 256, 8)}
 BUCKETS = (16, 32, 64, 128, 256)
 NARROW, WIDE = 13, 201
 
@@ -52,19 +28,10 @@ class Case(NamedTuple):
     tf32: bool = False
 
 
-class Resources(NamedTuple):
-    kernel: str
-    spilled: int  # bytes, or vector registers on AMD
-    lanes: int  # scalar registers kept in lanes of vector registers (AMD)
-    shared: int  # bytes
-    registers: int
-    assembly: str
-
-
 def cases():
     for direction in ("forward", "backward"):
         for target in TARGETS:
-            if os.environ.get("TRITONKERN_AOT") == "all":
+            if EVERYTHING:
                 plain = [(head_dim, dtype) for head_dim in range(8, 257, 8) for dtype in DTYPES]
                 special = BUCKETS
             else:
@@ -77,48 +44,10 @@ def cases():
             yield from (Case(direction, target, *choice) for choice in plain)
             if direction == "forward":  # backward tiles are the same for every window
                 yield from (Case(direction, target, head_dim, torch.bfloat16, window=WIDE) for head_dim in special)
-            if target != "gfx942":  # PyTorch has no TF32 there
+            if not target.startswith("gfx"):  # PyTorch has no TF32 there
                 yield from (Case(direction, target, head_dim, torch.float32, tf32=True) for head_dim in special)
-
-
-class Driver:
-    """As much of a Triton driver as compilation asks for."""
-
-    def __init__(self, target):
-        from triton.backends.compiler import GPUTarget
-
-        self.target = GPUTarget(*TARGETS[target])
-
-    def get_current_target(self):
-        return self.target
-
-    def get_current_device(self):
-        return 0
-
-    def get_current_stream(self, device=0):
-        return 0
-
-
-def compile_only(operation, target, tf32=False):
-    """The launchers' module, with kernels that compile for `target` and note what they compiled instead of running."""
-    import triton
-
-    folder = f"tritonkern.ops.{operation}"
-    launchers = importlib.import_module(f"{folder}.triton_kernels")
-    configs = importlib.import_module(f"{folder}.configs")
-    triton.runtime.driver.set_active(Driver(target))
-    configs.tf32_allowed = lambda: tf32
-    configs.on_amd = lambda: target.startswith("gfx")
-    compiled = []
-    modules = [module for name, module in sys.modules.items() if name.startswith(f"{folder}.triton_")]
-    kernels = {x for module in modules for name, x in vars(module).items() if re.search("_kernel(_|$)", name)}
-    for kernel in kernels:
-        run = type(kernel).run
-        kernel.device_caches.clear()
-        kernel.run = lambda *args, run=run, kernel=kernel, **options: compiled.append(
-            run(kernel, *args, **{**options, "warmup": True})
-        )
-    return launchers, compiled
+        if not EVERYTHING:
+            yield from (Case(direction, target, d, torch.bfloat16) for target in SIBLINGS for d in (64, 256))
 
 
 def launch(kernels, direction, tensors, window):
@@ -140,52 +69,8 @@ def measure(case):
     return resources(kernel, case.target)
 
 
-def resources(kernel, target):
-    name = kernel.metadata.name
-    if target == "gfx942":
-        assembly = kernel.asm["amdgcn"]
-        number = lambda field: int(re.search(rf"\.{field}:\s+(\d+)", assembly)[1])  # noqa: E731
-        spilled = number("vgpr_spill_count") + number("private_segment_fixed_size")
-        return Resources(
-            name, spilled, number("sgpr_spill_count"), kernel.metadata.shared, number("vgpr_count"), assembly
-        )
-    usage = cubin_usage(kernel.asm["cubin"])
-    spilled = int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1])
-    return Resources(
-        name, spilled, 0, kernel.metadata.shared, int(re.search(r"REG:(\d+)", usage)[1]), kernel.asm["ptx"]
-    )
-
-
-def cubin_usage(cubin):
-    import triton
-
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return subprocess.run([tool, "-res-usage", file.name], check=True, capture_output=True, text=True).stdout
-
-
-def start_worker(cache):
-    os.environ["TRITON_CACHE_DIR"] = cache
-    torch.set_num_threads(1)
-
-
-@functools.cache
-def workers(cache):
-    """Processes of their own: they change Triton's driver, and compile side by side."""
-    context = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context, start_worker, (str(cache),))
-
-
-@pytest.fixture(scope="module")
-def pool():
-    with workers(CACHE / "triton") as pool:
-        yield pool
-
-
 @pytest.mark.slow
-def test_no_kernel_spills_or_overflows_shared_memory(pool):
+def test_no_kernel_spills_or_overflows_shared_memory(pool):  # noqa: F811
     futures = {case: pool.submit(measure, case) for case in cases()}
     table, faults = [], []
     for case, future in futures.items():
@@ -224,6 +109,6 @@ def variants(direction, target):
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_nothing_but_head_dim_window_and_dtype_recompiles(pool, direction, target):
+def test_nothing_but_head_dim_window_and_dtype_recompiles(pool, direction, target):  # noqa: F811
     hashes, launches = pool.submit(variants, direction, target).result()
     assert launches == 54 and len(hashes) == 1

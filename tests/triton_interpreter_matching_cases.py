@@ -148,7 +148,7 @@ def test_offsets_beyond_32_bits(far_axis):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(2, 3, 9, 21), (1, 40, 70), (1, 1), (3, 1, 30)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 9, 21), (1, 40, 70), (2, 18, 72), (1, 1)], ids=str)
 def test_soft_argmax(shape, dtype):
     soft_argmax.check(WHERE, soft_argmax.random_cost(*shape, dtype=dtype))
 

@@ -27,11 +27,19 @@ def kernel(function: Callable) -> Any:
     whatever `do_not_specialize` says, and so compiles for every shape.
     """
     parameters = inspect.signature(function).parameters.values()
-    return triton.jit(function, do_not_specialize=[p.name for p in parameters if not _constant(p)])
+    changing = [p.name for p in parameters if p.annotation not in (tl.constexpr, "tl.constexpr")]
+    constants = [p.name for p in parameters][len(changing) :]
+    if set(changing) & set(constants):
+        raise TypeError(f"{function.__name__} must have its constants last")
+    tensors = sum(p.annotation is inspect.Parameter.empty for p in parameters)
+    _signatures[function] = tensors, constants
+    return triton.jit(function, do_not_specialize=changing)
 
 
-def _constant(parameter: inspect.Parameter) -> bool:
-    return parameter.annotation in (tl.constexpr, "tl.constexpr")
+# Of every `kernel`: how many of its first arguments are tensors (or None), and the names of its constants.
+_signatures: dict[Callable, tuple[int, list[str]]] = {}
+# What `launch` has compiled, and the values of its constants in order.
+_compiled: dict[tuple, tuple[Any, list]] = {}
 
 
 @triton.jit
@@ -49,11 +57,29 @@ def block_size(count: int, least: int = 16) -> int:
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    """Start the programs of a kernel; `num_warps` and `num_stages` are among the constants."""
+    """Start the programs of a kernel; `num_warps` and `num_stages` are among the constants.
+
+    Triton finds the compiled kernel by a description of every argument, which takes longer than all else that a small
+    call does. A `kernel` depends on its constants, the types of its tensors and the device alone, so its second launch
+    goes straight to what the first one returned (nothing in Triton's interpreter).
+    """
     if programs >= 2**31:
         raise ValueError(f"too much work for one launch of the triton backend ({programs} programs); split the batch")
-    if programs:
+    if not programs:
+        return
+    tensors, names = _signatures.get(kernel.fn, (0, []))
+    if not tensors:
         kernel[(programs,)](*arguments, **constants)
+        return
+    types = [None if x is None else x.dtype for x in arguments[:tensors]]
+    key = (kernel.fn, arguments[0].device.index, *types, *constants.values())
+    known = _compiled.get(key)
+    if known is not None:
+        known[0][programs, 1, 1](*arguments, *known[1])
+        return
+    compiled = kernel[(programs,)](*arguments, **constants)
+    if compiled is not None:
+        _compiled[key] = compiled, [constants[name] for name in names]
 
 
 def readable(x: Tensor, reach: int | None = None) -> tuple[Tensor, list[int]]:
@@ -66,7 +92,7 @@ def readable(x: Tensor, reach: int | None = None) -> tuple[Tensor, list[int]]:
     span = sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True))
     missing = -x.shape[-1] % UNIT.value
     adjacent = strides[-1] == 1 and not any(stride % UNIT.value for stride in strides[:-1])
-    if missing or not adjacent or not _starts_on_16_bytes(x) or (reach is not None and span >= reach):
+    if missing or not adjacent or not starts_on_16_bytes(x) or (reach is not None and span >= reach):
         x = aligned(torch.nn.functional.pad(x, (0, missing))) if missing else _copy(x)
         strides = list(x.stride())
     return x, [stride // UNIT.value for stride in strides[:-1]]
@@ -74,13 +100,13 @@ def readable(x: Tensor, reach: int | None = None) -> tuple[Tensor, list[int]]:
 
 def aligned(x: Tensor) -> Tensor:
     """The tensor, contiguous and starting on 16 bytes."""
-    return x if x.is_contiguous() and _starts_on_16_bytes(x) else _copy(x)
+    return x if x.is_contiguous() and starts_on_16_bytes(x) else _copy(x)
 
 
 def _copy(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _starts_on_16_bytes(x: Tensor) -> bool:
+def starts_on_16_bytes(x: Tensor) -> bool:
     # The one place in Python that looks at an address: the offset alone does not tell where a storage of others begins.
     return x.data_ptr() % 16 == 0

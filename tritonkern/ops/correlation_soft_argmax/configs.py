@@ -82,6 +82,11 @@ def features_gradient_tiles(channels: int, dtype: torch.dtype) -> Tiles:
     return Tiles(32, 8, 8, min(64, block_size(channels)), 4, 1)
 
 
+def registers(dtype: torch.dtype) -> dict[str, int]:
+    """Launch options on NVIDIA: in float32, ptxas spills some bytes to fit one more program unless it has a limit."""
+    return {"maxnreg": 255} if dtype == torch.float32 and not on_amd() else {}
+
+
 def precision(dtype: torch.dtype) -> str:
     """How float32 tiles are multiplied where the inputs are `dtype`; see triton_common.gradient_product."""
     half = dtype.itemsize == 2

@@ -19,11 +19,14 @@ from tritonkern.ops.correlation_soft_argmax.triton_common import (
 
 
 @triton.jit
-def _patch_place(y, x, row, column, reach_y, reach_x, patch_h, patch_w, h, w):
-    """`[cells, queries]`: place of the cells in the patch of each query, the part of the grid that its disc reaches."""
+def _patch_start(row, column, reach_y, reach_x, patch_h, patch_w, h, w):
+    """`[queries]`: cell (y, x) is number y * patch_w + x - start in the patch of a query.
+
+    The patch is the part of the grid that its disc reaches.
+    """
     top = tl.minimum(tl.maximum(row - reach_y, 0), h - patch_h)
     left = tl.minimum(tl.maximum(column - reach_x, 0), w - patch_w)
-    return (y[:, None] - top[None, :]) * patch_w + (x[:, None] - left[None, :])
+    return top * patch_w + left
 
 
 @triton.jit
@@ -76,6 +79,7 @@ def correlation_soft_argmax_bwd_kernel_query(
     C = C * UNIT
     grad_rows = grad_query + (b.to(tl.int64) * N + n) * C
     patch_rows = patches + (local_frame.to(tl.int64) * N + entry) * (patch_h * patch_w * (2 if COSINE else 1))
+    patch_rows -= _patch_start(row, column, reach_y, reach_x, patch_h, patch_w, h, w)
     temperature = tl.full([], temperature, ACC)
 
     top, left, bottom, right = discs.box(row, column, reach_y, reach_x, h, w, TILE_H, TILE_W)
@@ -98,10 +102,10 @@ def correlation_soft_argmax_bwd_kernel_query(
                     centre = inside & (y[:, None] == row[None, :]) & (x[:, None] == column[None, :])
                     # A query that is not finite must not look like a finite gradient in the other kernel.
                     grad = tl.where(centre, grad + (tl.load(grad_centre + pair)[None, :] + score * 0.0), grad)
-                place = _patch_place(y, x, row, column, reach_y, reach_x, patch_h, patch_w, h, w)
-                tl.store(patch_rows[None, :] + place, grad, mask=inside)
+                place = patch_rows[None, :] + (y * patch_w + x)[:, None]
+                tl.store(place, grad, mask=inside)
                 if COSINE:
-                    tl.store(patch_rows[None, :] + (place + patch_h * patch_w), grad * score, mask=inside)
+                    tl.store(place + patch_h * patch_w, grad * score, mask=inside)
                     grad = grad * cell_factor[:, None]
                 for start in tl.range(0, C, BLOCK_C, num_stages=STAGES):  # the channels below start are added
                     channel = start + tl.arange(0, BLOCK_C)
@@ -151,8 +155,9 @@ def _add_discs(
             row = centre // w
             column = centre - row * w
             inside = in_disc(y, x, row, column, h, w, limit) & (entry < stop)[None, :]
-            place = _patch_place(y, x, row, column, reach_y, reach_x, patch_h, patch_w, h, w)
-            place = (patches + entry.to(tl.int64) * (patch_h * patch_w * (2 if COSINE else 1)))[None, :] + place
+            patch = patches + entry.to(tl.int64) * (patch_h * patch_w * (2 if COSINE else 1))
+            patch -= _patch_start(row, column, reach_y, reach_x, patch_h, patch_w, h, w)
+            place = patch[None, :] + (y * patch_w + x)[:, None]
             grad = tl.load(place, mask=inside, other=0.0)
             if COSINE:
                 total_along += tl.sum(tl.load(place + patch_h * patch_w, mask=inside, other=0.0), 1)

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from tritonkern.ops._triton import UNIT, block_size, launch, readable
+from tritonkern.ops._triton import UNIT, block_size, launch, readable, starts_on_16_bytes
 from tritonkern.ops.correlation_soft_argmax import (
     configs,
     triton_discs,
@@ -55,6 +55,7 @@ class _Inputs(NamedTuple):
             "PRECISION": configs.precision(self.tensors[0].dtype),
             "num_warps": tiles.num_warps,
             "num_stages": tiles.num_stages,
+            **configs.registers(self.tensors[0].dtype),
         }
 
 
@@ -283,7 +284,7 @@ def soft_argmax_2d_forward(cost: Tensor, temperature: float, radius: float) -> O
     cost = cost.reshape(-1, h, w)
     launch(
         triton_soft_argmax.soft_argmax_2d_fwd_kernel, cost.shape[0],
-        cost, *outputs, h, w, *reach, limit, temperature, *cost.stride(),
+        cost, *outputs, h, w, *reach, limit, temperature, *cost.stride(), ALIGNED=_rows_aligned(cost),
         **configs.SOFT_ARGMAX_TILES, **configs.DISC_TILES,
     )  # fmt: skip
     return outputs
@@ -296,13 +297,20 @@ def soft_argmax_2d_backward(
     h, w = cost.shape[-2:]
     grad_cost = cost.new_empty(cost.shape)
     cost = cost.reshape(-1, h, w)
-    limit, _ = disc(radius, h, w)
+    limit, reach = disc(radius, h, w)
     launch(
         triton_soft_argmax.soft_argmax_2d_bwd_kernel, cost.shape[0],
         grad_points.contiguous(), cost, *(x.contiguous() for x in saved), grad_cost,
-        h, w, limit, temperature, *cost.stride(), **configs.SOFT_ARGMAX_TILES,
+        h, w, reach[0], limit, temperature, *cost.stride(), ALIGNED=_rows_aligned(cost),
+        **configs.SOFT_ARGMAX_TILES,
     )  # fmt: skip
     return grad_cost
+
+
+def _rows_aligned(cost: Tensor) -> bool:
+    """Whether every row of `[frames, h, w]` starts on 16 bytes and holds whole vectors of eight adjacent numbers."""
+    frame, row, column = cost.stride()
+    return column == 1 and not (frame | row | cost.shape[2]) % UNIT.value and starts_on_16_bytes(cost)
 
 
 def _keys(centres: Tensor, w: int) -> Tensor:

@@ -13,6 +13,15 @@ def _tile(y0, x0, TILE_H: tl.constexpr, TILE_W: tl.constexpr):
     return y0 + tl.arange(0, TILE_H)[:, None], x0 + tl.arange(0, TILE_W)[None, :]
 
 
+@triton.jit
+def _addresses(frame, y, x, stride_y, stride_x, ALIGNED: tl.constexpr):
+    """ALIGNED: numbers of a row are adjacent and rows start on 16 bytes, so that eight are loaded at a time."""
+    if ALIGNED:
+        return tl.multiple_of(frame + y.to(tl.int64) * stride_y + x, (1, 16))
+    else:
+        return frame + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x
+
+
 # maximum = max over the cells i of cost_i, best = the first i that has it, or the first NaN
 # weight  = sum over the disc of e^(temperature (cost_i - maximum)) =: sum of w_i
 # points  = best + 0.5 + sum over the disc of w_i (cell_i - best) / weight
@@ -21,10 +30,12 @@ def soft_argmax_2d_fwd_kernel(
     cost, points, maximum, best, weight,
     h: tl.int32, w: tl.int32, reach_y: tl.int32, reach_x: tl.int32, limit: tl.uint32, temperature: tl.float64,
     stride_frame: tl.int64, stride_y: tl.int64, stride_x: tl.int64,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr, DISC_H: tl.constexpr, DISC_W: tl.constexpr,
+    ALIGNED: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr, DISC_H: tl.constexpr, DISC_W: tl.constexpr,
 ):  # fmt: skip
     ACC: tl.constexpr = maximum.dtype.element_ty
     frame = tl.program_id(0).to(tl.int64)
+    if ALIGNED:
+        w = w // 8 * 8  # says that it is a multiple of eight, so that a vector exists as a whole or not at all
     cost += frame * stride_frame
     temperature = tl.full([], temperature, ACC)
     # Every place of the tile keeps the best of its own cells; the best of all places is found after the loops.
@@ -34,8 +45,8 @@ def soft_argmax_2d_fwd_kernel(
         for x0 in tl.range(0, w, TILE_W, num_stages=1):  # high, high_cell: of the tiles before this one
             y, x = _tile(y0, x0, TILE_H, TILE_W)
             exists = (y < h) & (x < w)
-            value = tl.load(cost + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x, mask=exists, other=0.0)
-            value = value.to(ACC)
+            at = _addresses(cost, y, x, stride_y, stride_x, ALIGNED)
+            value = tl.load(at, mask=exists, other=0.0).to(ACC)
             # Cells come in order, so that the first of equals stays; a NaN is larger than every number.
             better = (value > high) | (high_cell == h * w) | ((value != value) & (high == high))
             high = tl.where(exists & better, value, high)
@@ -77,13 +88,15 @@ def soft_argmax_2d_fwd_kernel(
 @kernel
 def soft_argmax_2d_bwd_kernel(
     grad_points, cost, points, maximum, best, weight, grad_cost,
-    h: tl.int32, w: tl.int32, limit: tl.uint32, temperature: tl.float64,
+    h: tl.int32, w: tl.int32, reach_y: tl.int32, limit: tl.uint32, temperature: tl.float64,
     stride_frame: tl.int64, stride_y: tl.int64, stride_x: tl.int64,
-    TILE_H: tl.constexpr, TILE_W: tl.constexpr,
+    ALIGNED: tl.constexpr, TILE_H: tl.constexpr, TILE_W: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient of a frame, zeros and disc, in one pass; reads the disc alone of the cost volume."""
+    """Writes the gradient of a frame, zeros and disc, in one pass; reads the disc's rows alone of the cost volume."""
     ACC: tl.constexpr = maximum.dtype.element_ty
     frame = tl.program_id(0).to(tl.int64)
+    if ALIGNED:
+        w = w // 8 * 8  # says that it is a multiple of eight, so that a vector exists as a whole or not at all
     cost += frame * stride_frame
     grad_cost += frame * h * w
     temperature = tl.full([], temperature, ACC)
@@ -101,8 +114,10 @@ def soft_argmax_2d_bwd_kernel(
             y, x = _tile(y0, x0, TILE_H, TILE_W)
             exists = (y < h) & (x < w)
             inside = (distance_squared(y, x, row, column) < limit) & exists
-            value = tl.load(cost + y.to(tl.int64) * stride_y + x.to(tl.int64) * stride_x, mask=inside, other=0.0)
+            # Whole rows: a vector in which the disc begins or ends cannot be loaded in one piece otherwise.
+            at = _addresses(cost, y, x, stride_y, stride_x, ALIGNED)
+            value = tl.load(at, mask=exists & (tl.abs(y - row) <= reach_y), other=0.0)
             here = tl.exp(temperature * (value.to(ACC) - highest)) * factor
             grad = here * ((x.to(ACC) + 0.5 - point_x) * grad_x + (y.to(ACC) + 0.5 - point_y) * grad_y)
-            at = grad_cost + y.to(tl.int64) * w + x
+            at = _addresses(grad_cost, y, x, w, 1, ALIGNED)
             tl.store(at, tl.where(inside, grad, 0.0).to(grad_cost.dtype.element_ty), mask=exists)

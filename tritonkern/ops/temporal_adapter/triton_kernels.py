@@ -174,7 +174,7 @@ def _sums(
     prefix, strides = (0, (0, 0, 0)) if tokens is None else (tokens.shape[2] - pixels, tokens.stride()[:3])
     triton_norm.temporal_adapter_bwd_kernel_sums[programs](
         grad, tokens, mean, rstd, copy, partial, frames, length - pixels, prefix, pixels, chunks, *grad.stride()[:3],
-        *strides, channels, tile.block, tile.rows, configs.EACH, num_warps=configs.NUM_WARPS,
+        *strides, channels, tile.block, tile.rows, configs.EACH, num_warps=configs.NUM_WARPS, **configs.registers(),
     )  # fmt: skip
     return partial.sum(1, dtype=torch.float64)
 

@@ -1,0 +1,133 @@
+"""What a GPU alone has: CUDA graphs, and kernels with atomics, which run outside of deterministic mode.
+
+Needs nothing but PyTorch, Triton and pytest.
+"""
+
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "gpu"))
+from cases import BF16, FP32, SMALL, outputs  # noqa: E402
+
+ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+on_gpu = lambda test: ON_GPU[0](ON_GPU[1](test))  # noqa: E731
+WHERE = ("triton", "cuda")
+
+
+@pytest.fixture
+def atomics():
+    torch.use_deterministic_algorithms(False)
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_local_correlation_outside_of_deterministic_mode(atomics, dtype):
+    import test_local_correlation as local
+
+    for sizes in (dict(N=7, T=3), dict(N=3, T=2, S=49, radius=3, C=128)):
+        for options in (local.COTRACKER, local.LOCOTRACK):
+            local.check(WHERE, local.case(dtype=dtype, options=options, device="cuda", **sizes))
+
+
+@on_gpu
+@pytest.mark.parametrize("cosine", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_correlation_outside_of_deterministic_mode(atomics, dtype, cosine):
+    import test_correlation_soft_argmax as matching
+
+    inputs = matching.random_inputs(2, 33, 5, 9, 18, 40, dtype=dtype, device="cuda")
+    matching.check(WHERE, *inputs, cosine=cosine)
+
+
+def captured(run):
+    """Runs once, then captures; returns the results, which a replay writes again, and the replay."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = run()
+    return results, graph.replay
+
+
+@on_gpu
+@pytest.mark.parametrize("dtype", [BF16, FP32], ids=str)
+@pytest.mark.parametrize("case", SMALL, ids=lambda case: case.name)
+def test_cuda_graph(case, dtype):
+    """Forward and backward in one graph, replayed with other inputs."""
+    tensors, call = case.make(case.shape, dtype, "triton", True)
+
+    def run():
+        results = [x for x in outputs(call(*tensors)) if x.requires_grad]
+        return [*results, *torch.autograd.grad(results, tensors, [torch.ones_like(x) for x in results])]
+
+    results, replay = captured(run)
+    with torch.no_grad():
+        for x in tensors:
+            x.copy_(torch.randn_like(x).sign() * x)
+    expected = run()
+    replay()
+    for actual, plain in zip(results, expected, strict=True):
+        assert torch.equal(actual, plain)
+
+
+@on_gpu
+@pytest.mark.parametrize("autocast", [False, True])
+def test_cuda_graph_of_chrono(monkeypatch, autocast):
+    from tritonkern.models.chrono import Chrono
+    from tritonkern.models.dinov2 import DINOv2Config
+
+    monkeypatch.setattr(Chrono, "cells", 8)
+    model = Chrono(DINOv2Config(dim=64, depth=3, num_heads=1), hidden=32).eval().cuda()
+    clips = [(torch.rand(1, 3, 256, 256, 3) * 2 - 1, torch.rand(1, 5, 3) * torch.tensor([2.0, 256, 256])) for _ in "ab"]
+    (video, queries), other = ([x.cuda() for x in clip] for clip in clips)
+    with torch.no_grad(), torch.autocast("cuda", BF16, enabled=autocast, cache_enabled=False):
+        expected = model(*other)
+        output, replay = captured(lambda: model(video, queries))
+        video.copy_(other[0])
+        queries.copy_(other[1])
+        replay()
+    for actual, plain in zip(output, expected, strict=True):
+        torch.testing.assert_close(actual, plain)
+
+
+WITHOUT_A_GPU = """
+import torch, triton
+from aot import Driver
+from cases import SMALL, outputs
+from test_chrono import NothingMadeOfNumbers, NothingReadBack
+from triton.runtime.jit import JITFunction
+from tritonkern.ops import _backends
+
+triton.runtime.driver.set_active(Driver("sm_90"))
+JITFunction.run = lambda *arguments, **options: None  # results are whatever memory holds
+_backends._PREDICATES["triton"] = lambda device: None
+for deterministic in (False, True):
+    torch.use_deterministic_algorithms(deterministic, warn_only=True)
+    for case in SMALL:
+        tensors, call = case.make(case.shape, torch.bfloat16, "triton", True)
+        with NothingMadeOfNumbers(), NothingReadBack():
+            results = [x for x in outputs(call(*tensors)) if x.requires_grad]
+            torch.autograd.grad(results, tensors, [torch.ones_like(x) for x in results])
+        print(case.name)
+"""
+
+
+@pytest.mark.slow
+def test_launchers_read_nothing_back():
+    """What a CUDA graph needs, without a GPU: no value decides what is launched, no number is copied to the device."""
+    pytest.importorskip("triton")
+    paths = [Path(__file__).parent, sys.path[-1], Path(__file__).resolve().parents[1]]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
+    command = [sys.executable, "-c", textwrap.dedent(WITHOUT_A_GPU)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+    assert done.stdout.split("\n")[: len(SMALL)] == [case.name for case in SMALL]
