@@ -175,8 +175,7 @@ class Mode(TorchFunctionMode):
             device = rest.pop(0)
         elif rest and isinstance(rest[0], torch.Tensor):
             device, rest[0] = rest[0].device, rest[0].dtype
-        elif rest and rest[0] is None:
-            rest.pop(0)
+        rest = [x for x in rest if isinstance(x, torch.dtype)]  # neither None nor non_blocking
         if device is not None and torch.device(device).type == "meta":
             return function(unwrap(x), "meta", *rest, **kwargs)
         if _is_cuda(device) and not isinstance(x, PretendCuda):

@@ -1,5 +1,6 @@
 """Which backend runs a call, and what a user reads when none can."""
 
+import types
 import warnings
 
 import pytest
@@ -133,17 +134,25 @@ def test_triton_takes_cpu_tensors_in_the_interpreter_only(blocked, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("capability", "hip", "runs"), [((7, 5), None, False), ((8, 0), None, True), ((7, 5), "6", True)]
+    ("capability", "architecture", "reason"),
+    [
+        ((7, 5), None, "older than Ampere"),
+        ((8, 0), None, None),
+        ((9, 4), "gfx942:sramecc+:xnack-", None),
+        ((9, 5), "gfx950", None),
+        ((11, 0), "gfx1100", "is gfx1100, and the kernels are compiled without register spills for gfx942 and gfx950"),
+    ],
 )
-def test_triton_needs_ampere_or_rocm(monkeypatch, capability, hip, runs):
+def test_triton_needs_ampere_or_instinct(monkeypatch, capability, architecture, reason):
     pytest.importorskip("triton")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Some GPU")
-    monkeypatch.setattr(torch.version, "hip", hip)
+    monkeypatch.setattr(torch.version, "hip", architecture and "6")
+    properties = types.SimpleNamespace(gcnArchName=architecture)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     obstacle = _backends.unavailable(op.NAME, "triton", torch.device("cuda"))
-    assert (obstacle is None) == runs
-    assert runs or "older than Ampere" in obstacle.reason
+    assert obstacle is None if reason is None else reason in obstacle.reason
 
 
 @pytest.mark.parametrize(("version", "runs"), [("3.3.1", False), ("3.4.0", True), ("3.10.0+git1", True), ("4.0", True)])

@@ -135,4 +135,26 @@ def variants(target):
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_nothing_but_channels_dtype_and_cosine_recompiles(pool, target):  # noqa: F811
     hashes, names, launches = pool.submit(variants, target).result()
-    assert launches > 200 and hashes == names == 9
+    # soft_argmax_2d has kernels of its own for rows that start on 16 bytes.
+    assert launches > 200 and names == 9 and hashes == names + 2
+
+
+def measure_rows(target, dtype):
+    kernels, compiled = compile_only(NAME, target)
+    launch(kernels, "soft_argmax_2d_forward", *cost_volumes(dtype))
+    launch(kernels, "soft_argmax_2d_backward", *cost_volumes(dtype))
+    return [resources(kernel, target) for kernel in compiled]
+
+
+def cost_volumes(dtype):
+    """A query, and features of which the cost volume is the first channel: rows of 64 adjacent numbers."""
+    features = torch.zeros(1, 2, 8, 1, 64, dtype=dtype).mT
+    return torch.zeros(1, 2, 1, dtype=dtype), features, False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])
+def test_aligned_rows_of_cost_volumes_move_in_vectors(pool, target):  # noqa: F811
+    for used in pool.submit(measure_rows, target, torch.bfloat16).result():
+        single = re.findall(r"(?:ld|st)\.global\.[bu]16|global_(?:load|store)_[us]?short", used.assembly)
+        assert not single, f"{used.kernel}: {single}"

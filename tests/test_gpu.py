@@ -13,7 +13,7 @@ import pytest
 import torch
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks" / "gpu"))
-from cases import BF16, FP32, SMALL, outputs  # noqa: E402
+from calls import BF16, FP32, SMALL, outputs  # noqa: E402
 
 ON_GPU = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 on_gpu = lambda test: ON_GPU[0](ON_GPU[1](test))  # noqa: E731
@@ -102,7 +102,7 @@ def test_cuda_graph_of_chrono(monkeypatch, autocast):
 WITHOUT_A_GPU = """
 import torch, triton
 from aot import Driver
-from cases import SMALL, outputs
+from calls import SMALL, outputs
 from test_chrono import NothingMadeOfNumbers, NothingReadBack
 from triton.runtime.jit import JITFunction
 from tritonkern.ops import _backends

@@ -102,7 +102,7 @@ def check(ours, plain, tensors, grad_out):
         single = [x.float() for x in tensors]
         truth = results(plain, [x.double() for x in single], grad_out)
         errors = (x - y for x, y in zip(results(plain, single, grad_out), truth, strict=True))
-        eager.append([x + error * 2.0**-29 for x, error in zip(exact, errors, strict=True)])
+        eager.append([x + error.cpu() * 2.0**-29 for x, error in zip(exact, errors, strict=True)])
     found = results(ours, tensors, grad_out)
     # Parameters' gradients are sums over the clip that may cancel; one rounding of a term is allowed, as in oracle.py.
     largest = grad_out.abs().max() * tensors[0].abs().max()
@@ -406,12 +406,12 @@ def test_empty(native):
     for batch, frames in ((0, 2), (2, 0)):
         tensors = in_tensors((batch, frames, 8), (4, 4), 1, 8, torch.float32, native[1])
         call = lambda tokens, *rest: adapter_in(tokens, (4, 4), *rest, backend=native[0])  # noqa: E731
-        out, *grads = results(call, tensors, torch.zeros(batch, frames, 16, 8))
+        out, *grads = results(call, tensors, torch.zeros(batch, frames, 16, 8, device=native[1]))
         assert out.shape == (batch, frames, 16, 8)
         assert not any(grad.any() for grad in grads)
         tensors = out_tensors((batch, frames, 8), (4, 4), 1, 1, 8, torch.float32, native[1])
         call = lambda hidden, *rest: adapter_out(hidden, (4, 4), *rest, backend=native[0])  # noqa: E731
-        out, *grads = results(call, tensors, torch.zeros(batch, frames, 17, 8))
+        out, *grads = results(call, tensors, torch.zeros(batch, frames, 17, 8, device=native[1]))
         assert out.shape == (batch, frames, 17, 8)
         assert not any(grad.any() for grad in grads)
 

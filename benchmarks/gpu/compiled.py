@@ -70,7 +70,7 @@ def compile_all() -> int:
     """Compile what the parts launch, on small shapes. Returns the number of kernels."""
     import torch
     import triton
-    from cases import BF16, FP32, REAL, SMALL, with_gradients
+    from calls import BF16, FP32, REAL, SMALL, with_gradients
     from triton.runtime.jit import JITFunction
 
     from tritonkern.ops import _backends

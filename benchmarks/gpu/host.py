@@ -63,7 +63,7 @@ _launched = [0]
 
 def cases() -> dict[str, Callable[[], object]]:
     import torch
-    from cases import BF16, FP32, SMALL, outputs
+    from calls import BF16, FP32, SMALL, outputs
 
     found: dict[str, Callable[[], object]] = {}
     for case in SMALL:

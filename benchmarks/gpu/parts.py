@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 
 import torch
-from cases import BF16, FP16, FP32, FP64, REAL, SMALL, Case, outputs, with_gradients
+from calls import BF16, FP16, FP32, FP64, REAL, SMALL, Case, outputs, with_gradients
 from rows import Part, append
 from timing import CUDA, DEVICE, device_times, host_microseconds
 from torch import Tensor

@@ -6,7 +6,7 @@ import functools
 import time
 
 import torch
-from cases import BF16, REAL, Case
+from calls import BF16, REAL, Case
 from rows import Part
 from timing import CUDA, DEVICE, device_times, host_microseconds
 from torch import Tensor

@@ -19,6 +19,8 @@ import torch
 
 MODULES = {"cpp": "cpp", "triton": "triton_kernels", "reference": "reference"}
 PREFERRED = {"cpu": "cpp", "cuda": "triton"}
+# Instinct MI300 and MI350.
+_AMD = ("gfx942", "gfx950")
 
 
 class Obstacle(NamedTuple):
@@ -168,6 +170,14 @@ def _triton(device: torch.device) -> Obstacle | None:
         return Obstacle(
             f"{torch.cuda.get_device_name(device)} is older than Ampere (sm_80)", "use a newer GPU, or the CPU"
         )
+    if torch.version.hip is not None:
+        architecture = torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+        if architecture not in _AMD:
+            return Obstacle(
+                f"{torch.cuda.get_device_name(device)} is {architecture}, and the kernels are compiled without "
+                f"register spills for {' and '.join(_AMD)} alone (on gfx1100 ten of them spill)",
+                "use backend='reference', or the CPU",
+            )
     return None
 
 
