@@ -207,7 +207,7 @@ def pytest_runtest_call(item):
     with np.errstate(all="ignore"):  # of lanes that a mask leaves out
         outcome = yield
     if findings and outcome.excinfo is None:
-        outcome.force_exception(AssertionError("\n".join(f"{n} x {text}" for text, n in findings.items())))
+        outcome.force_exception(AssertionError("; ".join(f"{n} x {text}" for text, n in findings.items())))
 
 
 def pytest_report_header():

@@ -35,7 +35,9 @@ def run_pretending(file, left_out):
     command = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "pretend_cuda", "-p", "no:cacheprovider", str(file)]
     command += ["-m", "not slow", "-k", f"(triton or gpu) and not ({left_out})"]
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
-    return subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True)
+    return subprocess.run(
+        command, env={**os.environ, "PYTHONPATH": path, "COLUMNS": "300"}, capture_output=True, text=True
+    )
 
 
 @pytest.mark.slow

@@ -33,7 +33,7 @@ def pytest_strict(file, chosen=None, **environment):
     command = [sys.executable, "-m", "pytest", "-q", "-rf", "-p", "strict_interpreter", "-p", "no:cacheprovider"]
     command += [str(HERE / file), *(["-k", chosen] if chosen else [])]
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, **environment}
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": path, "COLUMNS": "300", **environment}
     return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
