@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from oracle import match_cost, match_eager
 
 from tritonkern import CorrelationSoftArgmax
 from tritonkern.nn import TrackerOutput
@@ -299,3 +300,26 @@ def test_constructor_errors():
         CorrelationSoftArgmax(64)
     with pytest.raises(ValueError, match="must be positive, got -1"):
         CorrelationSoftArgmax(RESOLUTION, temperature=-1)
+
+
+def test_features_in_16_bits_err_less_than_rounded_correlations():
+    """Chrono on a GPU under autocast: sums of bfloat16 products, where the official code rounds each sum to bfloat16.
+
+    Frames are noisy copies of one another, so that every query has one clear match.
+    """
+    clean = F.normalize(torch.randn(1, 1, 12, 16, 64, dtype=torch.float64), dim=-1)
+    features = F.normalize(clean + 0.05 * torch.randn(1, 4, 12, 16, 64, dtype=torch.float64), dim=-1)
+    queries = torch.rand(1, 40, 3, dtype=torch.float64) * torch.tensor([4.0, *RESOLUTION]) - torch.tensor([0.5, 0, 0])
+    queries[..., 0] = queries[..., 0].round().clamp(0, 3)
+    head = layer()
+    half = features.bfloat16()
+    exact = head.double()(features, queries).tracks
+    ours = head.float()(half, queries.float()).tracks.double()
+    cost = match_cost(head.query_features(half, queries.float()).bfloat16(), half)
+    points, *_ = match_eager(cost.float(), 20.0, 5.0)
+    official = points.double() * torch.tensor([RESOLUTION[1] / 16, RESOLUTION[0] / 12], dtype=torch.float64)
+    own = queries[0, :, 0].long()
+    others = torch.ones(1, 40, 4, dtype=torch.bool)
+    others[0, torch.arange(40), own] = False  # the position of a query in its own frame is given
+    errors = [(x - exact)[others].norm(dim=-1) for x in (ours, official)]
+    assert errors[0].max() <= 2 * errors[1].max() and errors[0].mean() <= errors[1].mean() < 0.1

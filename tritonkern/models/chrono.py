@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from tritonkern.functional._arguments import autocast_dtype
 from tritonkern.models.checkpoints import load_strict, read_state_dict
 from tritonkern.models.dinov2 import DINOv2, DINOv2Config, infer_config
 from tritonkern.models.matching import MatchingTracker
@@ -21,7 +22,8 @@ class Chrono(MatchingTracker):
     """DINOv2 with a temporal adapter after every block but the last, and the matching head of `MatchingTracker`.
 
     Computes in the dtype of its weights, float32 unless converted, on every device. The published numbers were measured
-    under `torch.autocast("cuda", torch.bfloat16)`; wrap the call in it for that speed and accuracy.
+    under `torch.autocast("cuda", torch.bfloat16)`; wrap the call in it for that speed and accuracy. On a GPU the
+    features then have that dtype; their correlations are sums in float32, which the official code rounds.
 
     Args:
         variant: the backbone, a name of `DINOV2_CONFIGS` or a `DINOv2Config`. Published are "vits14" and "vitb14".
@@ -71,7 +73,10 @@ class Chrono(MatchingTracker):
         return model.eval()
 
     def features(self, video: Tensor) -> Tensor:
-        """Unit-norm features `[B, T, 64, 64, C]` of a video `[B, T, 256, 256, 3]` in [-1, 1]."""
+        """Unit-norm features `[B, T, 64, 64, C]` of a video `[B, T, 256, 256, 3]` in [-1, 1].
+
+        float32 (float64 for float64 weights); the dtype of autocast where that is on for a GPU.
+        """
         batch, frames = video.shape[:2]
         dino, grid = self.dino, (self.cells, self.cells)
         tokens = 1 + dino.config.num_registers + self.cells**2
@@ -94,7 +99,10 @@ class Chrono(MatchingTracker):
         """All tokens after the last block -> unit-norm features `[N, 64, 64, C]` of the patches."""
         tokens = self.dino.norm(x)[:, 1 + self.dino.config.num_registers :]
         tokens = tokens.to(torch.promote_types(tokens.dtype, torch.float32)).unflatten(1, (self.cells, self.cells))
-        return tokens / tokens.square().sum(-1, keepdim=True).clamp(min=1e-6).sqrt()
+        unit = tokens / tokens.square().sum(-1, keepdim=True).clamp(min=1e-6).sqrt()
+        # A GPU multiplies 16-bit features on its matrix units; their products and sums stay float32. The CPU gains
+        # nothing from them.
+        return unit.to(autocast_dtype(unit)) if unit.is_cuda else unit
 
 
 def _channels(values: tuple[float, ...], like: Tensor) -> Tensor:
