@@ -144,11 +144,13 @@ def _products_are_fused():
 
     def add(sign):
         def run(self, a, b):
-            exact = [getattr(x, "exact", None) for x in (a, b)]
-            if a.data.dtype != np.float32 or exact == [None, None]:
+            left, right = (getattr(x, "exact", None) for x in (a, b))
+            if a.data.dtype != np.float32 or (left is None and right is None):
                 return self.binary_op(a, b, np.add if sign > 0 else np.subtract)
-            left = exact[0] if exact[0] is not None else a.data.astype(np.float64)
-            right = exact[1] if exact[0] is None else b.data.astype(np.float64)
+            if left is None:
+                left = a.data.astype(np.float64)
+            else:
+                right = b.data.astype(np.float64)
             return TensorHandle((left + sign * right).astype(np.float32), a.dtype.scalar)
 
         return run

@@ -67,7 +67,7 @@ def correlation_soft_argmax_bwd_kernel_query(
     t = first_frame + local_frame - b * frames
     frame = b * T + t
     n, pair, row, column = discs.entries(order, centres, frame, b, t, first, N, T, w, BLOCK_N)
-    # The last entry is repeated: it stores the same patch again, and is added once.
+    # The last entry is repeated: it is stored and added once.
     entry = tl.minimum(first + tl.arange(0, BLOCK_N), N - 1)
     in_range = first + tl.arange(0, BLOCK_N) < N
     rows = query + (b.to(tl.int64) * stride_qb + n.to(tl.int64) * stride_qn) * UNIT
@@ -103,9 +103,10 @@ def correlation_soft_argmax_bwd_kernel_query(
                     # A query that is not finite must not look like a finite gradient in the other kernel.
                     grad = tl.where(centre, grad + (tl.load(grad_centre + pair)[None, :] + score * 0.0), grad)
                 place = patch_rows[None, :] + (y * patch_w + x)[:, None]
-                tl.store(place, grad, mask=inside)
+                stored = inside & present[None, :]
+                tl.store(place, grad, mask=stored)
                 if COSINE:
-                    tl.store(place + patch_h * patch_w, grad * score, mask=inside)
+                    tl.store(place + patch_h * patch_w, grad * score, mask=stored)
                     grad = grad * cell_factor[:, None]
                 for start in tl.range(0, C, BLOCK_C, num_stages=STAGES):  # the channels below start are added
                     channel = start + tl.arange(0, BLOCK_C)
