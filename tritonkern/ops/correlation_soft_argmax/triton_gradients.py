@@ -103,7 +103,7 @@ def correlation_soft_argmax_bwd_kernel_query(
                     # A query that is not finite must not look like a finite gradient in the other kernel.
                     grad = tl.where(centre, grad + (tl.load(grad_centre + pair)[None, :] + score * 0.0), grad)
                 place = patch_rows[None, :] + (y * patch_w + x)[:, None]
-                stored = inside & present[None, :]
+                stored = inside & in_range[None, :]
                 tl.store(place, grad, mask=stored)
                 if COSINE:
                     tl.store(place + patch_h * patch_w, grad * score, mask=stored)
