@@ -313,8 +313,8 @@ def test_features_in_16_bits_err_less_than_rounded_correlations():
     queries[..., 0] = queries[..., 0].round().clamp(0, 3)
     head = layer()
     half = features.bfloat16()
-    exact = head.double()(features, queries).tracks
-    ours = head.float()(half, queries.float()).tracks.double()
+    exact = head.double()(queries, features).tracks
+    ours = head.float()(queries.float(), half).tracks.double()
     cost = match_cost(head.query_features(half, queries.float()).bfloat16(), half)
     points, *_ = match_eager(cost.float(), 20.0, 5.0)
     official = points.double() * torch.tensor([RESOLUTION[1] / 16, RESOLUTION[0] / 12], dtype=torch.float64)
