@@ -58,7 +58,7 @@ def backward(
             launch(
                 triton_convolutions.temporal_mixer_bwd_kernel_convolutions, programs * triton.cdiv(C, block), grad_out,
                 x, *parameters, mean, rstd, grad_normed, partial, B * N, each, N, T, *strides, J=j, C=C,
-                BEFORE=2 if causal else 1, BLOCK=block, num_warps=warps,
+                BEFORE=2 if causal else 1, BLOCK=block, num_warps=warps, **configs.registers(),
             )  # fmt: skip
         if needs_grad[0]:
             tile = configs.rows(C, x.dtype)
