@@ -27,16 +27,7 @@ docs: .venv-docs/bin/mkdocs
 
 PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --quiet
 # Longest files first (tests/conftest.py orders them), so that no core waits for the last one.
-SLOW_## The documentation as a site, build/site/index.html. It needs neither the package nor PyTorch.
-docs: .venv-docs/bin/mkdocs
-	.venv-docs/bin/mkdocs build --strict
-
-.venv-docs/bin/mkdocs: pyproject.toml
-	test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
-	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check "mkdocs>=1.6,<2" "mkdocs-material>=9"
-	touch $@
-
-PYTEST = $(PYTEST) --no-loadscope-reorder -m slow
+SLOW_PYTEST = $(PYTEST) --no-loadscope-reorder -m slow
 
 ## Run the quick tests, in at most five minutes on two cores; OPS=name runs the files of one operation.
 test: .venv/with-test
