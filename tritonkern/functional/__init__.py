@@ -14,13 +14,25 @@ from tritonkern.functional.matching import (
     local_correlation_linear,
     soft_argmax_2d,
 )
+from tritonkern.functional.query_key import (
+    QueryKeyMatch,
+    attention_row_statistics,
+    frame_local_attention,
+    query_key_cost,
+    query_key_matching,
+)
 
 __all__ = [
     "Match",
+    "QueryKeyMatch",
+    "attention_row_statistics",
     "correlation_pyramid",
     "correlation_soft_argmax",
+    "frame_local_attention",
     "local_correlation",
     "local_correlation_linear",
+    "query_key_cost",
+    "query_key_matching",
     "soft_argmax_2d",
     "temporal_mixer",
     "temporal_window_attention",

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from tritonkern.models.chrono import Chrono
 from tritonkern.models.chrono_nano import ChronoNano
+from tritonkern.models.cogvideox import CogVideoX
 from tritonkern.models.depth import DepthModel
 from tritonkern.models.dinov2 import DINOv2
 from tritonkern.models.locotrack import ChronoLocoTrack, LocoTrackFeatures, LocoTrackRefiner
@@ -23,6 +24,7 @@ __all__ = [
     "Chrono",
     "ChronoLocoTrack",
     "ChronoNano",
+    "CogVideoX",
     "DINOv2",
     "DepthModel",
     "LocoTrackFeatures",

@@ -33,6 +33,7 @@ _SCHEMA = {
     float: "float",
     bool: "bool",
     list[bool]: "bool[]",
+    list[int]: "SymInt[]",
     torch.dtype: "ScalarType",
 }
 
@@ -42,9 +43,9 @@ def operator(operation: str, kernel: str) -> Callable[[Callable], torch._ops.OpO
 
     The function checks its arguments and returns a function that makes the results (`Results`), of the exact shapes,
     strides and dtypes that the kernels return; that one runs with fake tensors alone. Its parameters are Tensors,
-    optional Tensors, ints, floats, bools, lists of bools, dtypes, or NamedTuples of these, which the schema has as
-    arguments of their own: field ``weight`` of parameter ``norm`` is ``norm_weight``. The last argument of every schema
-    is ``backend``. Results are a Tensor, or a tuple or NamedTuple of Tensors.
+    optional Tensors, ints, floats, bools, lists of bools or ints, dtypes, or NamedTuples of these, which the schema has
+    as arguments of their own: field ``weight`` of parameter ``norm`` is ``norm_weight``. The last argument of every
+    schema is ``backend``. Results are a Tensor, or a tuple or NamedTuple of Tensors.
 
     Args:
         operation: folder of the operation, and first word of the operator's name.

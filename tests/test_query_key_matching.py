@@ -1,0 +1,403 @@
+"""Query-key matching: every backend against float64 loops, the rule of twice eager's error, the boundary rule."""
+
+import math
+
+import pytest
+import torch
+from oracle import assert_as_exact_as_eager, fast_backends, native_backends
+from query_key_like import eager_cost, located, textbook_cost
+
+from tritonkern import query_key_cost, query_key_matching
+from tritonkern.ops._dtypes import DTYPES
+from tritonkern.ops.query_key_matching import op
+
+# [B, T, S, H, D] and grid: one of everything; ragged blocks of cells and channels; whole ones.
+SHAPES = {
+    "one": ((1, 2, 1, 1, 1), (1, 1)),
+    "small": ((2, 3, 12, 2, 8), (3, 4)),
+    "ragged": ((1, 2, 70, 2, 17), (7, 10)),
+    "blocks": ((1, 2, 96, 1, 32), (8, 12)),
+}
+
+
+@pytest.fixture(params=fast_backends(op.NAME))
+def where(request):
+    return request.param
+
+
+@pytest.fixture(params=native_backends(op.NAME))
+def any_backend(request):
+    return request.param
+
+
+def random_pair(shape, dtype=torch.float32, sharp=2.0):
+    """query and key with scores large enough for clear peaks; slices of one tensor, as a projection leaves them."""
+    B, T, S, H, D = shape
+    x = (sharp * torch.randn(B, T, S, 2, H, D, dtype=torch.float64)).to(dtype)
+    return x[:, :, :, 0], x[:, :, :, 1]
+
+
+def some_cells(shape, count=7):
+    return torch.randint(0, shape[2], (shape[0], count))
+
+
+def flips(query, key, cells, grad=None):
+    """The same call with sums in another order: channels, heads and cells in reverse."""
+    yield lambda x: x, query, key, cells
+    yield lambda x: x.flip(-1), query.flip(-1), key.flip(-1), cells
+    yield lambda x: x.flip(3), query.flip(3), key.flip(3), cells
+
+
+def check_cost(where, pair, cells, source=0, scale=None, symmetric=True):
+    """Cost and gradients against float64, by the rule of twice eager's error."""
+    backend, device = where
+    query, key = pair
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+
+    def results(function, query, key, grad):
+        leaves = [x.detach().requires_grad_() for x in (query, key)]
+        cost = function(*leaves)
+        return [cost.detach(), *torch.autograd.grad(cost, leaves, grad.to(cost))]
+
+    def ours(query, key):
+        at = None if cells is None else cells.to(device)
+        return query_key_cost(query, key, source=source, cells=at, scale=scale, symmetric=symmetric, backend=backend)
+
+    shape = (*query.shape[:2], query.shape[2] if cells is None else cells.shape[1], query.shape[2])
+    torch.manual_seed(1)
+    grad = torch.randn(shape, dtype=torch.float64)
+    if torch.promote_types(query.dtype, torch.float32) == torch.float32:
+        grad = grad.float().double()
+    found = [x.cpu() for x in results(ours, query.to(device), key.to(device), grad)]
+    exact = results(
+        lambda q, k: textbook_cost(q, k, source, cells, factor, symmetric), query.double(), key.double(), grad
+    )
+    plain = []
+    for back, q, k, c in flips(query, key, cells):
+        cost, *grads = results(lambda q, k, c=c: eager_cost(q, k, source, c, factor, symmetric), q, k, grad)
+        plain.append([cost, *(back(x) for x in grads)])
+    # A weight is an exponential of a score, whose last digit counts; scores' gradients are differences of such terms.
+    score = abs(factor) * query.abs().max().double() * key.abs().max().double() * query.shape[-1]
+    weight = abs(factor) * grad.abs().max() * max(query.abs().max().double(), key.abs().max().double())
+    terms = (score, score * weight, score * weight)
+    for i, name in enumerate(("cost", "query", "key")):
+        assert_as_exact_as_eager(found[i], [x[i] for x in plain], exact[i], terms[i], name)
+    assert found[1].dtype == query.dtype and found[0].dtype == torch.promote_types(query.dtype, torch.float32)
+
+
+def check_match(where, pair, grid, cells=None, source=0, scale=None, symmetric=True, radius=None):
+    """Matches and gradients of peak and points for the best cells found, which must be best up to rounding."""
+    backend, device = where
+    query, key = pair
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    options = dict(grid=grid, source=source, scale=scale, symmetric=symmetric, radius=radius, backend=backend)
+    at = None if cells is None else cells.to(device)
+
+    def results(function, query, key, grads):
+        leaves = [x.detach().requires_grad_() for x in (query, key)]
+        peak, points = function(*leaves)
+        outputs = [(x, g.to(x)) for x, g in zip((peak, points), grads, strict=True) if x.requires_grad]
+        found = torch.autograd.grad(*zip(*outputs, strict=True), leaves)
+        return [peak.detach(), points.detach(), *found]
+
+    match = query_key_matching(query.to(device), key.to(device), cells=at, **options)
+    index = match.index.cpu()
+    exact_cost = textbook_cost(query.double(), key.double(), source, cells, factor, symmetric)
+    others = [t for t in range(query.shape[1]) if t != source]
+    # The boundary rule: another cell than the best may be found only inside of eager's rounding error.
+    band = max(
+        (eager_cost(q, k, source, c, factor, symmetric).double() - exact_cost).abs().max()
+        for _, q, k, c in flips(query, key, cells)
+    )
+    lost = exact_cost.amax(-1) - exact_cost.gather(-1, index[..., None])[..., 0]
+    rounding = torch.finfo(torch.promote_types(query.dtype, torch.float32)).eps
+    assert lost[:, others].max() <= 2 * band + 8 * rounding
+
+    every = torch.arange(query.shape[2]).expand(len(query), -1) if cells is None else cells
+    assert torch.equal(index[:, source], every)
+    torch.manual_seed(1)
+    grads = torch.randn(index.shape).double(), torch.randn(*index.shape, 2).double()
+
+    def of_cost(cost):
+        peak, points = located(cost, index, grid, radius)
+        own = torch.zeros_like(peak, dtype=torch.bool)
+        own[:, source] = True
+        centre = located(cost, index, grid, None)[1]
+        return torch.where(own, 1.0, peak), torch.where(own[..., None], centre.to(points), points)
+
+    def ours(query, key):
+        made = query_key_matching(query, key, cells=at, **options)
+        assert torch.equal(made.index.cpu(), index)
+        return made.peak, made.points
+
+    found = [x.cpu() for x in results(ours, query.to(device), key.to(device), grads)]
+    exact = results(
+        lambda q, k: of_cost(textbook_cost(q, k, source, cells, factor, symmetric)), query.double(), key.double(), grads
+    )
+    plain = []
+    for back, q, k, c in flips(query, key, cells):
+        *first, dq, dk = results(lambda q, k, c=c: of_cost(eager_cost(q, k, source, c, factor, symmetric)), q, k, grads)
+        plain.append([*first, back(dq), back(dk)])
+    score = abs(factor) * query.abs().max().double() * key.abs().max().double() * query.shape[-1]
+    slope = max(grid) if radius else 1.0
+    weight = abs(factor) * 4 * slope * max(query.abs().max().double(), key.abs().max().double())
+    for i, name in enumerate(("peak", "points", "query", "key")):
+        term = score * (slope, slope, weight, weight)[i]
+        assert_as_exact_as_eager(found[i], [x[i] for x in plain], exact[i], term, name)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_cost_and_gradients(where, shape, dtype):
+    size = SHAPES[shape][0]
+    check_cost(where, random_pair(size, dtype), some_cells(size), source=size[1] - 1)
+
+
+@pytest.mark.parametrize("options", [dict(symmetric=False), dict(scale=-0.3), dict(scale=0.0)], ids=str)
+def test_cost_of_all_cells(where, options):
+    check_cost(where, random_pair(SHAPES["small"][0]), None, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("radius", [None, 1.5, math.inf], ids=str)
+def test_matches_and_gradients(where, radius, dtype):
+    size, grid = SHAPES["small"]
+    check_match(where, random_pair(size, dtype), grid, radius=radius, source=1)
+
+
+@pytest.mark.parametrize("options", [dict(), dict(symmetric=False, radius=2.0), dict(scale=0.2)], ids=str)
+@pytest.mark.parametrize("shape", ["one", "ragged", "blocks"])
+def test_matches_of_some_cells(where, shape, options):
+    size, grid = SHAPES[shape]
+    check_match(where, random_pair(size), grid, cells=some_cells(size), **options)
+
+
+def test_reference_is_the_textbook():
+    size, grid = SHAPES["small"]
+    check_cost(("reference", "cpu"), random_pair(size, torch.float64), some_cells(size))
+    check_match(("reference", "cpu"), random_pair(size, torch.float64), grid, radius=2.0)
+
+
+def test_heads_averaged_before_the_softmax(any_backend):
+    backend, device = any_backend
+    query, key = (x.to(device) for x in random_pair(SHAPES["small"][0], torch.float64))
+    flat = [x.flatten(-2)[..., None, :] for x in (query, key)]
+    found = query_key_cost(*flat, cells=None, scale=0.3 / 2, backend=backend).cpu()
+    mean = torch.einsum("bshd,btjhd->btsj", query[:, 0], key).cpu() * (0.3 / 2)
+    back = torch.einsum("btjhd,bshd->btsj", query, key[:, 0]).cpu() * (0.3 / 2)
+    torch.testing.assert_close(found, (mean.softmax(-1) + back.softmax(-2)) / 2)
+
+
+LAYOUTS = {
+    "heads first": lambda x: x.permute(0, 3, 1, 2, 4).contiguous().permute(0, 2, 3, 1, 4),
+    "channels apart": lambda x: torch.stack([x, x * torch.nan], -1)[..., 0],
+    "expanded heads": lambda x: x[..., :1, :].expand(x.shape),
+    "slices": lambda x: torch.nn.functional.pad(x, (3, 5, 1, 2), value=torch.nan)[..., 1:-2, 3:-5],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_any_strides(where, layout):
+    backend, device = where
+    size, grid = SHAPES["ragged"]
+    query, key = (LAYOUTS[layout](x).to(device) for x in random_pair(size))
+    cost = query_key_cost(query, key, cells=None, backend=backend)
+    assert torch.equal(cost, query_key_cost(query.contiguous(), key.contiguous(), cells=None, backend=backend))
+    joined = torch.randn(2, 3, 5 + 2 * 6, 8, device=device)  # [B, H, text + T * S, D]
+    view = joined[:, :, 5:].unflatten(2, (2, 6)).permute(0, 2, 3, 1, 4)
+    match = query_key_matching(view, view, grid=(2, 3), backend=backend)
+    plain = query_key_matching(view.contiguous(), view.contiguous(), grid=(2, 3), backend=backend)
+    assert all(torch.equal(x, y) for x, y in zip(match, plain, strict=True))
+
+
+def test_ties_go_to_the_lowest_cell(any_backend):
+    backend, device = any_backend
+    query = torch.zeros(1, 2, 70, 2, 8, device=device)
+    match = query_key_matching(query, query, grid=(7, 10), radius=math.inf, backend=backend)
+    assert match.index[0, 1].tolist() == [0] * 70
+    torch.testing.assert_close(match.points[0, 1], torch.tensor([5.0, 3.5], device=device).expand(70, 2))
+    key = query.clone()
+    query[..., 0] = 1
+    key[:, 1, [33, 64], :, 0] = 5
+    assert query_key_matching(query, key, grid=(7, 10), backend=backend).index[0, 1].tolist() == [33] * 70
+
+
+def test_scores_far_apart(any_backend):
+    """The largest scores come last: what was summed before them must decay to nothing."""
+    backend, device = any_backend
+    query, key = (torch.zeros(1, 2, 100, 1, 8, device=device) for _ in range(2))
+    query[..., 0] = 10
+    key[0, 1, :, 0, 0] = torch.arange(100.0)
+    match = query_key_matching(query, key, grid=(10, 10), scale=1.0, symmetric=False, backend=backend)
+    assert match.index[0, 1].tolist() == [99] * 100
+    torch.testing.assert_close(match.peak[0, 1], torch.full((100,), 1 / (1 + math.exp(-10)), device=device))
+
+
+@pytest.mark.parametrize("tensor", [0, 1], ids=["query", "key"])
+@pytest.mark.parametrize("frame", [0, 1, 2])
+@pytest.mark.parametrize("bad", [math.nan, math.inf], ids=str)
+def test_non_finite_input_stays_in_its_pairs(any_backend, tensor, frame, bad):
+    backend, device = any_backend
+    size, grid = (1, 3, 70, 2, 8), (7, 10)
+    pair = [x.to(device) for x in random_pair(size)]
+    clean = query_key_matching(*pair, grid=grid, radius=2.0, backend=backend)
+    pair[tensor] = pair[tensor].clone()
+    pair[tensor][0, frame, 37, 1, 3] = bad
+    match = query_key_matching(*pair, grid=grid, radius=2.0, backend=backend)
+    # Source frame 0: one of its cells, if its query is bad, or all of the pair.
+    touched = torch.zeros(3, 70, dtype=torch.bool)
+    if frame == 0 and tensor == 0:
+        touched[1:, 37] = True
+    else:
+        touched[[1, 2] if frame == 0 else [frame]] = True
+    index, peak, points = (x[0].cpu() for x in match)
+    assert (index[touched] == -1).all() and peak[touched].isnan().all() and points[touched].isnan().all()
+    for x, y in zip((index, peak, points), clean, strict=True):
+        assert torch.equal(x[~touched], y[0].cpu()[~touched])
+
+
+def test_gradcheck(where):
+    backend, device = where
+    leaves = [x.to(device).requires_grad_() for x in random_pair((1, 2, 6, 2, 3), torch.float64, 1.0)]
+    cells = torch.tensor([[4, 0, 4]], device=device)
+    assert torch.autograd.gradcheck(lambda *x: query_key_cost(*x, cells=cells, backend=backend), leaves)
+    for radius in (None, 1.1, math.inf):
+        assert torch.autograd.gradcheck(
+            lambda *x, r=radius: query_key_matching(*x, grid=(2, 3), cells=cells, radius=r, backend=backend)[1:], leaves
+        )
+
+
+def test_only_what_needs_a_gradient(where):
+    backend, device = where
+    query, key = (x.to(device) for x in random_pair(SHAPES["small"][0]))
+    both = [x.clone().requires_grad_() for x in (query, key)]
+    expected = torch.autograd.grad(query_key_matching(*both, grid=(3, 4), backend=backend).peak.sum(), both)
+    alone = query.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(query_key_matching(alone, key, grid=(3, 4), backend=backend).peak.sum(), alone)
+    assert torch.equal(grad, expected[0])
+    match = query_key_matching(*both, grid=(3, 4), backend=backend)
+    assert not match.index.requires_grad and match.peak.requires_grad
+
+
+def test_same_bits_whatever_the_threads():
+    query, key = random_pair((1, 3, 100, 3, 16))
+    before, found = torch.get_num_threads(), []
+    for threads in (1, 2, 5):
+        torch.set_num_threads(threads)
+        leaves = [x.detach().requires_grad_() for x in (query, key)]
+        match = query_key_matching(*leaves, grid=(10, 10), radius=3.0, backend="cpp")
+        grads = torch.autograd.grad(match.peak.sum() + match.points.square().sum(), leaves)
+        found.append([*match, *grads])
+    torch.set_num_threads(before)
+    for other in found[1:]:
+        assert all(torch.equal(x, y) for x, y in zip(found[0], other, strict=True))
+    # A cell alone gets what it gets beside others.
+    alone = query_key_matching(query, key, grid=(10, 10), radius=3.0, cells=torch.tensor([[57]]), backend="cpp")
+    assert all(torch.equal(x, y[:, :, 57:58]) for x, y in zip(alone, found[0][:3], strict=True))
+
+
+@pytest.mark.parametrize("frames, cells", [(0, None), (2, 0)])
+def test_empty(any_backend, frames, cells):
+    backend, device = any_backend
+    query = torch.randn(1, frames, 6, 2, 8, device=device, requires_grad=True)
+    at = None if cells is None else torch.empty(1, cells, dtype=torch.int64, device=device)
+    match = query_key_matching(query, query, grid=(2, 3), cells=at, backend=backend)
+    count = 6 if cells is None else cells
+    assert match.index.shape == match.peak.shape == (1, frames, count) and match.points.shape == (1, frames, count, 2)
+    assert query_key_cost(query, query, cells=at, backend=backend).shape == (1, frames, count, 6)
+    (grad,) = torch.autograd.grad(match.peak.sum(), query)
+    assert torch.equal(grad, torch.zeros_like(query))
+
+
+@pytest.mark.parametrize(
+    "change, error, message",
+    [
+        (dict(query=[]), TypeError, "query must be a torch.Tensor"),
+        (dict(query=torch.zeros(1, 2, 6, 8)), ValueError, r"query must be \[B, T, S, H, D\]"),
+        (dict(key=torch.zeros(1, 2, 6, 2, 8, dtype=torch.float64)), TypeError, "key must have the dtype of query"),
+        (dict(key=torch.zeros(1, 2, 6, 2, 8, device="meta")), ValueError, "key must be on the device of query"),
+        (dict(key=torch.zeros(1, 2, 6, 2, 9)), ValueError, "key must have the shape of query"),
+        (dict(grid=(2, 4)), ValueError, r"grid must be \(h, w\) with h \* w = S = 6"),
+        (dict(grid=6), TypeError, "grid must be a pair of ints"),
+        (dict(source=2), ValueError, "source must be a frame from 0 to 1, got 2"),
+        (dict(source=-1), ValueError, "source must be a frame"),
+        (dict(source=0.0), TypeError, "source must be an int"),
+        (dict(cells=torch.zeros(1, 2)), TypeError, "cells must be int64"),
+        (dict(cells=torch.zeros(2, dtype=torch.int64)), ValueError, r"cells must be \[B, M\]"),
+        (dict(cells=torch.tensor([[0, 6]])), ValueError, "cells must be from 0 to 5 in frames of 6 cells, got 6"),
+        (dict(cells=torch.tensor([[-1]])), ValueError, "cells must be from 0 to 5"),
+        (dict(cells=[0]), TypeError, "cells must be a torch.Tensor or None"),
+        (dict(scale="1"), TypeError, "scale must be a number"),
+        (dict(scale=math.inf), ValueError, "scale must be a finite number"),
+        (dict(radius=0), ValueError, "radius must be a positive number or None, got 0"),
+        (dict(radius=math.nan), ValueError, "radius must be a positive number"),
+        (dict(symmetric=1), TypeError, "symmetric must be a bool"),
+        (dict(backend="cuda"), ValueError, "backend must be one of"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(change, error, message):
+    query = torch.zeros(1, 2, 6, 2, 8)
+    arguments = dict(query=query, key=query, grid=(2, 3)) | change
+    with pytest.raises(error, match=message):
+        query_key_matching(arguments.pop("query"), arguments.pop("key"), **arguments)
+
+
+def test_memory_does_not_grow_with_heads_and_frames():
+    from oracle import peak_memory
+
+    torch.set_num_threads(1)
+    query = torch.randn(1, 3, 1024, 16, 8)
+    query_key_matching(query, query, grid=(32, 32), backend="cpp")
+    with peak_memory("cpu") as used:
+        query_key_matching(query, query, grid=(32, 32), backend="cpp")
+    assert used.mebibytes < 8  # one C is 4 MiB; weights of all heads would be 64 MiB
+
+
+def test_operators(where):
+    backend, device = where
+    query, key = (x.to(device).requires_grad_() for x in random_pair(SHAPES["small"][0]))
+    cells = some_cells(SHAPES["small"][0]).to(device)
+    options = (0, 3, 4, 0.3, True, 1.5, backend)
+    torch.library.opcheck(op.query_key_matching_fwd, (query, key, cells, *options))
+    torch.library.opcheck(op.query_key_cost_fwd, (query, key, None, 1, 0.3, False, backend))
+    query, key = query.detach(), key.detach()
+    index, peak, points, weight = op.query_key_matching_fwd(query, key, cells, *options)
+    saved = (query, key, cells, index, points, weight)
+    torch.library.opcheck(op.query_key_matching_bwd, (peak, points, *saved, *options))
+    torch.library.opcheck(op.query_key_matching_bwd, (None, points, *saved, *options))
+    cost = op.query_key_cost_fwd(query, key, cells, 0, 0.3, True, backend)
+    torch.library.opcheck(op.query_key_cost_bwd, (cost, query, key, cells, 0, 0.3, True, backend))
+    with pytest.raises(ValueError, match="index must be torch.int64 of shape"):
+        op.query_key_matching_bwd(peak, points, query, key, cells, index[:, 1:], points, weight, *options)
+
+
+def test_compiled_as_one_graph(where):
+    backend, device = where
+    pair = [x.to(device) for x in random_pair(SHAPES["small"][0])]
+    cells = some_cells(SHAPES["small"][0]).to(device)
+
+    def call(query, key):
+        match = query_key_matching(query, key, grid=(3, 4), cells=cells, radius=2.0, backend=backend)
+        return (
+            match.peak.sum() + match.points.sum() + query_key_cost(query, key, cells=None, backend=backend)[0, 1, 2, 3]
+        )
+
+    def results(function):
+        leaves = [x.detach().requires_grad_() for x in pair]
+        total = function(*leaves)
+        return [total.detach(), *torch.autograd.grad(total, leaves)]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for actual, expected in zip(results(compiled), results(call), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+def test_autocast(where):
+    backend, device = where
+    query, key = (x.to(device) for x in random_pair(SHAPES["small"][0]))
+    with torch.autocast(device, torch.bfloat16):
+        cost = query_key_cost(query, key, cells=None, backend=backend)
+    half = query_key_cost(query.bfloat16(), key.bfloat16(), cells=None, backend=backend)
+    assert cost.dtype == torch.float32 and torch.equal(cost, half)

@@ -1,0 +1,357 @@
+"""DiffTrack: points tracked by the queries and keys of a video diffusion transformer, which saw no tracks in training.
+
+Nam et al., "Emergent Temporal Correspondences from Video Diffusion Transformers", 2025.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor
+
+from tritonkern.functional import query_key_cost, query_key_matching
+from tritonkern.models.checkpoints import read_state_dict
+from tritonkern.models.cogvideox import CogVideoX
+from tritonkern.models.matching import MatchingTracker, TrackerOutput
+
+CLOSED = 1.5
+"""Cells between a cell and the match of its match, up to which a point counts as visible."""
+PROMPT = "prompt_embeds.safetensors"
+# Logit of what is known.
+_CERTAIN = 8.0
+
+
+class Preset(NamedTuple):
+    """What a pass of the transformer is given, and which of its attention is read."""
+
+    layers: tuple[int, ...]
+    timesteps: tuple[float, ...]
+    scale: float | None
+    """Factor on the scores; None for D ** -0.5."""
+    frames: int
+    """Frames of a pass, the query's included."""
+
+
+def preset_of(transformer: CogVideoX, official_scale: bool = False) -> Preset:
+    """The published preset of CogVideoX 2B and 5B: layer 17, the last of 50 steps (timestep 19), 13 frames.
+
+    Args:
+        official_scale: the published tracking script divides by the root of the number of heads, not of D.
+
+    Raises:
+        ValueError: another number of heads and layers.
+    """
+    known = {(30, 30): "2B", (48, 42): "5B"}
+    size = transformer.num_heads, len(transformer.transformer_blocks)
+    if size not in known:
+        raise ValueError(
+            f"preset: none is published for {size[0]} heads and {size[1]} layers, only for "
+            f"{', '.join(f'CogVideoX {name} ({h} and {n})' for (h, n), name in known.items())}; give a Preset"
+        )
+    return Preset((17,), (19.0,), transformer.num_heads**-0.5 if official_scale else None, 13)
+
+
+def schedule(frames: int, *, length: int = 13, first: int = 0, interleaved: bool = True) -> list[list[int]]:
+    """Frame numbers of every pass: frame `first`, then up to length - 1 others, until all were seen.
+
+    Interleaved passes take every so many-th frame, so that each spans the clip; the last ones may see frames again.
+    Otherwise consecutive frames are taken.
+
+    Raises:
+        ValueError: `first` is not a frame, or `length` below 2.
+    """
+    if not 0 <= first < frames:
+        raise ValueError(f"first must be a frame from 0 to {frames - 1}, got {first}")
+    if length < 2:
+        raise ValueError(f"length must be 2 or more, got {length}")
+    others, room = [frame for frame in range(frames) if frame != first], length - 1
+    if not interleaved:
+        return [[first, *others[start : start + room]] for start in range(0, len(others), room)]
+    step = max(1, frames // room)
+    chunks: list[list[int]] = []
+    unseen = set(others)
+    while unseen:
+        chunks.append([first, *others[len(chunks) :: step][:room]])
+        unseen -= set(chunks[-1])
+    return chunks
+
+
+class DiffTrack(MatchingTracker):
+    """Zero-shot tracking with a video diffusion transformer.
+
+    Every frame is encoded alone. The frame of a query and some others form a clip that passes through the first layers
+    of the transformer once; its four cells around the query are matched with those of the other frames by the queries
+    and keys of one layer (`query_key_matching`). One pass serves all queries of a frame.
+
+    `features(video)`: float `[B, T, H, W, 3]` in [-1, 1] -> latents `[B, T, h, w, C]`.
+
+    Args:
+        transformer: with the methods `grid` and `query_key` of `CogVideoX`.
+        vae: of diffusers, an AutoencoderKLCogVideoX; None for a transformer of pixels.
+        preset: layers, timesteps and scale.
+        resolution: (height, width) of the raster of video, queries and tracks.
+        pixels: (height, width) that frames are resized to before they are encoded; None for `resolution`.
+        prompt: `[1, L, text_dim]`, the embedding of the empty prompt; None for zeros.
+        radius: of the soft-argmax around the best cell, in cells; None for the centre of the best cell.
+        interleaved, average: as in `schedule`; whether the costs of frames that several passes see are averaged,
+            otherwise the first pass counts.
+        border: "border", or "zeros" as published: beyond the outermost cells positions are mixed with zero.
+        visibility: "consistent": where the match of the match lies within `CLOSED` cells; "all" as published.
+        sample: draw latents from the posterior, by the generator `generator`, instead of its mean.
+    """
+
+    def __init__(
+        self,
+        transformer: CogVideoX,
+        vae: Any = None,
+        preset: Preset | None = None,
+        *,
+        resolution: tuple[int, int] = (256, 256),
+        pixels: tuple[int, int] | None = None,
+        prompt: Tensor | None = None,
+        radius: float | None = None,
+        interleaved: bool = True,
+        average: bool = False,
+        border: str = "border",
+        visibility: str = "consistent",
+        sample: bool = False,
+        generator: torch.Generator | None = None,
+    ) -> None:
+        self.resolution = resolution
+        super().__init__()
+        if border not in ("border", "zeros"):
+            raise ValueError(f'border must be "border" or "zeros", got {border!r}')
+        if visibility not in ("consistent", "all"):
+            raise ValueError(f'visibility must be "consistent" or "all", got {visibility!r}')
+        self.transformer, self.vae, self.radius = transformer, vae, radius
+        self.preset = preset_of(transformer) if preset is None else preset
+        wrong = [layer for layer in self.preset.layers if not 0 <= layer < len(transformer.transformer_blocks)]
+        if wrong:
+            raise ValueError(
+                f"preset has layers {wrong}, and the transformer {len(transformer.transformer_blocks)} of them, from 0 on"
+            )
+        self.pixels = resolution if pixels is None else pixels
+        self.interleaved, self.average, self.border, self.visibility = interleaved, average, border, visibility
+        self.sample, self.generator = sample, generator
+        empty = torch.zeros(1, 1, transformer.text_dim) if prompt is None else prompt
+        self.register_buffer("prompt", empty, persistent=False)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, **options: Any) -> DiffTrack:
+        """CogVideoX 2B or 5B of a folder as diffusers writes it, at 480 x 720 pixels.
+
+        The embedding of the empty prompt is read from ``prompt_embeds.safetensors`` in the folder, or made once by the
+        folder's text encoder and tokenizer and written there.
+
+        Raises:
+            FileNotFoundError: the folder lacks its transformer, VAE or prompt.
+            ModuleNotFoundError: diffusers is not installed.
+            ValueError: another architecture, or damaged weights.
+        """
+        folder = Path(folder)
+        transformer = CogVideoX.from_folder(folder)
+        if not (folder / "vae" / "config.json").is_file():
+            raise FileNotFoundError(f"{folder} holds no vae/config.json; give a whole folder that diffusers wrote")
+        prompt = _empty_prompt(folder, transformer.max_text)
+        try:
+            from diffusers import AutoencoderKLCogVideoX
+        except ModuleNotFoundError as error:
+            raise ModuleNotFoundError(
+                f"the VAE of {folder} needs the package {error.name}: pip install 'tritonkern[diffusers]'",
+                name=error.name,
+            ) from error
+        vae = AutoencoderKLCogVideoX.from_pretrained(folder, subfolder="vae")
+        return cls(transformer, vae, resolution=(480, 720), prompt=prompt, **options).eval()
+
+    @torch.no_grad()
+    def features(self, video: Tensor) -> Tensor:
+        """Latents `[B, T, h, w, C]` of `[B, T, H, W, 3]` in [-1, 1], each frame encoded alone."""
+        frames = rearrange(video, "b t h w c -> (b t) c h w").to(self.prompt.dtype)
+        if frames.shape[-2:] != self.pixels:
+            frames = F.interpolate(frames, size=self.pixels, mode="bilinear", antialias=True, align_corners=False)
+        latents = frames if self.vae is None else torch.cat([self._encode(frame) for frame in frames.split(1)])
+        return rearrange(latents, "(b t) c h w -> b t h w c", b=len(video))
+
+    def _encode(self, frame: Tensor) -> Tensor:
+        posterior = self.vae.encode(frame[:, :, None]).latent_dist
+        latent = posterior.sample(self.generator) if self.sample else posterior.mode()
+        return latent[:, :, 0] * self.vae.config.scaling_factor
+
+    @torch.no_grad()
+    def track(self, features: Tensor, queries: Tensor) -> TrackerOutput:
+        """Tracks of `queries` `[B, N, 3]` (t, y, x) from latents as `features` returns them.
+
+        Raises:
+            ValueError: fewer than two frames, latents that are not finite, or shapes that do not fit.
+        """
+        batch, frames = features.shape[:2]
+        if frames < 2:
+            raise ValueError(f"video must have two frames or more, got {frames}")
+        if not features.isfinite().all():
+            raise ValueError("features must be finite: latents hold NaN or infinity")
+        tracks = queries.new_zeros(batch, queries.shape[1], frames, 2)
+        visible = torch.ones(tracks.shape[:3], dtype=torch.bool, device=tracks.device)
+        own = queries[..., 0].round().long().clamp(0, frames - 1)
+        latents = rearrange(features, "b t h w c -> b t c h w")
+        for b in range(batch):
+            for frame in own[b].unique().tolist():
+                rows = own[b] == frame
+                places = queries[b, rows].flip(-1)[:, :2]
+                tracks[b, rows], visible[b, rows] = self._track_frame(latents[b : b + 1], frame, places)
+        logit = torch.where(visible, -_CERTAIN, _CERTAIN).to(tracks.dtype)
+        return TrackerOutput(tracks, logit, -_CERTAIN * torch.ones_like(logit))
+
+    def _track_frame(self, latents: Tensor, frame: int, places: Tensor) -> tuple[Tensor, Tensor]:
+        """Tracks `[n, T, 2]` and visibility `[n, T]` of the points `places` `[n, 2]` (x, y) of one frame."""
+        grid = self.transformer.grid(latents)
+        corners = Corners.of(places, grid, self.resolution, self.border)
+        frames = latents.shape[1]
+        index = torch.full((frames, corners.cells.numel()), -1, device=places.device)
+        points = places.new_zeros(frames, corners.cells.numel(), 2)
+        closed = torch.ones(frames, len(places), dtype=torch.bool, device=places.device)
+        costs: dict[int, tuple[Tensor, int]] = {}
+        cells = corners.cells.flatten()[None]
+        seen = {frame}
+        for chunk in schedule(frames, length=self.preset.frames, first=frame, interleaved=self.interleaved):
+            query, key = self.query_key(latents[:, chunk])
+            if self.average:
+                cost = query_key_cost(query, key, cells=cells, scale=self.preset.scale)[0]
+                for number, place in zip(chunk[1:], cost[1:], strict=True):
+                    total, count = costs.get(number, (0, 0))
+                    costs[number] = total + place, count + 1
+            match = query_key_matching(query, key, grid=grid, cells=cells, scale=self.preset.scale, radius=self.radius)
+            fresh = [i for i, number in enumerate(chunk) if number not in seen]
+            numbers = [chunk[i] for i in fresh]
+            seen.update(numbers)
+            index[numbers], points[numbers] = match.index[0, fresh], match.points[0, fresh].to(points)
+            if self.visibility == "consistent":
+                nearest = (
+                    match.index[0, fresh]
+                    .unflatten(-1, corners.cells.shape)
+                    .gather(-1, corners.nearest.expand(len(fresh), -1, 1))
+                )
+                closed[numbers] = self._closed(query[0], key[0], fresh, nearest[..., 0], corners, grid)
+        if self.average:
+            for number, (total, count) in costs.items():
+                points[number] = locate(total / count, grid, self.radius).to(points)
+        tracks = corners.blend(points.unflatten(1, corners.cells.shape))
+        tracks[:, frame] = places
+        return tracks, closed.T
+
+    def query_key(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys `[1, T, S, H, D]` of latents `[1, T, C, h, w]`, layers and timesteps side by side in D."""
+        text = self.prompt.to(latents.dtype)
+        found = [
+            pair
+            for timestep in self.preset.timesteps
+            for pair in self.transformer.query_key(latents, text, latents.new_tensor([timestep]), self.preset.layers)
+        ]
+        query, key = zip(*found, strict=True)
+        return torch.cat(query, -1), torch.cat(key, -1)
+
+    def _closed(
+        self, query: Tensor, key: Tensor, frames: Sequence[int], best: Tensor, corners: Corners, grid: tuple[int, int]
+    ) -> Tensor:
+        """Whether the matches `best` `[F, n]` of the nearest cells lead back to them."""
+        there, own = list(frames), [0] * len(frames)
+        pairs = [torch.stack([x[there], x[own]], 1) for x in (query, key)]
+        back = query_key_matching(*pairs, grid=grid, cells=best.clamp(min=0), scale=self.preset.scale).index[:, 1]
+        home = corners.cells.gather(-1, corners.nearest)[:, 0]
+        dx, dy = back % grid[1] - home % grid[1], back // grid[1] - home // grid[1]
+        return (best >= 0) & (dx.square() + dy.square() <= CLOSED**2)
+
+
+class Corners(NamedTuple):
+    """The four cells around each of n points, of which a position is the weighted mean."""
+
+    cells: Tensor
+    """[n, 4] row * w + column."""
+    weights: Tensor
+    """[n, 4] bilinear; zero for what is beyond the grid, if the border is zeros."""
+    offset: Tensor
+    """[n, 2] in cells: what is added to the mean of the matches."""
+    size: tuple[float, float]
+    """Pixels of the raster per cell in x and y."""
+
+    @classmethod
+    def of(cls, places: Tensor, grid: tuple[int, int], resolution: tuple[int, int], border: str) -> Corners:
+        """`places` `[n, 2]` (x, y) in pixels of the raster."""
+        (h, w), (height, width) = grid, resolution
+        size = width / w, height / h
+        place = places / places.new_tensor(size)
+        if border == "zeros":
+            # As published: cells at whole numbers, on a grid stretched so that its margin is a 64th of the width.
+            margin = w / 64
+            sampled = place * place.new_tensor([(w - 1) / (w - margin), (h - 1) / (h - margin)])
+        else:
+            sampled = place - 0.5
+        low = sampled.floor()
+        part = sampled - low
+        x, y = (low[:, i, None] + low.new_tensor(step) for i, step in enumerate(([0, 1, 0, 1], [0, 0, 1, 1])))
+        weights = torch.stack([1 - part, part], -1)
+        weights = (weights[:, 1, :, None] * weights[:, 0, None, :]).flatten(1)
+        column, row = x.clamp(0, w - 1), y.clamp(0, h - 1)
+        cells = (row * w + column).long()
+        if border == "zeros":
+            weights = weights * ((column == x) & (row == y))
+            # Published positions are the numbers of cells, half a cell from their centres.
+            offset = -0.5 * weights.sum(-1, keepdim=True).expand_as(place)
+        else:
+            centre = torch.stack([(weights * (column + 0.5)).sum(-1), (weights * (row + 0.5)).sum(-1)], -1)
+            offset = place - centre
+        return cls(cells, weights, offset, size)
+
+    @property
+    def nearest(self) -> Tensor:
+        """[n, 1]: which of the four has the largest weight."""
+        return self.weights.argmax(-1, keepdim=True)
+
+    def blend(self, points: Tensor) -> Tensor:
+        """Positions `[n, T, 2]` in pixels, of matches `[T, n, 4, 2]` of the cells, in cells."""
+        mean = torch.einsum("tnkc,nk->ntc", points, self.weights) + self.offset[:, None]
+        return mean * mean.new_tensor(self.size)
+
+
+def locate(cost: Tensor, grid: tuple[int, int], radius: float | None) -> Tensor:
+    """Positions `[M, 2]` (x, y) in cells of the best cells of a cost `[M, S]`, as `query_key_matching` has them."""
+    best = cost.argmax(-1)
+    cell = torch.arange(cost.shape[-1], device=cost.device)
+    centres = torch.stack([cell % grid[1] + 0.5, cell // grid[1] + 0.5], -1).to(cost.dtype)
+    if radius is None:
+        return centres[best]
+    kept = cost * (torch.cdist(centres[best], centres) < radius)
+    return kept @ centres / kept.sum(-1, keepdim=True)
+
+
+def _empty_prompt(folder: Path, length: int) -> Tensor:
+    """The embedding of the empty prompt `[1, L, C]`."""
+    path = folder / PROMPT
+    if path.is_file():
+        state = read_state_dict(path)
+        if len(state) != 1 or next(iter(state.values())).ndim != 3:
+            raise ValueError(f"{path} must hold one tensor [1, L, C], got {[tuple(x.shape) for x in state.values()]}")
+        return next(iter(state.values())).float()
+    if not ((folder / "text_encoder").is_dir() and (folder / "tokenizer").is_dir()):
+        raise FileNotFoundError(
+            f"{folder} holds neither {PROMPT}, the embedding of the empty prompt, nor the folders text_encoder and "
+            "tokenizer, from which it is made once; add one or the other"
+        )
+    from safetensors.torch import save_file
+    from transformers import AutoTokenizer, T5EncoderModel
+
+    from tritonkern.files import atomic_path
+
+    tokens = AutoTokenizer.from_pretrained(folder / "tokenizer")(
+        "", padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    )
+    encoder = T5EncoderModel.from_pretrained(folder / "text_encoder").eval()
+    with torch.no_grad():
+        embedding = encoder(tokens.input_ids)[0].float()
+    with atomic_path(path) as part:
+        save_file({"prompt_embeds": embedding.contiguous()}, part)
+    return embedding

@@ -1,0 +1,59 @@
+"""Tile sizes and warps of the Triton kernels by (channels, dtype, architecture).
+
+Estimates, not measured on a GPU. Ahead-of-time compilation (tests/test_query_key_triton.py) shows that nothing spills
+on sm_80, sm_90, sm_100 and gfx942.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+
+from tritonkern.ops._dtypes import on_amd, tf32_allowed
+from tritonkern.ops._triton import block_size
+
+# Of frame-local attention, whose result stays in registers.
+MAX_HEAD_DIM = 256
+
+
+class Tiles(NamedTuple):
+    """Sizes of the blocks of a kernel."""
+
+    rows: int
+    others: int
+    channels: int  # per step, and of a gradient per program
+    num_warps: int
+    num_stages: int
+
+
+def tiles(channels: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of the forward kernels."""
+    if dtype == torch.float64:
+        return Tiles(16, 16, 16, 4, 1)
+    if dtype == torch.float32:
+        return Tiles(32, 32, min(32, block_size(channels)), 4, 1)
+    return Tiles(64, 64, min(64, block_size(channels)), 4, 1 if on_amd() else 2)
+
+
+def gradient_tiles(channels: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of the backward kernels, which hold two results."""
+    if dtype == torch.float64:
+        return Tiles(16, 16, 16, 4, 1)
+    return Tiles(32, 32, min(32, block_size(channels)), 4, 1)
+
+
+def frame_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
+    """Tiles of frame-local attention; all channels are in registers."""
+    width = block_size(head_dim)
+    if dtype == torch.float64:
+        return Tiles(16, 16, width, 4 if width <= 64 else 8, 1)
+    if dtype == torch.float32:
+        return Tiles(16, 16, width, 4, 1)
+    return Tiles(64, 32, width, 4 if width <= 64 else 8, 1)
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 tiles are multiplied where the inputs are `dtype`. TF32 holds every float16 and bfloat16."""
+    half = dtype.itemsize == 2
+    return "tf32" if (half or tf32_allowed()) and not on_amd() else "ieee"

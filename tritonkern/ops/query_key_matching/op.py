@@ -1,0 +1,274 @@
+"""Checks, operators and gradients of query-key matching, attention row statistics and frame-local attention."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from tritonkern.ops._checks import check_dense, check_saved
+from tritonkern.ops._dtypes import accumulator
+from tritonkern.ops._registry import Results, differentiable, operator
+
+NAME = "query_key_matching"
+# Cell numbers are int32 in the kernels, and coordinates are exact in float32.
+MAX_CELLS = 2**24
+
+
+class Outputs(NamedTuple):
+    """Results of the forward operator, contiguous, in float32 (float64 for float64) where nothing else is said."""
+
+    index: Tensor
+    """[B, T, M] int64: the first cell that has the maximum of C; -1 where a C is NaN."""
+    peak: Tensor
+    """[B, T, M]: that maximum."""
+    points: Tensor
+    """[B, T, M, 2] (x, y) in cells, centres at + 0.5."""
+    weight: Tensor
+    """[B, T, M]: sum of C over the disc around the best cell; without a disc, as peak."""
+
+
+def allocate(query: Tensor, cells: Tensor | None) -> Outputs:
+    """Uninitialised outputs."""
+    shape, dtype = _matches(query, cells), accumulator(query.dtype)
+    return Outputs(
+        index=query.new_empty(shape, dtype=torch.int64),
+        peak=query.new_empty(shape, dtype=dtype),
+        points=query.new_empty((*shape, 2), dtype=dtype),
+        weight=query.new_empty(shape, dtype=dtype),
+    )
+
+
+def allocate_cost(query: Tensor, cells: Tensor | None) -> Tensor:
+    """The uninitialised cost `[B, T, M, S]`."""
+    return query.new_empty((*_matches(query, cells), query.shape[2]), dtype=accumulator(query.dtype))
+
+
+def _matches(query: Tensor, cells: Tensor | None) -> tuple[int, ...]:
+    return (*query.shape[:2], query.shape[2] if cells is None else cells.shape[1])
+
+
+def disc_limit(radius: float) -> float:
+    """A squared distance of two cells, a whole number, is below radius**2 exactly if it is below this."""
+    return float(math.ceil(min(radius * radius, 2.0**62)))
+
+
+def _check_like(name: str, x: Tensor, query: Tensor, first: str) -> None:
+    check_dense(name, x)
+    if x.dtype != query.dtype:
+        raise TypeError(f"{name} must have the dtype of {first}, {query.dtype}, got {x.dtype}; convert one")
+    if x.device != query.device:
+        raise ValueError(f"{name} must be on the device of {first}, {query.device}, got {x.device}; move one")
+
+
+def check_pair(query: Tensor, key: Tensor, cells: Tensor | None, source: int) -> None:
+    """Raise TypeError or ValueError unless queries, keys, cells and source frame fit together."""
+    check_dense("query", query)
+    if query.dim() != 5 or 0 in query.shape[3:]:
+        raise ValueError(f"query must be [B, T, S, H, D] with H and D from 1 up, got {tuple(query.shape)}")
+    _check_like("key", key, query, "query")
+    if key.shape != query.shape:
+        raise ValueError(f"key must have the shape of query, {tuple(query.shape)}, got {tuple(key.shape)}")
+    frames, count = query.shape[1:3]
+    if count > MAX_CELLS:
+        raise ValueError(f"query must have at most 2**24 cells per frame, got {count}")
+    if frames and not 0 <= source < frames:
+        raise ValueError(f"source must be a frame from 0 to {frames - 1}, got {source}")
+    if cells is None:
+        return
+    if not isinstance(cells, Tensor):
+        raise TypeError(f"cells must be a torch.Tensor or None, got {type(cells).__name__}")
+    if cells.dtype != torch.int64:
+        raise TypeError(f"cells must be int64, got {cells.dtype}; convert it")
+    if cells.device != query.device:
+        raise ValueError(f"cells must be on the device of query, {query.device}, got {cells.device}; move one")
+    if cells.dim() != 2 or cells.shape[0] != query.shape[0]:
+        raise ValueError(f"cells must be [B, M] with B = {query.shape[0]}, got {tuple(cells.shape)}")
+
+
+def check_range(cells: Tensor | None, count: int) -> None:
+    """Raise ValueError unless all cells exist. It waits for a GPU, and is left out of graphs."""
+    if cells is None or cells.numel() == 0 or torch.compiler.is_compiling():
+        return
+    lowest, highest = (int(x) for x in torch.aminmax(cells))
+    if lowest < 0 or highest >= count:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(f"cells must be from 0 to {count - 1} in frames of {count} cells, got {wrong}")
+
+
+def check_grid(query: Tensor, height: int, width: int, radius: float) -> None:
+    """Raise ValueError unless the grid has as many cells as a frame, and the radius is 0 (none) or positive."""
+    if height < 1 or width < 1 or height * width != query.shape[2]:
+        raise ValueError(f"grid must be (h, w) with h * w = S = {query.shape[2]} cells of query, got {(height, width)}")
+    if not radius >= 0:
+        raise ValueError(f"radius must be positive, got {radius}")
+
+
+@operator(NAME, "forward")
+def query_key_matching_fwd(
+    query: Tensor,
+    key: Tensor,
+    cells: Tensor | None,
+    source: int,
+    height: int,
+    width: int,
+    scale: float,
+    symmetric: bool,
+    radius: float,
+) -> Results[Outputs]:
+    """query and key `[B, T, S, H, D]`, cells `[B, M]` int64 or None for all; see `Outputs`. radius 0: the best cell."""
+    check_pair(query, key, cells, source)
+    check_grid(query, height, width, radius)
+    return lambda: allocate(query, cells)
+
+
+@operator(NAME, "backward")
+def query_key_matching_bwd(
+    grad_peak: Tensor | None,
+    grad_points: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    cells: Tensor | None,
+    index: Tensor,
+    points: Tensor,
+    weight: Tensor,
+    source: int,
+    height: int,
+    width: int,
+    scale: float,
+    symmetric: bool,
+    radius: float,
+) -> Results[tuple[Tensor, Tensor]]:
+    """Gradients of query and key, contiguous, for fixed best cells."""
+    check_pair(query, key, cells, source)
+    check_grid(query, height, width, radius)
+    shape, dtype = _matches(query, cells), accumulator(query.dtype)
+    check_saved(
+        {
+            "grad_peak": (grad_peak, shape, dtype),
+            "grad_points": (grad_points, (*shape, 2), dtype),
+            "index": (index, shape, torch.int64),
+            "points": (points, (*shape, 2), dtype),
+            "weight": (weight, shape, dtype),
+        },
+        query.device,
+    )
+    return lambda: (query.new_empty(query.shape), key.new_empty(key.shape))
+
+
+def _save(ctx, inputs, output):
+    query, key, cells, *ctx.options = inputs
+    ctx.mark_non_differentiable(output[0], output[3])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(query, key, cells, output[0], output[2], output[3])
+
+
+def _gradient(ctx, _, grad_peak, grad_points, __):
+    if grad_peak is None and grad_points is None:
+        return ()
+    return query_key_matching_bwd(grad_peak, grad_points, *ctx.saved_tensors, *ctx.options)
+
+
+differentiable(query_key_matching_fwd, _save, _gradient)
+
+
+@operator(NAME, "cost_forward")
+def query_key_cost_fwd(
+    query: Tensor, key: Tensor, cells: Tensor | None, source: int, scale: float, symmetric: bool
+) -> Results[Tensor]:
+    """C of all pairs of frames, `[B, T, M, S]`, contiguous."""
+    check_pair(query, key, cells, source)
+    return lambda: allocate_cost(query, cells)
+
+
+@operator(NAME, "cost_backward")
+def query_key_cost_bwd(
+    grad_cost: Tensor, query: Tensor, key: Tensor, cells: Tensor | None, source: int, scale: float, symmetric: bool
+) -> Results[tuple[Tensor, Tensor]]:
+    """Gradients of query and key, contiguous."""
+    check_pair(query, key, cells, source)
+    shape = (*_matches(query, cells), query.shape[2])
+    check_saved({"grad_cost": (grad_cost, shape, accumulator(query.dtype))}, query.device)
+    return lambda: (query.new_empty(query.shape), key.new_empty(key.shape))
+
+
+def _save_cost(ctx, inputs, output):
+    *tensors, ctx.source, ctx.scale, ctx.symmetric, ctx.backend = inputs
+    ctx.save_for_backward(*tensors)
+
+
+def _gradient_cost(ctx, grad_cost):
+    return query_key_cost_bwd(grad_cost, *ctx.saved_tensors, ctx.source, ctx.scale, ctx.symmetric, ctx.backend)
+
+
+differentiable(query_key_cost_fwd, _save_cost, _gradient_cost)
+
+
+def check_rows(rows: Tensor, key: Tensor, mask: Tensor | None, segments: list[int]) -> None:
+    """Raise TypeError or ValueError unless the arguments of the row statistics fit together."""
+    check_dense("rows", rows)
+    if rows.dim() != 4 or 0 in rows.shape[2:]:
+        raise ValueError(f"rows must be [B, N, H, D] with H and D from 1 up, got {tuple(rows.shape)}")
+    _check_like("key", key, rows, "rows")
+    if key.dim() != 4 or (key.shape[0], *key.shape[2:]) != (rows.shape[0], *rows.shape[2:]):
+        expected = f"[{rows.shape[0]}, J, {rows.shape[2]}, {rows.shape[3]}]"
+        raise ValueError(f"key must be {expected} for these rows, got {tuple(key.shape)}")
+    for start, stop in zip(segments[::2], segments[1::2], strict=True):
+        if not 0 <= start < stop <= key.shape[1]:
+            raise ValueError(
+                f"segments must be (start, stop) with 0 <= start < stop <= J = {key.shape[1]}, got {(start, stop)}"
+            )
+    if mask is None:
+        return
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+        raise TypeError(f"mask must be a boolean torch.Tensor or None, got {kind}")
+    if mask.shape != key.shape[:2] or mask.device != rows.device:
+        raise ValueError(
+            f"mask must be [B, J] = {tuple(key.shape[:2])} on {rows.device}, got {tuple(mask.shape)} on {mask.device}"
+        )
+
+
+@operator(NAME, "row_statistics")
+def attention_row_statistics_fwd(
+    rows: Tensor, key: Tensor, mask: Tensor | None, segments: list[int], scale: float
+) -> Results[tuple[Tensor, Tensor]]:
+    """Maximum and sum of the head-mean weights in each segment, `[B, N, G]`; segments: start, stop, start, stop, ..."""
+    check_rows(rows, key, mask, segments)
+    shape, dtype = (*rows.shape[:2], len(segments) // 2), accumulator(rows.dtype)
+    return lambda: (rows.new_empty(shape, dtype=dtype), rows.new_empty(shape, dtype=dtype))
+
+
+def check_frames(query: Tensor, key: Tensor, value: Tensor, text: int, frames: int) -> None:
+    """Raise TypeError or ValueError unless the arguments of frame-local attention fit together."""
+    check_dense("query", query)
+    if query.dim() != 4 or 0 in query.shape[2:]:
+        raise ValueError(f"query must be [B, n, H, D] with H and D from 1 up, got {tuple(query.shape)}")
+    for name, x in (("key", key), ("value", value)):
+        _check_like(name, x, query, "query")
+        if x.shape != query.shape:
+            raise ValueError(f"{name} must have the shape of query, {tuple(query.shape)}, got {tuple(x.shape)}")
+    if not 0 <= text <= query.shape[1]:
+        raise ValueError(f"text must be from 0 to n = {query.shape[1]} positions, got {text}")
+    if frames < 1 or (query.shape[1] - text) % frames:
+        raise ValueError(
+            f"frames must be a number from 1 up that divides n - text = {query.shape[1] - text} positions, got {frames}"
+        )
+
+
+@operator(NAME, "frame_local_attention")
+def frame_local_attention_fwd(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    text: int,
+    frames: int,
+    text_last: bool,
+    renormalise: bool,
+    scale: float,
+) -> Results[Tensor]:
+    """`[B, n, H, D]`, contiguous, in query's dtype."""
+    check_frames(query, key, value, text, frames)
+    return lambda: query.new_empty(query.shape)
