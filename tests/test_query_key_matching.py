@@ -97,7 +97,8 @@ def check_match(where, pair, grid, cells=None, source=0, scale=None, symmetric=T
         leaves = [x.detach().requires_grad_() for x in (query, key)]
         peak, points = function(*leaves)
         outputs = [(x, g.to(x)) for x, g in zip((peak, points), grads, strict=True) if x.requires_grad]
-        found = torch.autograd.grad(*zip(*outputs, strict=True), leaves)
+        made, cotangents = zip(*outputs, strict=True)
+        found = torch.autograd.grad(made, leaves, cotangents)
         return [peak.detach(), points.detach(), *found]
 
     match = query_key_matching(query.to(device), key.to(device), cells=at, **options)
@@ -251,9 +252,14 @@ def test_non_finite_input_stays_in_its_pairs(any_backend, tensor, frame, bad):
     else:
         touched[[1, 2] if frame == 0 else [frame]] = True
     index, peak, points = (x[0].cpu() for x in match)
+    reached = touched.clone()
+    if not math.isnan(bad):  # a score of -infinity is a weight of 0
+        touched &= query_key_matching(*(x.cpu() for x in pair), grid=grid, backend="reference").index[0] == -1
+        assert tensor or touched.any()
     assert (index[touched] == -1).all() and peak[touched].isnan().all() and points[touched].isnan().all()
+    assert not points[~touched].isnan().any()
     for x, y in zip((index, peak, points), clean, strict=True):
-        assert torch.equal(x[~touched], y[0].cpu()[~touched])
+        assert torch.equal(x[~reached], y[0].cpu()[~reached])
 
 
 def test_gradcheck(where):
@@ -362,7 +368,7 @@ def test_operators(where):
     torch.library.opcheck(op.query_key_matching_fwd, (query, key, cells, *options))
     torch.library.opcheck(op.query_key_cost_fwd, (query, key, None, 1, 0.3, False, backend))
     query, key = query.detach(), key.detach()
-    index, peak, points, weight = op.query_key_matching_fwd(query, key, cells, *options)
+    peak, points, index, weight = op.query_key_matching_fwd(query, key, cells, *options)
     saved = (query, key, cells, index, points, weight)
     torch.library.opcheck(op.query_key_matching_bwd, (peak, points, *saved, *options))
     torch.library.opcheck(op.query_key_matching_bwd, (None, points, *saved, *options))

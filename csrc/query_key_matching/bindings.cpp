@@ -45,8 +45,8 @@ void set_grid(QueryKeyMatching& call, int64_t height, int64_t width, double limi
 }
 
 void forward(const TensorView& query, const TensorView& key, const TensorView& cells, int64_t source, int64_t height,
-             int64_t width, double scale, bool symmetric, double limit, int num_threads, const TensorView& index,
-             const TensorView& peak, const TensorView& points, const TensorView& weight) {
+             int64_t width, double scale, bool symmetric, double limit, int num_threads, const TensorView& peak,
+             const TensorView& points, const TensorView& index, const TensorView& weight) {
     auto call = describe(query, key, cells, source, scale, symmetric, num_threads);
     set_grid(call, height, width, limit);
     const DType real = accumulator(call.dtype);
@@ -143,8 +143,8 @@ void frame_local_attention(const TensorView& query, const TensorView& key, const
 TRITONKERN_BINDINGS(m) {
     using py::arg;
     m.def("query_key_matching_forward", forward, arg("query"), arg("key"), arg("cells"), arg("source"), arg("height"),
-          arg("width"), arg("scale"), arg("symmetric"), arg("limit"), arg("num_threads"), arg("index"), arg("peak"),
-          arg("points"), arg("weight"), Unlocked());
+          arg("width"), arg("scale"), arg("symmetric"), arg("limit"), arg("num_threads"), arg("peak"), arg("points"),
+          arg("index"), arg("weight"), Unlocked());
     m.def("query_key_matching_backward", backward, arg("grad_peak"), arg("grad_points"), arg("query"), arg("key"),
           arg("cells"), arg("index"), arg("points"), arg("weight"), arg("source"), arg("height"), arg("width"),
           arg("scale"), arg("symmetric"), arg("limit"), arg("num_threads"), arg("grad_query"), arg("grad_key"),

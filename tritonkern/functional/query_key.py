@@ -93,7 +93,8 @@ def query_key_matching(
         if not radius > 0:
             raise ValueError(f"radius must be a positive number or None, got {radius}")
     arguments = (query, key, cells, source, height, width, scale, symmetric, 0.0 if radius is None else radius)
-    return QueryKeyMatch(*op.query_key_matching_fwd(*arguments, backend)[:3])
+    peak, points, index, _ = op.query_key_matching_fwd(*arguments, backend)
+    return QueryKeyMatch(index, peak, points)
 
 
 def query_key_cost(

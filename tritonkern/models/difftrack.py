@@ -133,7 +133,7 @@ class DiffTrack(MatchingTracker):
         wrong = [layer for layer in self.preset.layers if not 0 <= layer < len(transformer.transformer_blocks)]
         if wrong:
             raise ValueError(
-                f"preset has layers {wrong}, and the transformer {len(transformer.transformer_blocks)} of them, from 0 on"
+                f"preset has layers {wrong}; the transformer has {len(transformer.transformer_blocks)}, from 0 on"
             )
         self.pixels = resolution if pixels is None else pixels
         self.interleaved, self.average, self.border, self.visibility = interleaved, average, border, visibility

@@ -20,12 +20,12 @@ MAX_CELLS = 2**24
 class Outputs(NamedTuple):
     """Results of the forward operator, contiguous, in float32 (float64 for float64) where nothing else is said."""
 
-    index: Tensor
-    """[B, T, M] int64: the first cell that has the maximum of C; -1 where a C is NaN."""
     peak: Tensor
-    """[B, T, M]: that maximum."""
+    """[B, T, M]: the maximum of C."""
     points: Tensor
     """[B, T, M, 2] (x, y) in cells, centres at + 0.5."""
+    index: Tensor
+    """[B, T, M] int64: the first cell that has the maximum; -1 where a C is NaN."""
     weight: Tensor
     """[B, T, M]: sum of C over the disc around the best cell; without a disc, as peak."""
 
@@ -34,9 +34,9 @@ def allocate(query: Tensor, cells: Tensor | None) -> Outputs:
     """Uninitialised outputs."""
     shape, dtype = _matches(query, cells), accumulator(query.dtype)
     return Outputs(
-        index=query.new_empty(shape, dtype=torch.int64),
         peak=query.new_empty(shape, dtype=dtype),
         points=query.new_empty((*shape, 2), dtype=dtype),
+        index=query.new_empty(shape, dtype=torch.int64),
         weight=query.new_empty(shape, dtype=dtype),
     )
 
@@ -160,12 +160,13 @@ def query_key_matching_bwd(
 
 def _save(ctx, inputs, output):
     query, key, cells, *ctx.options = inputs
-    ctx.mark_non_differentiable(output[0], output[3])
+    _, points, index, weight = output
+    ctx.mark_non_differentiable(index, weight)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(query, key, cells, output[0], output[2], output[3])
+    ctx.save_for_backward(query, key, cells, index, points, weight)
 
 
-def _gradient(ctx, _, grad_peak, grad_points, __):
+def _gradient(ctx, grad_peak, grad_points, *_):
     if grad_peak is None and grad_points is None:
         return ()
     return query_key_matching_bwd(grad_peak, grad_points, *ctx.saved_tensors, *ctx.options)

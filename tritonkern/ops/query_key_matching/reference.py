@@ -31,7 +31,7 @@ def forward(
         if t == source:
             index = _all_cells(query, cells)
             points = _centres(height, width, outputs.points)[index]
-            made = Outputs(index, torch.ones_like(outputs.peak[:, t]), points, torch.ones_like(outputs.peak[:, t]))
+            made = Outputs(torch.ones_like(outputs.peak[:, t]), points, index, torch.ones_like(outputs.peak[:, t]))
         else:
             made = _locate(_cost(query, key, cells, source, t, scale, symmetric), height, width, radius)
         for all_frames, frame in zip(outputs, made, strict=True):
@@ -181,9 +181,9 @@ def _locate(cost: Tensor, height: int, width: int, radius: float) -> Outputs:
         weight = kept.sum(-1)
         points = torch.einsum("bms,sc->bmc", kept, _centres(height, width, cost)) / weight[..., None]
     return Outputs(
-        index.masked_fill(broken, -1),
         peak.masked_fill(broken, torch.nan),
         points.masked_fill(broken[..., None], torch.nan),
+        index.masked_fill(broken, -1),
         weight.masked_fill(broken, torch.nan),
     )
 

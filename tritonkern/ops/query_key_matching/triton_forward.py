@@ -85,7 +85,7 @@ def _cost(
 
 @kernel
 def query_key_matching_fwd_kernel_match(
-    query, key, cells, lse_a, lse_b, index, peak, points, weight,
+    query, key, cells, lse_a, lse_b, peak, points, index, weight,
     T: tl.int32, M: tl.int32, S: tl.int32, H: tl.int32, D: tl.int32, source: tl.int32, width: tl.int32,
     scale: tl.float64, limit: tl.float32,
     stride_qb: tl.int32, stride_qt: tl.int32, stride_qs: tl.int32, stride_qh: tl.int32,  # in UNITs
