@@ -12,6 +12,8 @@ from tritonkern import (
     correlation_soft_argmax,
     local_correlation,
     local_correlation_linear,
+    query_key_cost,
+    query_key_matching,
     soft_argmax_2d,
     temporal_mixer,
     temporal_window_attention,
@@ -22,6 +24,7 @@ from tritonkern.functional._adapter import adapter_in, adapter_out
 from tritonkern.ops.correlation_soft_argmax import op as correlation_op
 from tritonkern.ops.full_attention import op as full_op
 from tritonkern.ops.local_correlation import op as local_op
+from tritonkern.ops.query_key_matching import op as query_key_op
 from tritonkern.ops.temporal_adapter import op as adapter_op
 from tritonkern.ops.temporal_mixer import op as mixer_op
 from tritonkern.ops.temporal_window_attention import op as window_op
@@ -76,6 +79,14 @@ def correlations_and_layer(x, backend):
     return correlations(x, backend, local_correlation_linear, x.sum().expand(5, 18), x[:5])
 
 
+def matches(x, backend):
+    return query_key_matching(x, x.cos(), grid=(2, 2), radius=1.5, backend=backend).points
+
+
+def match_costs(x, backend):
+    return query_key_cost(x, x.cos(), cells=None, backend=backend)
+
+
 # Per operation: a function of one tensor that needs a gradient, that tensor, the folder of the operation.
 CASES = {
     "temporal_window_attention": (window_attention, torch.randn(1, 5, 2, 8), window_op.NAME),
@@ -86,6 +97,8 @@ CASES = {
     "local_correlation": (correlations, torch.randn(8), local_op.NAME),
     "local_correlation_linear": (correlations_and_layer, torch.randn(8), local_op.NAME),
     "temporal_adapter": (adapter, torch.randn(1, 2, 17, 8), adapter_op.NAME),
+    "query_key_matching": (matches, torch.randn(1, 2, 4, 2, 8), query_key_op.NAME),
+    "query_key_cost": (match_costs, torch.randn(1, 2, 4, 2, 8), query_key_op.NAME),
     "temporal_mixer": (mixer, torch.randn(32), mixer_op.NAME),
     "track_attention": (track_attention, torch.randn(1, 2, 1, 4, 2, 8), track_op.NAME),
 }

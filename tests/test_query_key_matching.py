@@ -231,7 +231,9 @@ def test_scores_far_apart(any_backend):
     key[0, 1, :, 0, 0] = torch.arange(100.0)
     match = query_key_matching(query, key, grid=(10, 10), scale=1.0, symmetric=False, backend=backend)
     assert match.index[0, 1].tolist() == [99] * 100
-    torch.testing.assert_close(match.peak[0, 1], torch.full((100,), 1 / (1 + math.exp(-10)), device=device))
+    # From log-sum-exps, weights have a relative error of one ulp of the score.
+    error = torch.finfo(torch.float32).eps * (990 if backend == "triton" else 4)
+    torch.testing.assert_close(match.peak[0, 1].cpu(), torch.full((100,), 1 / (1 + math.exp(-10))), rtol=error, atol=0)
 
 
 @pytest.mark.parametrize("tensor", [0, 1], ids=["query", "key"])

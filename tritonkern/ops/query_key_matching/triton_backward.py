@@ -121,7 +121,7 @@ def query_key_matching_bwd_kernel_source(
                         grad = grad - tl.load(sums_b + place * S + j, mask=j < S, other=0.0)[None, :]
                     others = load_rows(rows_of(query, b, t, h, j), j < S, channel, D, BLOCK_C).to(ACC)
                     total_key = product(a * grad, others, total_key, OF_GRADS)
-    share = scale.to(ACC) / (H * (2 if SYMMETRIC else 1)).to(ACC)
+    share = tl.full([], scale, ACC) / tl.full([], H * (2 if SYMMETRIC else 1), ACC)
     c = channel + tl.arange(0, BLOCK_C)
     to = ((b.to(tl.int64) * M + m) * H + h)[:, None] * D + c[None, :]
     mask = present[:, None] & (c < D)[None, :]
@@ -186,7 +186,7 @@ def query_key_matching_bwd_kernel_target(
                 )
                 rows = load_rows(rows_of(key, b, source, h, s), s < S, channel, D, BLOCK_C).to(ACC)
                 total_query = product(tl.trans(a * -sum_j[None, :]), rows, total_query, OF_GRADS)
-    share = scale.to(ACC) / (H * (2 if SYMMETRIC else 1)).to(ACC)
+    share = tl.full([], scale, ACC) / tl.full([], H * (2 if SYMMETRIC else 1), ACC)
     c = channel + tl.arange(0, BLOCK_C)
     to = (((b * T + t).to(tl.int64) * S + j) * H + h)[:, None] * D + c[None, :]
     mask = (j < S)[:, None] & (c < D)[None, :]

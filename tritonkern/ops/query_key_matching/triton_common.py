@@ -13,15 +13,20 @@ from tritonkern.ops._triton import UNIT, product
 def rows_of(tensor, b, t, h, cell):
     """Addresses of rows `cell` of one frame and head."""
     pointer, stride_b, stride_t, stride_s, stride_h = tensor
-    place = b.to(tl.int64) * stride_b + t.to(tl.int64) * stride_t + h.to(tl.int64) * stride_h
+    wide = tl.full([], 0, tl.int64)
+    place = (wide + b) * stride_b + (wide + t) * stride_t + (wide + h) * stride_h
     return pointer + (place + cell.to(tl.int64) * stride_s) * UNIT
 
 
 @triton.jit
 def load_rows(rows, present, start, D, BLOCK_C: tl.constexpr):
-    """`[rows, BLOCK_C]`: channels from `start` on; zero beyond D and for rows that are not present."""
+    """`[rows, BLOCK_C]`: channels from `start` on; zero beyond D and for rows that are not present.
+
+    Rows start on 16 bytes and are zero up to a multiple of UNIT channels (`readable`), so that vectors are loaded.
+    """
     channel = start + tl.arange(0, BLOCK_C)[None, :]
-    return tl.load(rows[:, None] + channel, mask=present[:, None] & (channel < D), other=0.0)
+    addresses = tl.multiple_of(rows[:, None] + channel, (1, 16))
+    return tl.load(addresses, mask=present[:, None] & (channel < (D + UNIT - 1) // UNIT * UNIT), other=0.0)
 
 
 @triton.jit
@@ -33,7 +38,7 @@ def scores(left, left_present, right, right_present, D, scale, BLOCK_C: tl.const
         a = load_rows(left, left_present, start, D, BLOCK_C)
         b = load_rows(right, right_present, start, D, BLOCK_C)
         total = product(a, tl.trans(b), total, PRECISION)
-    return total * scale.to(ACC)
+    return total * tl.full([], scale, ACC)
 
 
 @triton.jit

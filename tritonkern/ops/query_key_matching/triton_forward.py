@@ -80,7 +80,7 @@ def _cost(
             total += weights_over_sources(
                 query, key, lse_b, b, t, h, source, cell, m_present, j, S, H, D, T, scale, BLOCK_C, PRECISION
             )
-    return total / (H * (2 if SYMMETRIC else 1)).to(ACC)
+    return total / tl.full([], H * (2 if SYMMETRIC else 1), ACC)
 
 
 @kernel

@@ -43,7 +43,7 @@ def attention_row_statistics_fwd_kernel(
             # Where no key takes part the log-sum-exp is -inf, and so is every score.
             weight = tl.where((row_lse == float("-inf"))[:, None], float("nan"), weight)
             mean += tl.where((j < stop)[None, :], weight, 0.0)
-        mean = mean / H.to(ACC)
+        mean = mean / tl.full([], H, ACC)
         highest = tl.maximum(highest, tl.max(tl.where(mean == mean, mean, 0.0), 1))
         sums += tl.sum(mean, 1)
     to = (b.to(tl.int64) * N + i) * G + g
@@ -64,7 +64,7 @@ def _visit(
     for start in tl.range(begin, stop, OTHERS, num_stages=1):
         j = start + tl.arange(0, OTHERS)
         k = load_rows(rows_of(key, b, 0 * b, h, j), j < stop, 0, D, BLOCK_D)
-        score = product(q, tl.trans(k), tl.zeros([q.shape[0], OTHERS], ACC), PRECISION) * scale.to(ACC)
+        score = product(q, tl.trans(k), tl.zeros([q.shape[0], OTHERS], ACC), PRECISION) * tl.full([], scale, ACC)
         score = tl.where((j < stop)[None, :], score, float("-inf"))
         new_highest = tl.maximum(highest, tl.max(score, 1))
         weight = tl.exp(score - new_highest[:, None])
