@@ -11,10 +11,16 @@ from tritonkern.commands._terminal import Stages, one_line_errors, output_path, 
 def train(
     out: Annotated[str, typer.Option(help="Weights to write (.safetensors).", show_default=False)],
     model: Annotated[
-        str, typer.Option(help="chrono-nano, or nano: a refiner on the packaged chrono-nano.")
+        str,
+        typer.Option(
+            help="chrono-nano; nano, a refiner on the packaged chrono-nano; or difftrack-nano, which sees no tracks."
+        ),
     ] = "chrono-nano",
     steps: Annotated[
-        int | None, typer.Option(help="Number of steps.  [default: 2400 of chrono-nano, 4000 of nano]", min=1)
+        int | None,
+        typer.Option(
+            help="Number of steps.  [default: 2400 of chrono-nano, 4000 of nano, 6000 of difftrack-nano]", min=1
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option(help="Seed of the clips and initial weights.  [default: 0, of nano 1]", min=0)
@@ -29,8 +35,8 @@ def train(
         path = output_path("--out", out)
         if path.suffix != ".safetensors":
             raise ValueError(f"--out must end in .safetensors, got {path}")
-        if model not in ("chrono-nano", "nano"):
-            raise ValueError(f"--model must be chrono-nano or nano, got {model!r}")
+        if model not in ("chrono-nano", "nano", "difftrack-nano"):
+            raise ValueError(f"--model must be chrono-nano, nano or difftrack-nano, got {model!r}")
         with writable_folder(path.parent), Stages() as stages:
             _train(path, model, steps, seed, clips or path.parent / "clips", device, stages)
             print_path(path)
@@ -41,9 +47,9 @@ def _train(
 ) -> None:
     import torch
 
-    from tritonkern.models import ChronoNano, Nano, packaged
+    from tritonkern.models import ChronoNano, DiffTrackNano, Nano, packaged
     from tritonkern.tracking.predictor import choose_device
-    from tritonkern.training import RefiningPlan, TrainingPlan, train_nano
+    from tritonkern.training import DenoisingPlan, RefiningPlan, TrainingPlan, train_denoiser, train_nano
     from tritonkern.training import train as run
 
     def report(step: int, losses: dict[str, float]) -> None:
@@ -52,13 +58,17 @@ def _train(
             stages.note(f"step {step}: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
 
     given: dict[str, Any] = {name: value for name, value in (("steps", steps), ("seed", seed)) if value is not None}
-    plan: TrainingPlan | RefiningPlan
+    plan: TrainingPlan | RefiningPlan | DenoisingPlan
     if model == "nano":
         plan = RefiningPlan(**given)
         torch.manual_seed(plan.seed)
         train_nano(
             Nano.from_chrono(packaged("chrono-nano")).to(choose_device(device)), path, clips, plan, report=report
         )
+    elif model == "difftrack-nano":
+        plan = DenoisingPlan(**given)
+        torch.manual_seed(plan.seed)
+        train_denoiser(DiffTrackNano().transformer.to(choose_device(device)), path, plan, report=report)
     else:
         plan = TrainingPlan(**given)
         torch.manual_seed(plan.seed)

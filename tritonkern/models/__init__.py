@@ -12,6 +12,8 @@ from tritonkern.models.chrono import Chrono
 from tritonkern.models.chrono_nano import ChronoNano
 from tritonkern.models.cogvideox import CogVideoX
 from tritonkern.models.depth import DepthModel
+from tritonkern.models.difftrack import DiffTrack, Preset, preset_of, schedule
+from tritonkern.models.difftrack_nano import DiffTrackNano
 from tritonkern.models.dinov2 import DINOv2
 from tritonkern.models.locotrack import ChronoLocoTrack, LocoTrackFeatures, LocoTrackRefiner
 from tritonkern.models.matching import MatchingTracker, TrackerOutput
@@ -27,12 +29,15 @@ __all__ = [
     "CogVideoX",
     "DINOv2",
     "DepthModel",
+    "DiffTrack",
+    "DiffTrackNano",
     "LocoTrackFeatures",
     "LocoTrackRefiner",
     "MODELS",
     "MatchingTracker",
     "NamedModel",
     "Nano",
+    "Preset",
     "TAPIR",
     "TAPIRFeatures",
     "Tracker",
@@ -40,6 +45,8 @@ __all__ = [
     "TracktentionModel",
     "build_model",
     "insert_tracktention",
+    "preset_of",
+    "schedule",
 ]
 
 
@@ -78,6 +85,10 @@ MODELS = {
     "chrono-vits14": NamedModel(partial(Chrono.from_checkpoint, variant="vits14"), (_CHRONO,)),
     "chrono-vitb14": NamedModel(partial(Chrono.from_checkpoint, variant="vitb14"), (_CHRONO,)),
     "chrono-locotrack": NamedModel(ChronoLocoTrack.from_checkpoints, (_CHRONO, _LOCOTRACK)),
+    "difftrack": NamedModel(DiffTrack.from_folder, ("a folder of CogVideoX-2B or -5B, as diffusers writes it",)),
+    "difftrack-nano": NamedModel(
+        DiffTrackNano.from_checkpoint, ("a file that tritonkern train --model difftrack-nano writes",)
+    ),
 }
 
 
@@ -86,7 +97,7 @@ def build_model(name: str, weights: Path | str | Sequence[Path | str] | None = N
 
     Args:
         name: a key of `MODELS`.
-        weights: the path of the weights file; "chrono-locotrack" needs two, in this order. None takes the packaged
+        weights: the path of the weights file, of "difftrack" a folder; "chrono-locotrack" needs two, in this order. None takes the packaged
             weights of "nano" and "chrono-nano".
 
     Raises:
@@ -108,6 +119,7 @@ def build_model(name: str, weights: Path | str | Sequence[Path | str] | None = N
         wanted = f": {' and '.join(files)}" if files else ""
         raise ValueError(f"weights: {name} needs {max(1, len(files))} file(s), got {len(paths)}{wanted}")
     for path in paths:
-        if not path.is_file():
-            raise FileNotFoundError(f"weights: {path} does not exist or is not a file")
+        kind, there = ("folder", path.is_dir()) if name == "difftrack" else ("file", path.is_file())
+        if not there:
+            raise FileNotFoundError(f"weights: {path} does not exist or is not a {kind}")
     return make(*paths).eval()

@@ -30,24 +30,24 @@ class Tiles(NamedTuple):
 def tiles(channels: int, dtype: torch.dtype) -> Tiles:
     """Tiles of the forward kernels."""
     if dtype == torch.float64:
-        return Tiles(16, 16, 16, 4, 1)
+        return Tiles(16, 16, 16, 8, 1)
     if dtype == torch.float32:
-        return Tiles(32, 32, min(32, block_size(channels)), 4, 1)
-    return Tiles(64, 64, min(64, block_size(channels)), 4, 1 if on_amd() else 2)
+        return Tiles(32, 32, 16, 8, 1)
+    return Tiles(64, 64, min(64, block_size(channels)), 8, 1 if on_amd() else 2)
 
 
 def gradient_tiles(channels: int, dtype: torch.dtype) -> Tiles:
     """Tiles of the backward kernels, which hold two results."""
     if dtype == torch.float64:
-        return Tiles(16, 16, 16, 4, 1)
-    return Tiles(32, 32, min(32, block_size(channels)), 4, 1)
+        return Tiles(16, 16, 16, 8, 1)
+    return Tiles(32, 32, 16 if dtype == torch.float32 else min(32, block_size(channels)), 8, 1)
 
 
 def frame_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     """Tiles of frame-local attention; all channels are in registers."""
     width = block_size(head_dim)
     if dtype == torch.float64:
-        return Tiles(16, 16, width, 4 if width <= 64 else 8, 1)
+        return Tiles(8, 8, width, 8, 1)
     if dtype == torch.float32:
         return Tiles(16, 16, width, 4, 1)
     return Tiles(64, 32, width, 4 if width <= 64 else 8, 1)

@@ -1,0 +1,137 @@
+"""difftrack-nano: its training, and the trial that shows how matching emerges from denoising."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file
+
+from tritonkern import query_key_matching
+from tritonkern.models import CogVideoX, DiffTrackNano, build_model
+from tritonkern.training.denoising import DenoisingClips, DenoisingPlan, denoising_loss, train_denoiser
+
+PLAN = DenoisingPlan(steps=2, rendered=1, warmup=1)
+
+
+def test_clips():
+    clips = DenoisingClips(PLAN)[1]
+    assert clips.shape == (2, 8, 3, 64, 64) and torch.equal(clips, DenoisingClips(PLAN)[1])
+    assert clips.abs().max() <= 2 and 0.2 < clips.std() < 2
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_continues(tmp_path):
+    def run(name, stop=None):
+        torch.manual_seed(0)
+        model = DiffTrackNano().transformer
+
+        def report(step, losses):
+            assert 0 < losses["loss"] < 20
+            if step == stop:
+                raise KeyboardInterrupt
+
+        train_denoiser(model, tmp_path / name, PLAN, save_every=1, report=report)
+
+    run("whole.safetensors")
+    with pytest.raises(KeyboardInterrupt):
+        run("parts.safetensors", stop=2)
+    assert not (tmp_path / "parts.safetensors").exists()
+    run("parts.safetensors")
+    whole, parts = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "parts"))
+    assert all(torch.equal(whole[name], parts[name]) for name in whole)
+    assert sum(x.numel() * 2 for x in whole.values()) < 10e6
+    with pytest.raises(ValueError, match="belongs to another plan"):
+        train_denoiser(DiffTrackNano().transformer, tmp_path / "parts.safetensors", DenoisingPlan(steps=3))
+
+    model = build_model("difftrack-nano", tmp_path / "whole.safetensors")
+    video = torch.rand(1, 10, 256, 256, 3) * 2 - 1
+    output = model(video, torch.tensor([[[0.0, 100.0, 50.0], [9.0, 1.0, 255.0]]]))
+    assert output.tracks.shape == (1, 2, 10, 2) and output.tracks.isfinite().all()
+    assert output.tracks[0, 0, 0].tolist() == [50.0, 100.0]
+
+
+def test_weights_are_asked_for(tmp_path):
+    with pytest.raises(ValueError, match="tritonkern train --model difftrack-nano"):
+        build_model("difftrack-nano")
+    with pytest.raises(ValueError, match="difftrack needs the folder of a CogVideoX"):
+        build_model("difftrack")
+    with pytest.raises(FileNotFoundError, match="does not exist or is not a folder"):
+        build_model("difftrack", tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match="holds no transformer"):
+        build_model("difftrack", tmp_path)
+
+
+FRAMES, SIZE, PATCH = 2, 16, 2
+CELLS = SIZE // PATCH
+
+
+def moving_textures(count, generator):
+    """Periodic textures that move by -1, 0 or 1 cells in x and y, and the moves."""
+    noise = F.pad(torch.randn(count, 3, SIZE, SIZE, generator=generator), (1,) * 4, mode="circular")
+    kernel = torch.tensor([0.25, 0.5, 0.25])
+    images = F.conv2d(noise, (kernel[:, None] * kernel).expand(3, 1, 3, 3), groups=3)
+    images = images / images.std((1, 2, 3), keepdim=True)
+    moves = torch.randint(-1, 2, (count, 2), generator=generator)
+    second = [image.roll(tuple((PATCH * move).tolist()), (1, 2)) for image, move in zip(images, moves, strict=True)]
+    return torch.stack([images, torch.stack(second)], 1), moves
+
+
+@torch.no_grad()
+def matched(model, noise):
+    """Percent of cells whose match is the true one, by layer: of query-key, and of the output of the attention."""
+    generator = torch.Generator().manual_seed(11)
+    clips, moves = moving_textures(32, generator)
+    clips = (1 - noise) * clips + noise * torch.randn(clips.shape, generator=generator)
+    features = []
+    hooks = [
+        block.attn1.to_out[0].register_forward_pre_hook(lambda _, x: features.append(x[0]))
+        for block in model.transformer_blocks
+    ]
+    text, time = torch.zeros(32, 1, 8), torch.full((32,), 1000 * noise)
+    model(clips, text, time)
+    for hook in hooks:
+        hook.remove()
+    cell = torch.arange(CELLS**2)
+    row, column = cell // CELLS, cell % CELLS
+    want = (row + moves[:, :1]) % CELLS * CELLS + (column + moves[:, 1:]) % CELLS
+    table = []
+    for (query, key), feature in zip(model.query_key(clips, text, time, range(3)), features, strict=True):
+        match = query_key_matching(query, key, grid=(CELLS, CELLS)).index[:, 1]
+        first, second = feature[:, 1:].unflatten(1, (FRAMES, -1)).unbind(1)
+        by_feature = (first @ second.transpose(1, 2)).argmax(-1)
+        table.append([100 * (found == want).float().mean().item() for found in (match, by_feature)])
+    return torch.tensor(table)
+
+
+@pytest.mark.slow
+def test_matching_emerges_from_denoising():
+    """A CogVideoX of 0.3 M parameters that learns to denoise two frames finds the cells of one in the other."""
+    torch.manual_seed(0)
+    model = CogVideoX(
+        num_attention_heads=2,
+        attention_head_dim=32,
+        in_channels=3,
+        out_channels=3,
+        time_embed_dim=64,
+        text_embed_dim=8,
+        num_layers=3,
+        sample_width=SIZE,
+        sample_height=SIZE,
+        sample_frames=5,
+        max_text_seq_length=1,
+    )
+    assert matched(model, 0.02)[:, 0].max() < 6  # chance is 1.6
+    optimiser = torch.optim.AdamW(model.parameters(), 2e-3, (0.9, 0.99), weight_decay=0.0)
+    generator = torch.Generator().manual_seed(1)
+    for step in range(1200):
+        clips, _ = moving_textures(16, generator)
+        for group in optimiser.param_groups:
+            group["lr"] = 2e-3 * min(1.0, step / 100)
+        optimiser.zero_grad()
+        denoising_loss(model, clips, 0.5, generator).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+    low, high = matched(model, 0.02), matched(model, 0.95)
+    print(low, high)
+    best = int(low[:, 0].argmax())
+    assert low[best, 0] > 80 and low[best, 0] > low[best, 1]
+    assert high[:, 0].max() < 20

@@ -1,0 +1,142 @@
+"""Training of `difftrack-nano`: a transformer learns to denoise generated clips. No track is shown to it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+
+from tritonkern.files import atomic_path
+from tritonkern.models.cogvideox import CogVideoX
+from tritonkern.models.difftrack_nano import FRAMES, PIXELS
+from tritonkern.training.loop import read_checkpoint
+from tritonkern.training.synthetic import generate_clip
+
+# Clips are rendered at twice the size, and motion is given in pixels of 256 x 256.
+_RENDERED = 2 * PIXELS[0]
+
+
+@dataclass(frozen=True)
+class DenoisingPlan:
+    """Everything that decides the result of a run: the same plan gives the same clips and noise, step by step.
+
+    A step takes `rendered` clips, each twice: as it is and turned about. In the share `clean` of them the first frame
+    has no noise, and a random frame of the clip is put there.
+    """
+
+    steps: int = 6000
+    rendered: int = 2
+    clean: float = 0.5
+    learning_rate: float = 1e-3
+    weight_decay: float = 1e-2
+    warmup: int = 200
+    seed: int = 0
+
+    def rate(self, step: int) -> float:
+        """The learning rate of step 1, 2, ...: a rise, and half a cosine down to a hundredth."""
+        fall = 0.5 * (1 + np.cos(np.pi * step / self.steps))
+        return self.learning_rate * min(1.0, step / self.warmup) * max(0.01, float(fall))
+
+
+class DenoisingClips(Dataset):
+    """The clips `[B, T, 3, h, w]` of every step, of standard deviation near 1."""
+
+    def __init__(self, plan: DenoisingPlan):
+        self.plan = plan
+
+    def __len__(self) -> int:
+        return self.plan.steps
+
+    def __getitem__(self, step: int) -> Tensor:
+        clips = []
+        for number in range(self.plan.rendered):
+            seed = (self.plan.seed, 55, step, number)
+            rng = np.random.default_rng(seed)
+            speed = float(rng.uniform(0.2, 2.0)) * _RENDERED / 256
+            clip = generate_clip(seed, frames=FRAMES, size=_RENDERED, points=1, speed=speed)
+            video = F.avg_pool2d(torch.from_numpy(clip.video).permute(0, 3, 1, 2).float(), 2) / 63.75 - 2
+            for turned in (False, True):
+                order = np.arange(FRAMES)
+                if turned:
+                    order = order[::-1]
+                    video = video.flip(3).transpose(2, 3)
+                lead = int(rng.integers(FRAMES)) if rng.random() < 0.5 else 0
+                order = [order[lead], *np.delete(order, lead)]
+                clips.append(video[torch.tensor(order)])
+        return torch.stack(clips)
+
+
+def denoising_loss(transformer: CogVideoX, clips: Tensor, clean: float, generator: torch.Generator) -> Tensor:
+    """Mean squared error of the predicted velocity e - x of a straight path x_s = (1 - s) x + s e, at timestep 1000 s.
+
+    Args:
+        clips: `[B, T, C, h, w]`, the x.
+        clean: share of the clips whose first frame has no noise; it does not count.
+        generator: of s, uniform in [0, 1), and of the noise e.
+    """
+    s, chosen = torch.rand(2, len(clips), 1, 1, 1, 1, generator=generator).to(clips)
+    noise = torch.randn(clips.shape, generator=generator).to(clips)
+    first = torch.arange(clips.shape[1], device=clips.device).view(1, -1, 1, 1, 1) == 0
+    kept = (chosen < clean) & first
+    text = clips.new_zeros(len(clips), 1, transformer.text_dim)
+    found = transformer(torch.where(kept, clips, (1 - s) * clips + s * noise), text, 1000 * s.flatten())
+    wrong = (found - (noise - clips)).square().masked_fill(kept, 0.0)
+    return wrong.sum() / (~kept).expand_as(wrong).sum()
+
+
+def train_denoiser(
+    transformer: CogVideoX,
+    output: Path,
+    plan: DenoisingPlan,
+    *,
+    save_every: int = 100,
+    report: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
+) -> None:
+    """Train `transformer` in place and write `output` (safetensors, float16) when done.
+
+    `output` with the suffix `.checkpoint` is written every `save_every` steps and resumes an interrupted run of the
+    same plan; `report(step, losses)` is called after each step. Raises `ValueError` if the checkpoint is damaged or
+    belongs to another plan.
+    """
+    checkpoint, device = output.with_suffix(".checkpoint"), next(transformer.parameters()).device
+    optimiser = torch.optim.AdamW(
+        transformer.parameters(), plan.learning_rate, (0.9, 0.99), weight_decay=plan.weight_decay
+    )
+    done = 0
+    if checkpoint.exists():
+        saved = read_checkpoint(checkpoint, {"plan", "step", "model", "optimiser"})
+        if saved["plan"] != asdict(plan):
+            raise ValueError(f"{checkpoint} belongs to another plan ({saved['plan']}); delete it or give another --out")
+        transformer.load_state_dict(saved["model"])
+        optimiser.load_state_dict(saved["optimiser"])
+        done = saved["step"]
+
+    transformer.train()
+    clips = Subset(DenoisingClips(plan), range(done, plan.steps))
+    loader = DataLoader(clips, batch_size=None, num_workers=1, prefetch_factor=4)
+    for step, batch in enumerate(loader, start=done + 1):
+        generator = torch.Generator().manual_seed(plan.seed * 1_000_003 + step)
+        for group in optimiser.param_groups:
+            group["lr"] = plan.rate(step)
+        loss = denoising_loss(transformer, batch.to(device), plan.clean, generator)
+        optimiser.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(transformer.parameters(), 1.0)
+        optimiser.step()
+        report(step, {"loss": float(loss.detach())})
+        if step % save_every == 0 or step == plan.steps:
+            state = {"plan": asdict(plan), "step": step, "model": transformer.state_dict()}
+            with atomic_path(checkpoint) as part:
+                torch.save(state | {"optimiser": optimiser.state_dict()}, part)
+    transformer.eval()
+    weights = {name: tensor.half().contiguous() for name, tensor in transformer.state_dict().items()}
+    with atomic_path(output) as part:
+        save_file(weights, part, {"model": "DiffTrackNano", "plan": json.dumps(asdict(plan))})
