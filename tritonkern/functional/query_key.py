@@ -19,7 +19,7 @@ from tritonkern.ops.query_key_matching import op
 class QueryKeyMatch(NamedTuple):
     """Where each of M source cells is found in each of T frames. In the source frame a cell matches itself."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a tuple has a method of this name
     """[B, T, M] int64: the best cell, row * w + column, the lowest among equal ones; -1 where the cost has a NaN."""
     peak: Tensor
     """[B, T, M] cost of the best cell; 1 in the source frame."""

@@ -97,8 +97,8 @@ def build_model(name: str, weights: Path | str | Sequence[Path | str] | None = N
 
     Args:
         name: a key of `MODELS`.
-        weights: the path of the weights file, of "difftrack" a folder; "chrono-locotrack" needs two, in this order. None takes the packaged
-            weights of "nano" and "chrono-nano".
+        weights: the path of the weights file, of "difftrack" a folder; "chrono-locotrack" needs two, in this order.
+            None takes the packaged weights of "nano" and "chrono-nano".
 
     Raises:
         ValueError: unknown name, missing weights, or a file that does not fit the model.

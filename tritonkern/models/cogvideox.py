@@ -5,8 +5,9 @@ from __future__ import annotations
 import inspect
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -264,7 +265,7 @@ class CogVideoX(nn.Module):
         x, time, rotary = self._embed(latents, text, timestep)
         chosen = None if heads is None else torch.tensor(list(heads), device=x.device)
         found: dict[int, tuple[Tensor, Tensor]] = {}
-        for index, block in enumerate(self.transformer_blocks):
+        for index, block in enumerate(cast(Iterable[_Block], self.transformer_blocks)):
             if index in layers:
                 y = block.norm1(x, text.shape[1], time)[0]
                 query, key = block.attn1.query_key(y, text.shape[1], rotary, chosen)

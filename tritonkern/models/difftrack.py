@@ -17,7 +17,8 @@ from torch import Tensor
 from tritonkern.functional import query_key_cost, query_key_matching
 from tritonkern.models.checkpoints import read_state_dict
 from tritonkern.models.cogvideox import CogVideoX
-from tritonkern.models.matching import MatchingTracker, TrackerOutput
+from tritonkern.models.tracker import Tracker
+from tritonkern.nn.correlation import TrackerOutput
 
 CLOSED = 1.5
 """Cells between a cell and the match of its match, up to which a point counts as visible."""
@@ -81,7 +82,7 @@ def schedule(frames: int, *, length: int = 13, first: int = 0, interleaved: bool
     return chunks
 
 
-class DiffTrack(MatchingTracker):
+class DiffTrack(Tracker):
     """Zero-shot tracking with a video diffusion transformer.
 
     Every frame is encoded alone. The frame of a query and some others form a clip that passes through the first layers
@@ -105,6 +106,8 @@ class DiffTrack(MatchingTracker):
         sample: draw latents from the posterior, by the generator `generator`, instead of its mean.
     """
 
+    context = 0  # frames are encoded alone
+
     def __init__(
         self,
         transformer: CogVideoX,
@@ -122,8 +125,8 @@ class DiffTrack(MatchingTracker):
         sample: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
-        self.resolution = resolution
         super().__init__()
+        self.resolution = resolution
         if border not in ("border", "zeros"):
             raise ValueError(f'border must be "border" or "zeros", got {border!r}')
         if visibility not in ("consistent", "all"):

@@ -24,7 +24,7 @@ class Outputs(NamedTuple):
     """[B, T, M]: the maximum of C."""
     points: Tensor
     """[B, T, M, 2] (x, y) in cells, centres at + 0.5."""
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # a tuple has a method of this name
     """[B, T, M] int64: the first cell that has the maximum; -1 where a C is NaN."""
     weight: Tensor
     """[B, T, M]: sum of C over the disc around the best cell; without a disc, as peak."""
