@@ -52,7 +52,7 @@ def test_an_interrupted_run_continues(tmp_path):
 def test_weights_are_asked_for(tmp_path):
     with pytest.raises(ValueError, match="tritonkern train --model difftrack-nano"):
         build_model("difftrack-nano")
-    with pytest.raises(ValueError, match="difftrack needs the folder of a CogVideoX"):
+    with pytest.raises(ValueError, match="give the path of a folder of CogVideoX-2B or -5B"):
         build_model("difftrack")
     with pytest.raises(FileNotFoundError, match="does not exist or is not a folder"):
         build_model("difftrack", tmp_path / "missing")
