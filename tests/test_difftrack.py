@@ -71,8 +71,8 @@ class Rolled(torch.nn.Module):
         return latents.shape[-2:]
 
     def query_key(self, latents, text, timestep, layers, heads=None):
-        cells = 40 * F.normalize(latents, dim=2).flatten(3).transpose(2, 3)
-        return [(cells.unflatten(-1, (2, -1)),) * 2 for _ in layers]
+        heads = latents.flatten(3).transpose(2, 3).unflatten(-1, (2, -1))
+        return [(20 * F.normalize(heads, dim=-1),) * 2 for _ in layers]
 
 
 def planted(frames, speed=1, cells=(6, 8)):

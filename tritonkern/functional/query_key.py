@@ -222,6 +222,8 @@ def frame_local_attention(
 
 def _check(query, key, cells, source, scale, symmetric, backend):
     _backends.check_name(backend)
+    check_dense("query", query)
+    check_dense("key", key)
     query, key = autocast(query, key)
     source = _index("source", source)
     op.check_pair(query, key, cells, source)
