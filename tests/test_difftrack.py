@@ -103,8 +103,8 @@ def test_tracks_planted_motion(frames, options):
 def test_a_cell_that_disappears_is_hidden():
     preset = Preset((1,), (19.0,), 1.0, 13)
     latents = planted(4, speed=0)
-    latents[0, 2, 2, 2] = latents[0, 2, 5, 7]  # what is found instead leads back to another cell
-    query = torch.tensor([[[0.0, 20.0, 20.0]]])
+    latents[0, 2, 3, 3] = latents[0, 2, 5, 7]  # what is found instead leads back to another cell
+    query = torch.tensor([[[0.0, 28.0, 28.0]]])
     model = DiffTrack(Rolled(), preset=preset, resolution=(48, 64))
     assert model.track(latents, query).visible[0, 0].tolist() == [True, True, False, True]
     everything = DiffTrack(Rolled(), preset=preset, resolution=(48, 64), visibility="all")

@@ -100,7 +100,8 @@ def watch(
                     "so that its queries and keys cannot be seen; choose it with "
                     "transformer.set_attention_backend('native') and unfused projections"
                 )
-            seen[layer] = _split(*capture.found, layout[0], heads)
+            query, key = capture.found
+            seen[layer] = _split(query, key, layout[0], heads)
             if stop and len(seen) == len(set(layers)):
                 raise _Stop
             return result
@@ -165,19 +166,19 @@ def _split(query: Tensor, key: Tensor, layout: _Layout, heads: Sequence[int] | N
 
 
 def _cogvideox(model: Any, hidden_states: Tensor, *_: Any, **__: Any) -> _Layout:
-    frames, _, height, width = hidden_states.shape[1:]
+    frames, (height, width) = hidden_states.shape[1], hidden_states.shape[3:]
     size, depth = model.config.patch_size, getattr(model.config, "patch_size_t", None) or 1
     return _Layout(math.ceil(frames / depth), (height // size) * (width // size), False)
 
 
 def _hunyuan(model: Any, hidden_states: Tensor, *_: Any, **__: Any) -> _Layout:
-    _, frames, height, width = hidden_states.shape[1:]
+    frames, height, width = hidden_states.shape[2:]
     size = model.config.patch_size
     return _Layout(frames // model.config.patch_size_t, (height // size) * (width // size), True)
 
 
 def _wan(model: Any, hidden_states: Tensor, *_: Any, **__: Any) -> _Layout:
-    _, frames, height, width = hidden_states.shape[1:]
+    frames, height, width = hidden_states.shape[2:]
     t, h, w = model.config.patch_size
     return _Layout(frames // t, (height // h) * (width // w), True)
 

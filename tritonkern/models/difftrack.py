@@ -107,6 +107,7 @@ class DiffTrack(Tracker):
     """
 
     context = 0  # frames are encoded alone
+    prompt: Tensor
 
     def __init__(
         self,

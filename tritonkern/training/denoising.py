@@ -64,13 +64,12 @@ class DenoisingClips(Dataset):
             clip = generate_clip(seed, frames=FRAMES, size=_RENDERED, points=1, speed=speed)
             video = F.avg_pool2d(torch.from_numpy(clip.video).permute(0, 3, 1, 2).float(), 2) / 63.75 - 2
             for turned in (False, True):
-                order = np.arange(FRAMES)
+                order = list(range(FRAMES))
                 if turned:
                     order = order[::-1]
                     video = video.flip(3).transpose(2, 3)
                 lead = int(rng.integers(FRAMES)) if rng.random() < 0.5 else 0
-                order = [order[lead], *np.delete(order, lead)]
-                clips.append(video[torch.tensor(order)])
+                clips.append(video[[order[lead], *order[:lead], *order[lead + 1 :]]])
         return torch.stack(clips)
 
 
