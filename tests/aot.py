@@ -87,6 +87,7 @@ def compile_only(operation, target, tf32=False):
     triton.runtime.driver.set_active(Driver(target))
     configs.tf32_allowed = lambda: tf32
     configs.on_amd = lambda: target.startswith("gfx")
+    configs.on_sm120 = lambda: target == "sm_120"
     compiled = []
     modules = [module for name, module in sys.modules.items() if name.startswith(f"{folder}.triton_")]
     kernels = {x for module in modules for name, x in vars(module).items() if re.search("_kernel(_|$)", name)}

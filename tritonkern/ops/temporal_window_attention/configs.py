@@ -15,6 +15,7 @@ four programs; with 32 other rows at a time it took 160 to 175, two or three.
 
 from __future__ import annotations
 
+import functools
 from typing import NamedTuple
 
 import torch
@@ -45,6 +46,7 @@ _FORWARD = {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (64, 16, 8, 2)}
 _FORWARD_WIDE_WINDOW = {64: (128, 64, 8, 2), 128: (64, 32, 8, 2), 256: (64, 16, 8, 2)}
 _FORWARD_TF32 = {64: (64, 32, 4, 2), 128: (64, 32, 8, 2), 256: (32, 16, 8, 1)}
 _BACKWARD = {64: (64, 16, 4, 1), 128: (64, 32, 8, 1), 256: (32, 32, 8, 1)}
+_BACKWARD_SM120 = {**_BACKWARD, 64: (64, 32, 4, 1)}  # 16 other rows at a time spilled 16 bytes in Triton 3.9
 _BACKWARD_AMD = {64: (64, 32, 4, 1), 128: (32, 32, 4, 1), 256: (32, 16, 8, 1)}
 _BACKWARD_TF32 = {32: (32, 32, 4, 1), 64: (32, 16, 4, 1), 128: (32, 16, 8, 1), 256: (16, 16, 8, 1)}
 
@@ -56,7 +58,14 @@ def forward_tiles(head_dim: int, window: int, dtype: torch.dtype) -> Tiles:
 
 def backward_tiles(head_dim: int, window: int, dtype: torch.dtype) -> Tiles:
     """Tiles of the backward kernel, which are the same for every window."""
-    return _choose(_BACKWARD_AMD if on_amd() else _BACKWARD, _BACKWARD_TF32, head_dim, dtype)
+    half = _BACKWARD_AMD if on_amd() else _BACKWARD_SM120 if on_sm120() else _BACKWARD
+    return _choose(half, _BACKWARD_TF32, head_dim, dtype)
+
+
+@functools.cache
+def on_sm120() -> bool:
+    """Whether the GPU is an RTX Blackwell."""
+    return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 12
 
 
 def _choose(half: dict, single: dict, head_dim: int, dtype: torch.dtype) -> Tiles:
