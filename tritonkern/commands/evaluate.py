@@ -23,7 +23,11 @@ def evaluate(
         Path | None, typer.Option(help="TAP-Vid pickle, or folder of them (DAVIS, RGB-Stacking, Kinetics, RoboTAP).")
     ] = None,
     synthetic: Annotated[
-        bool, typer.Option("--synthetic", help="Generated clips of moving photographs instead.")
+        bool,
+        typer.Option(
+            "--synthetic",
+            help="Generated clips of moving photographs instead: four tables; with nano roughly half an hour on two cores.",
+        ),
     ] = False,
     mode: Annotated[str, typer.Option(help="Queries: first, strided or both.")] = "both",
     model: Annotated[
