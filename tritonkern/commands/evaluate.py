@@ -26,7 +26,7 @@ def evaluate(
         bool,
         typer.Option(
             "--synthetic",
-            help="Generated clips of moving photographs instead: four tables; with nano roughly half an hour on two cores.",
+            help="Generated clips of moving photographs instead: four tables, with nano roughly half an hour.",
         ),
     ] = False,
     mode: Annotated[str, typer.Option(help="Queries: first, strided or both.")] = "both",

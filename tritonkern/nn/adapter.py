@@ -128,6 +128,7 @@ class TemporalAdapter(nn.Module):
         with torch.autocast(tokens.device.type, enabled=False):
             # Patches are rows: a convolution whose kernel is its stride is a product with the kernel as a matrix.
             x = F.relu(_linear(hidden, rearrange(pool.weight, "o c h w -> o (h w c)"), pool.bias))
+        del hidden
         # [B, T, h/pool * w/pool, hidden]
         x = x + self.attn_temp(_call(self.norm2, x)).to(x.dtype)
         with torch.autocast(tokens.device.type, enabled=False):
