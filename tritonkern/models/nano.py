@@ -67,7 +67,6 @@ class Nano(ChronoNano):
     Doersch et al., "TAPIR", ICCV 2023; start: Kim et al., CVPR 2025.
     """
 
-    span = 96
     steps = 4
 
     def __init__(self, dim: int = 192, depth: int = 4, num_heads: int = 4, local_dim: int = 64, out_dim: int = 128):
