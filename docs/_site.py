@@ -27,6 +27,12 @@ FUNCTIONS = {
     "local_correlation": ["local_correlation", "local_correlation_linear", "correlation_pyramid"],
     "track_attention": ["track_sample_attention", "track_splat_attention"],
     "temporal_mixer": ["temporal_mixer"],
+    "query_key_matching": [
+        "query_key_matching",
+        "query_key_cost",
+        "attention_row_statistics",
+        "frame_local_attention",
+    ],
     "temporal_adapter": [],
     "full_attention": [],
 }
