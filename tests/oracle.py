@@ -169,6 +169,13 @@ class peak_memory:
             return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 
+def growth(prepare, measured):
+    """Mebibytes by which the peak of a fresh process grows while it runs `measured`, after `prepare`."""
+    lines = textwrap.indent(textwrap.dedent(measured), "    ")
+    code = f"from oracle import peak_memory\n{textwrap.dedent(prepare)}\nwith peak_memory('cpu') as peak:\n{lines}\n"
+    return float(run_python(f"{code}print(peak.mebibytes)", PYTHONPATH=os.path.dirname(__file__)).split()[-1])
+
+
 def gradients(function, inputs, grad_out):
     """Output and the gradients of all inputs."""
     inputs = [x.detach().requires_grad_() for x in inputs]

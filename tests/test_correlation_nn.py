@@ -5,10 +5,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from oracle import match_cost, match_eager
+from oracle import growth, match_cost, match_eager
 
 from tritonkern import CorrelationSoftArgmax
 from tritonkern.nn import TrackerOutput
+from tritonkern.nn import correlation as correlation_module
 
 RESOLUTION = (48, 64)
 
@@ -258,7 +259,7 @@ def test_bad_features():
     [
         (torch.zeros(1, 1, 2), ValueError, r"\[1, N, 3\]"),
         (torch.zeros(2, 1, 3), ValueError, r"\[1, N, 3\]"),
-        (torch.zeros(1, 1, 3, dtype=torch.long), TypeError, "queries.float"),
+        (torch.zeros(1, 1, 3, dtype=torch.long), TypeError, "queries must be floating point"),
     ],
 )
 def test_bad_queries(queries, error, match):
@@ -323,3 +324,56 @@ def test_features_in_16_bits_err_less_than_rounded_correlations():
     others[0, torch.arange(40), own] = False  # the position of a query in its own frame is given
     errors = [(x - exact)[others].norm(dim=-1) for x in (ours, official)]
     assert errors[0].max() <= 2 * errors[1].max() and errors[0].mean() <= errors[1].mean() < 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_samples_do_not_depend_on_the_blocks(monkeypatch, dtype):
+    features, queries = random_inputs(queries=50)
+    grad_out = torch.randn(2, 50, 5)
+
+    def sampled():
+        leaves = features.to(dtype).requires_grad_(), queries.requires_grad_()
+        out = layer().query_features(*leaves)
+        assert torch.equal(out.detach(), layer().query_features(*(x.detach() for x in leaves)))
+        return [out.detach(), *torch.autograd.grad(out, leaves, grad_out.to(out.dtype))]
+
+    whole = sampled()
+    monkeypatch.setitem(correlation_module._SAMPLED_BYTES, "cpu", 7 * 8 * 4 * 5 * 2)  # seven positions
+    assert all(map(torch.equal, sampled(), whole))
+
+
+# Features [1, T, h, w, C], the samples of which are measured, and their number of bytes.
+SAMPLERS = {
+    "query_features": (
+        (1, 3, 16, 16, 768),
+        "CorrelationSoftArgmax((64, 64)).query_features(features, queries(20_000))",
+        20_000 * 768 * 4,
+    ),
+    "supports of LocoTrackRefiner": (
+        (1, 3, 16, 16, 64),
+        "LocoTrackRefiner._supports(LocoTrackRefiner, features, queries(10_000))",
+        10_000 * 49 * 64 * 4,
+    ),
+    "supports of nano": ((1, 3, 16, 16, 32), "_supports(features.half(), queries(20_000), 4)", 20_000 * 49 * 32 * 2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_memory_of_samples(name, needs_grad):
+    """At most twice the result; with gradients, which need the weights of the corners, with those."""
+    shape, call, size = SAMPLERS[name]
+    prepare = f"""
+        import torch
+        from tritonkern.models import LocoTrackRefiner
+        from tritonkern.models.nano import _supports
+        from tritonkern.nn import CorrelationSoftArgmax
+        features = torch.randn({shape}, requires_grad={needs_grad})
+        def queries(count):
+            return torch.rand(1, count, 3) * 40
+    """
+    measured = f"out = {call}\n" + ("out.sum().backward()" if needs_grad else "")
+    indices = size // (shape[-1] * (2 if "nano" in name else 4)) * 150
+    allowed = 2 * size + (size + indices if needs_grad else 0)
+    assert 0.9 * size < growth(prepare, measured) * 2**20 < allowed + (16 << 20)

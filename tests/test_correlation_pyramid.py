@@ -87,7 +87,7 @@ def test_errors():
     ):
         with pytest.raises(ValueError, match=message):
             tritonkern.correlation_pyramid(*call)
-    with pytest.raises(TypeError, match="flow must be floating point"):
+    with pytest.raises(TypeError, match="flow must be float64, float32"):
         tritonkern.correlation_pyramid(features, targets, flow.long())
     with pytest.raises(TypeError, match="levels must be an int, got float"):
         tritonkern.correlation_pyramid(features, targets, flow, 2.0)

@@ -7,6 +7,7 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 from tracker_twins import TWINS
@@ -166,3 +167,40 @@ def test_lora_learns(twin):
     assert expected and actual.keys() == expected.keys()
     for name, grad in expected.items():
         torch.testing.assert_close(actual[name], grad, atol=1e-3 * grad.abs().max().item() + 1e-7, rtol=0, msg=name)
+
+
+@pytest.fixture
+def one_process():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_fully_sharded(twin, when, one_process):
+    """FSDP2, with some layers in groups of their own and the model around them."""
+
+    def results():
+        twin.model.zero_grad(set_to_none=True)
+        out = twin.outputs()
+        out.square().mean().backward()
+        grads = {name: p.grad for name, p in twin.model.named_parameters() if p.grad is not None}
+        return out.detach(), {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in grads.items()}
+
+    def shard():
+        mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
+        for name in (*twin.layers, ""):
+            dist.fsdp.fully_shard(twin.model.get_submodule(name), mesh=mesh)
+
+    expected, expected_grads = results()
+    if when == "before":
+        shard()
+    with tritonkern.patch(twin.model):
+        if when == "after":
+            shard()
+        for _ in range(2):
+            actual, grads = results()
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-3)
+    assert grads.keys() == expected_grads.keys()
+    for name, grad in expected_grads.items():
+        torch.testing.assert_close(grads[name], grad, atol=1e-3 * grad.abs().max().item() + 1e-6, rtol=0, msg=name)

@@ -13,7 +13,9 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 from tritonkern.models import Chrono, ChronoNano, DepthModel, DINOv2, LocoTrackRefiner, insert_tracktention
+from tritonkern.models.chrono_nano import _BLOCK, frames_in_blocks
 from tritonkern.models.dinov2 import DINOv2Config
+from tritonkern.models.nano import RefinerBlock
 from tritonkern.nn import CorrelationSoftArgmax, TemporalAdapter, TemporalWindowAttention, Tracktention
 
 peft = pytest.importorskip("peft")
@@ -39,10 +41,10 @@ def adapters(dim):
 class BackboneWithAdapter(nn.Module):
     def __init__(self):
         super().__init__()
-        self.dino, self.adapter = DINOv2(TINY), adapters(64)
+        self.backbone, self.adapter = DINOv2(TINY), adapters(64)
 
     def forward(self, images):
-        return self.dino.get_intermediate_layers(images, adapters=list(self.adapter))[0]
+        return self.backbone.get_intermediate_layers(images, adapters=list(self.adapter))[0]
 
 
 class SmallLocoTrack(nn.Module):
@@ -71,6 +73,7 @@ MODULES = {
         CorrelationSoftArgmax((256, 256)),
         [queries(), nn.functional.normalize(torch.randn(1, 2, 4, 4, 8), dim=-1)],
     ),
+    "RefinerBlock": lambda: (RefinerBlock(32), [torch.randn(3, 5, 32)]),
     "DINOv2": lambda: (BackboneWithAdapter(), [torch.randn(1, 2, 3, 28, 28)]),
     "DepthModel": lambda: (DepthModel(DINOv2Config(64, 4, 1, grid=3), 8, (8, 8, 8, 8)), [torch.randn(2, 3, 28, 28)]),
     "Chrono": lambda: (small_chrono(), [video(), queries()]),
@@ -81,7 +84,7 @@ MODULES = {
         [torch.randn(1, 2, 3, 28, 28), tracks() * 7],
     ),
 }
-LAYERS = (nn.Linear, nn.Conv2d, nn.ConvTranspose2d)
+LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 
 
 # Modules of which a case takes seconds, and the test that runs quickly all the same for the last two.
@@ -209,8 +212,8 @@ def test_every_hook_runs(case, backward):
         for name, part in module.named_modules()
         if name and not isinstance(part, nn.ModuleList | nn.ModuleDict) and "refinenet4.resConfUnit1" not in name
     }
-    # Methods of these are called, not they themselves; no gradient reaches the refiner's first match.
-    silent = ["dino", "pretrained", "refiner"] + ["refiner.cost_conv", "refiner.occ_linear"] * backward
+    # The test calls methods of these, not they themselves; no gradient reaches the refiner's first match.
+    silent = ["backbone", "refiner"] + ["refiner.cost_conv", "refiner.occ_linear"] * backward
     for name in silent:
         parts.pop(name, None)
     ran = set()
@@ -228,6 +231,17 @@ def test_every_hook_runs(case, backward):
     for x, y in zip(actual, expected, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-4)
     assert set(parts) == ran
+
+
+@torch.no_grad()
+def test_hooks_see_all_frames_at_once():
+    """`ChronoNano` convolves some frames at a time."""
+    layer, frames, seen = nn.Linear(2, 2), torch.randn(2 * _BLOCK + 1, 2), []
+    expected = layer(frames)
+    for _ in range(2):
+        torch.testing.assert_close(frames_in_blocks(layer, [nn.Sequential(layer)], frames), expected)
+        layer.register_forward_hook(lambda module, args, output: seen.append(len(output)))
+    assert seen == [len(frames)]
 
 
 def test_dynamic_quantisation(case):
@@ -252,8 +266,8 @@ def test_fully_sharded(case, one_process):
     module, arguments = case
     sharded = copy.deepcopy(module)
     mesh = dist.device_mesh.init_device_mesh("cpu", (1,))
-    for part in list(sharded.modules())[:0:-1]:
-        if isinstance(part, TemporalAdapter | nn.Linear):
+    for name, part in list(sharded.named_modules())[:0:-1]:
+        if isinstance(part, TemporalAdapter | nn.Linear | DINOv2) and name != "backbone":
             dist.fsdp.fully_shard(part, mesh=mesh)
     dist.fsdp.fully_shard(sharded, mesh=mesh)
     expected, actual = results(module, arguments), results(sharded, arguments)

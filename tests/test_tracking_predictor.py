@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from clips import ColourTracker, square_clip, write_clip
+from oracle import growth
 
 from tritonkern.tracking import PointTracker, PointTracks, VideoReader, draw_points, grid_queries, write_overlay
 from tritonkern.tracking import predictor as predictor_module
@@ -150,20 +151,16 @@ class TestPointTracker:
 
     @pytest.mark.slow
     def test_reading_needs_little_more_than_the_clip(self):
-        """Measured in a process of its own: 400 frames of 256x256 are 79 MB."""
-        program = """
-import resource, numpy as np
+        prepare = """
+import numpy as np
 from tritonkern.tracking import VideoReader
 from tritonkern.tracking.predictor import _read, _whole_clip
 reader = VideoReader(np.broadcast_to(np.uint8(7), (400, 256, 256, 3)))
 quiet = lambda *call: None
 _whole_clip(_read(reader, 8, quiet), reader.size)
-before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-size = _whole_clip(_read(reader, None, quiet), reader.size).nbytes
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024 / size)
 """
-        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
-        assert 0.8 < float(result.stdout) < 1.1
+        size = 400 * 256 * 256 * 3 / 2**20
+        assert 0.8 * size < growth(prepare, "_whole_clip(_read(reader, None, quiet), reader.size)") < 1.1 * size
 
     @pytest.mark.parametrize("kind", ["read-only", "memory-mapped", "mirrored"])
     def test_arrays_of_every_kind_without_a_warning(self, tracker, tmp_path, kind):
@@ -274,7 +271,7 @@ from tritonkern.tracking import PointTracker
 picture = np.random.default_rng(0).integers(0, 256, (480, 854, 3), dtype=np.uint8)
 tracks = PointTracker("nano", device="cpu")(np.broadcast_to(picture, (420, 480, 854, 3)), grid=10)
 assert tracks.tracks.shape == (100, 420, 2)
-print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])  # since `exec`, in KiB
 """
         result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
         # 241 MiB of it are the imported packages; before frames were encoded in blocks it was 2.85 GB.

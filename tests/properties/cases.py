@@ -1,4 +1,4 @@
-"""Random calls of the public functions: one class and one generator per operation.
+"""Random calls of the functions: one class and one generator per operation.
 
 A case is a dataclass of plain numbers, so that its `repr` can be pasted: `check(WindowCase(...))`. Its tensors follow
 from its seed. Output and gradients are compared with the exact formula by the rule of the operation's own test file.
@@ -13,9 +13,13 @@ from collections.abc import Callable
 from math import inf, nan  # noqa: F401  (in the repr of a case)
 from typing import NamedTuple
 
+import hypothesis
+import test_correlation_pyramid as pyramid_tests
 import test_correlation_soft_argmax as match_tests
 import test_correlation_soft_argmax_2d as soft_argmax_tests
+import test_full_attention as full_tests
 import test_local_correlation as local_tests
+import test_temporal_adapter as adapter_tests
 import test_temporal_mixer as mixer_tests
 import test_temporal_window_attention as window_tests
 import test_track_attention as track_tests
@@ -23,6 +27,8 @@ import torch
 from hypothesis import strategies as st
 
 import tritonkern
+from tritonkern.functional._adapter import adapter_in, adapter_out
+from tritonkern.functional._full_attention import full_attention
 
 WHERE = ("cpp", "cpu")
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -383,6 +389,156 @@ class MixerCase(Case):
         return (shapes | shapes.map(lambda shape: shape[1:])).flatmap(of)
 
 
+@dataclasses.dataclass(frozen=True)
+class PyramidCase(Case):
+    shape: tuple[int, ...]  # B, T, h, w, C
+    targets: tuple[int, int]  # their h and w
+    levels: int
+    radius: int
+    padding: str
+    views: tuple[View, View, View]  # of features, targets and flow
+    seed: int
+
+    def tensors(self):
+        torch.manual_seed(self.seed)
+        B, T, h, w, C = self.shape
+        shapes = (B, h, w, C), (B, T, *self.targets, C), (B, T, h, w, 2)
+        made = (
+            factor * torch.randn(shape, dtype=torch.float64) for factor, shape in zip((1, 1, 3), shapes, strict=True)
+        )
+        return [v.store(x) for v, x in zip(self.views, made, strict=True)]
+
+    def function(self):
+        return lambda *x: tritonkern.correlation_pyramid(*x, self.levels, self.radius, padding=self.padding)
+
+    def compare(self):
+        def textbook(*x):
+            return pyramid_tests.textbook(*x, self.levels, self.radius, self.padding)
+
+        for x, y in zip(self.results(self.function()), self.results(textbook), strict=True):
+            torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-9)
+
+    @classmethod
+    def random(cls) -> st.SearchStrategy[PyramidCase]:
+        return st.builds(
+            cls,
+            shape=st.tuples(*(st.integers(1, n) for n in (2, 2, 4, 4, 12))),
+            targets=st.tuples(st.integers(4, 12), st.integers(4, 12)),
+            levels=st.integers(1, 3),
+            radius=st.integers(0, 3),
+            padding=st.sampled_from(("border", "zeros")),
+            views=st.tuples(views(4), views(5), views(5)),
+            seed=seeds,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class FullCase(Case):
+    shape: tuple[int, ...]  # B, L, S, H, D
+    dtype: torch.dtype
+    views: tuple[View, ...]  # of query, key, value and the gradient of the output
+    seed: int
+
+    def all_tensors(self):
+        torch.manual_seed(self.seed)
+        made = full_tests.random_inputs(self.shape, self.dtype, 2.0)
+        return [v.store(x) for v, x in zip(self.views, made, strict=True)]
+
+    def tensors(self):
+        return self.all_tensors()[:3]
+
+    def function(self):
+        return lambda *x: full_attention(*x, backend="cpp")
+
+    def compare(self):
+        full_tests.check("cpp", self.all_tensors())
+
+    @classmethod
+    def random(cls) -> st.SearchStrategy[FullCase]:
+        return st.builds(
+            cls,
+            shape=st.tuples(*(st.integers(1, n) for n in (2, 60, 60, 3, 40))),
+            dtype=st.sampled_from(DTYPES),
+            views=st.tuples(*[views(4)] * 4),
+            seed=seeds,
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class AdapterCase(Case):
+    last: bool  # the end that is added to the tokens, or the one that reads them
+    shape: tuple[int, ...]  # B, T, C of the tokens, prefix, channels of the other side
+    patches: tuple[int, int]  # of pool x pool cells
+    pool: int
+    bias: bool
+    tokens: bool  # whether the update is added to them
+    dtype: torch.dtype
+    views: tuple[View, ...]  # of tokens or hidden, weight, the gradient of the output and tokens that are added to
+    seed: int
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        return self.pool * self.patches[0], self.pool * self.patches[1]
+
+    def tensors(self):
+        B, T, C, prefix, inner = self.shape
+        if self.last:
+            made = adapter_tests.out_tensors((B, T, inner), self.grid, self.pool, prefix, C, self.dtype)
+            hidden, weight, bias, tokens = made
+            made = [self.views[0].store(hidden), self.views[1].store(weight)]
+            return made + [bias] * self.bias + [self.views[3].store(tokens)] * self.tokens
+        tokens, *norm, weight, bias = adapter_tests.in_tensors((B, T, C), self.grid, prefix, inner, self.dtype)
+        return [self.views[0].store(tokens), *norm, self.views[1].store(weight)] + [bias] * self.bias
+
+    def call(self, function: Callable) -> Callable:
+        """`function(tensor, grid, parameters ..., bias or None[, tokens or None])` as a function of `tensors`."""
+
+        def run(first, *rest, **options):
+            rest = list(rest)
+            if not self.bias:
+                rest.insert(1 if self.last else 3, None)
+            if self.last and not self.tokens:
+                rest.append(None)
+            return function(first, self.grid, *rest, **options)
+
+        return run
+
+    def function(self):
+        if self.last:
+            return self.call(functools.partial(adapter_out, pool=self.pool, dtype=self.dtype))
+        return self.call(functools.partial(adapter_in, pool=self.pool))
+
+    def compare(self):
+        def plain_out(hidden, grid, weight, bias, tokens, backwards=False):
+            return adapter_tests.plain_out(hidden.to(weight.dtype), grid, weight, bias, tokens, self.pool, backwards)
+
+        def plain_in(*x, backwards=False):
+            return adapter_tests.plain_in(*x, self.pool, backwards=backwards)
+
+        tensors, function = self.tensors(), self.function()
+        torch.manual_seed(self.seed)
+        grad_out = torch.randn_like(function(*tensors), dtype=torch.float64).to(self.dtype)
+        adapter_tests.check(
+            function, self.call(plain_out if self.last else plain_in), tensors, self.views[2].store(grad_out)
+        )
+
+    @classmethod
+    def random(cls) -> st.SearchStrategy[AdapterCase]:
+        # Equal tokens have a variance of 0, where a norm magnifies the rounding of their mean.
+        return st.builds(
+            cls,
+            last=st.booleans(),
+            shape=st.tuples(*(st.integers(*ends) for ends in ((1, 2), (1, 3), (2, 40), (0, 3), (1, 24)))),
+            patches=st.tuples(st.integers(1, 4), st.integers(2, 5)),
+            pool=st.integers(1, 3),
+            bias=st.booleans(),
+            tokens=st.booleans(),
+            dtype=st.sampled_from(DTYPES),
+            views=st.tuples(*(views(4, expandable) for expandable in (False, True, True, True))),
+            seed=seeds,
+        )
+
+
 def sizes(largest: int) -> st.SearchStrategy[int]:
     """Of an axis that may be empty, which is rare."""
     return st.sampled_from([*range(1, largest + 1)] * 4 + [0])
@@ -395,7 +551,10 @@ OPERATIONS = {
     "correlation_soft_argmax": MatchCase,
     "soft_argmax_2d": SoftArgmaxCase,
     "local_correlation": LocalCase,
+    "correlation_pyramid": PyramidCase,
     "temporal_mixer": MixerCase,
+    "full_attention": FullCase,
+    "temporal_adapter": AdapterCase,
 }
 
 
@@ -445,3 +604,18 @@ def check_exported(case: Case) -> None:
     program = torch.export.export(Module(), tuple(tensors)).module()
     results = [x if isinstance(x, tuple) else (x,) for x in (program(*tensors), function(*tensors))]
     assert_equal(*map(list, results), "where it is exported")
+
+
+def drawn(operation: str, count: int) -> list[Case]:
+    """The first cases of the generator, the same in every run."""
+    found: list[Case] = []
+
+    @hypothesis.settings(
+        max_examples=count, database=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+    )
+    @hypothesis.given(case=OPERATIONS[operation].random())
+    def collect(case):
+        found.append(case)
+
+    collect()
+    return found

@@ -35,7 +35,7 @@ def adapter_in(
         norm_weight, norm_bias: ``[C]``.
         weight, bias: ``[O, C, 3, 3]`` and ``[O]`` or None.
         pool: side p of the patches that the result is stored in.
-        eps: added to the variance, positive.
+        eps: added to the variance, positive, at least the smallest normal number of the type of sums.
         backend: ``"cpp"``, ``"triton"`` (around cuDNN's convolutions) or ``"reference"``; None chooses by device.
 
     Returns:
@@ -52,7 +52,8 @@ def adapter_in(
     Paper: Kim et al., "Exploring Temporally-Aware Features for Point Tracking", CVPR 2025; the convolution is computed
     by Winograd's algorithm (Lavin and Gray, CVPR 2016).
     """
-    check_types(backend, tokens=tokens, norm_weight=norm_weight, norm_bias=norm_bias, weight=weight)
+    parameters = {"norm_weight": norm_weight, "norm_bias": norm_bias, "weight": weight}
+    check_types(backend, tokens=tokens, **parameters, **({} if bias is None else {"bias": bias}))
     norm = Norm(norm_weight, norm_bias, real("eps", eps))
     return adapter_in_fwd(tokens, *norm, *Conv(weight, bias), *_grid(grid, pool), autocast_dtype(tokens), backend)[0]
 
@@ -83,7 +84,8 @@ def adapter_out(
     Raises:
         TypeError, ValueError, NotImplementedError: as `adapter_in`.
     """
-    check_types(backend, hidden=hidden, weight=weight)
+    optional = {name: x for name, x in (("bias", bias), ("tokens", tokens)) if x is not None}
+    check_types(backend, hidden=hidden, weight=weight, **optional)
     if dtype is None:
         dtype = autocast_dtype(hidden if tokens is None else tokens)
     elif dtype not in DTYPES:

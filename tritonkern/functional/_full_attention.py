@@ -27,7 +27,7 @@ def full_attention(
             float16. The package's kernel computes with 16-bit numbers in float32. Under autocast all three are cast to
             its dtype.
         key, value: ``[B, S, H, D]`` in query's dtype. All sizes but B from 1 up.
-        scale: factor on the scores, ``D ** -0.5`` if None.
+        scale: factor on the scores, from -2**20 to 2**20; ``D ** -0.5`` if None.
         backend: ``"cpp"``, or ``"reference"``, which stores all weights; None chooses as said above.
 
     Returns:
@@ -46,7 +46,7 @@ def full_attention(
     scale = max(query.shape[-1:].numel(), 1) ** -0.5 if scale is None else real("scale", scale)
     if backend is None:
         if not _own_kernel(query, key):
-            op.check_inputs(query, key, value)
+            op.check_inputs(query, key, value, scale)
             query, key, value = (x.transpose(1, 2) for x in (query, key, value))
             return F.scaled_dot_product_attention(query, key, value, scale=scale).transpose(1, 2)
         backend = "cpp"

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tritonkern.functional._arguments import autocast, check_types, real, window_extent
-from tritonkern.ops._checks import check_dense
+from tritonkern.ops._checks import check_dense, check_strided
 from tritonkern.ops._dtypes import accumulator
 from tritonkern.ops.temporal_window_attention import op as _window_op
 from tritonkern.ops.track_attention import op as _track_op
@@ -46,7 +46,7 @@ def temporal_window_attention(
             `torch.nn.functional.scaled_dot_product_attention` does.
         window: odd number of frames in all (13 sees six on each side), or the inclusive counts ``(left, right)`` of
             frames before and after. Windows are cut off, not shifted, at the ends of the clip; longer than it is legal.
-        scale: factor on the scores, ``D ** -0.5`` if None.
+        scale: factor on the scores, from -2**64 to 2**64; ``D ** -0.5`` if None.
         backend: ``"cpp"``, ``"triton"`` or ``"reference"``; None chooses by device.
 
     Returns:
@@ -56,8 +56,9 @@ def temporal_window_attention(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         NotImplementedError: an input carries a forward-mode tangent, or `torch.func` differentiates the call.
-        ValueError: shapes or devices that do not fit together, a window that is even or negative, or a backend that
-            cannot run this call (the message lists every backend with its reason and the way out).
+        ValueError: shapes or devices that do not fit together, a window that is even or negative, a scale out of
+            range, or a backend that cannot run this call (the message lists every backend with its reason and the way
+            out).
 
     The operation is the temporal attention of Chrono (Kim et al., "Exploring Temporally-Aware Features for Point
     Tracking", CVPR 2025), which is sliding-window attention (Beltagy et al., "Longformer", 2020) along time.
@@ -173,8 +174,8 @@ def _track_attention(
     check_types(backend, query=query, key=key, value=value, tracks=tracks)
     query, key, value = autocast(query, key, value)
     check_dense("tracks", tracks)  # before they are converted
-    if visibility is not None and not isinstance(visibility, Tensor):
-        raise TypeError(f"visibility must be a bool tensor or None, got {type(visibility).__name__}")
+    if visibility is not None:
+        check_strided("visibility", visibility)
     if not isinstance(culling, bool):
         raise TypeError(f"culling must be a bool, got {type(culling).__name__}")
     # The operator refuses a missing axis, and a head dimension of 0.

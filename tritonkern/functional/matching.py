@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tritonkern.functional._arguments import autocast, check_types, real
-from tritonkern.ops._checks import check_dense
+from tritonkern.ops._checks import check_dense, check_same_dtype, check_tensors
 from tritonkern.ops._dtypes import accumulator
 from tritonkern.ops.correlation_soft_argmax import op as _match_op
 from tritonkern.ops.local_correlation import op as _local_op
@@ -247,6 +247,7 @@ def correlation_pyramid(
     if isinstance(levels, bool) or not isinstance(levels, int):
         raise TypeError(f"levels must be an int, got {type(levels).__name__}")
     check_types(backend, features=features, targets=targets, flow=flow)
+    check_tensors(features=features, targets=targets, flow=flow)
     for name, tensor, dims in (("features", features, 4), ("targets", targets, 5), ("flow", flow, 5)):
         if tensor.ndim != dims:
             raise ValueError(f"{name} must have {dims} dimensions, got shape {list(tensor.shape)}")
@@ -256,14 +257,13 @@ def correlation_pyramid(
         raise ValueError(f"targets must be [{batch}, T, H, W, {channels}], got {list(targets.shape)}")
     if flow.shape != (batch, frames, rows, columns, 2):
         raise ValueError(f"flow must be {[batch, frames, rows, columns, 2]}, got {list(flow.shape)}")
-    if not flow.is_floating_point():
-        raise TypeError(f"flow must be floating point, got {flow.dtype}")
     if levels < 1 or min(targets.shape[2:4]) < 2 ** (levels - 1):
         raise ValueError(
             f"levels must be positive, and H and W at least 2^(levels - 1), got levels={levels} and targets of shape "
             f"{list(targets.shape)}"
         )
     features, targets = autocast(features, targets)
+    check_same_dtype(features=features, targets=targets)
     y, x = torch.meshgrid(
         *(torch.arange(n, device=flow.device, dtype=accumulator(features.dtype)) for n in (rows, columns)),
         indexing="ij",

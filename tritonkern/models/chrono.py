@@ -77,6 +77,9 @@ class Chrono(MatchingTracker):
 
         float32 (float64 for float64 weights); the dtype of autocast where that is on for a GPU.
         """
+        return self.dino.with_hooks(self._features, video)
+
+    def _features(self, video: Tensor) -> Tensor:
         batch, frames = video.shape[:2]
         dino, grid = self.dino, (self.cells, self.cells)
         tokens = 1 + dino.config.num_registers + self.cells**2

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -15,6 +15,7 @@ from tritonkern.models.checkpoints import load_strict, read_state_dict
 from tritonkern.models.dinov2 import Block
 from tritonkern.models.matching import MatchingTracker
 from tritonkern.nn import TemporalAdapter
+from tritonkern.nn._plain import has_hooks
 
 # Frames that are convolved together where no gradient is needed.
 _BLOCK = 8
@@ -88,7 +89,7 @@ class ChronoNano(MatchingTracker):
     def features(self, video: Tensor) -> Tensor:
         batch, frames = video.shape[:2]
         images = rearrange(video.to(self.pos_embed.dtype), "b t h w c -> (b t) c h w")
-        local = frames_in_blocks(lambda images: self.stem(images).movedim(1, -1), images).movedim(-1, 1)
+        local = frames_in_blocks(lambda x: self.stem(x).movedim(1, -1), [self.stem], images).movedim(-1, 1)
 
         tokens = rearrange(self.patch_embed(local), "n c h w -> n (h w) c") + self.pos_embed
         for index, block in enumerate(self.blocks):
@@ -99,25 +100,31 @@ class ChronoNano(MatchingTracker):
         context = rearrange(self.norm(tokens), "n (h w) c -> n c h w", h=16)
 
         cells = frames_in_blocks(
-            lambda local, context: self.fuse(local + self.upsample(context)).movedim(1, -1), local, context
+            lambda local, context: self.fuse(local + self.upsample(context)).movedim(1, -1),
+            [self.fuse, self.upsample],
+            local,
+            context,
         ).unflatten(0, (batch, frames))
         del local
         if self.temporal:
             grid = cells.shape[2:4]
             cells = self.local_adapter.add_to(cells.flatten(2, 3), grid).unflatten(2, grid)
-        return frames_in_blocks(self._unit_features, cells.flatten(0, 1)).unflatten(0, (batch, frames))
+        modules = [self.local_norm, self.head]
+        return frames_in_blocks(self._unit_features, modules, cells.flatten(0, 1)).unflatten(0, (batch, frames))
 
     def _unit_features(self, cells: Tensor) -> Tensor:
         features = self.head(self.local_norm(cells))
         return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
 
 
-def frames_in_blocks(function: Callable[..., Tensor], *frames: Tensor) -> Tensor:
+def frames_in_blocks(function: Callable[..., Tensor], modules: Sequence[nn.Module], *frames: Tensor) -> Tensor:
     """`function` of tensors whose first axis is the frames; some frames at a time where no gradient is needed.
 
-    The stem needs 20 MB per frame. Its results are the same in any blocks, up to rounding.
+    The stem needs 20 MB per frame. Its results are the same in any blocks, up to rounding. If one of the `modules` that
+    `function` calls, or a part of one, has hooks, they see all frames at once.
     """
-    if torch.is_grad_enabled() or torch.compiler.is_compiling() or len(frames[0]) <= _BLOCK:
+    hooked = any(has_hooks(part) for module in modules for part in module.modules())
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or hooked or len(frames[0]) <= _BLOCK:
         return function(*frames)
     first = function(*(tensor[:_BLOCK] for tensor in frames))
     result = first.new_empty(len(frames[0]), *first.shape[1:])

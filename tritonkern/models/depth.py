@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -129,5 +130,6 @@ class DepthModel(nn.Module):
         Raises:
             ValueError: bad image size.
         """
-        tokens = self.pretrained.get_intermediate_layers(images, n=self.levels, reshape=True)
+        levels = partial(self.pretrained.get_intermediate_layers, n=self.levels, reshape=True)
+        tokens = self.pretrained.with_hooks(levels, images)
         return self.depth_head(tokens, images.shape[2:])

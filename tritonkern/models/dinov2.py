@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tritonkern.models.checkpoints import load_strict, read_state_dict
 from tritonkern.models.vit import Block, PatchEmbed
 from tritonkern.nn import TemporalAdapter
+from tritonkern.nn._inputs import check_inputs
 from tritonkern.nn._plain import has_hooks
 
 
@@ -230,6 +231,7 @@ class DINOv2(nn.Module):
         Raises:
             ValueError: bad image size, an index that no block has, or more adapters than blocks.
         """
+        check_inputs(self, images=images)
         size, depth = self.config.patch_size, len(self.blocks)
         if images.ndim < 4 or images.shape[-3] != 3 or images.shape[-2] % size or images.shape[-1] % size:
             raise ValueError(
@@ -257,10 +259,20 @@ class DINOv2(nn.Module):
             )
         return tuple(tokens)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Images `[..., 3, H, W]` -> normed class token `[..., dim]`."""
+    def forward(self, images: Tensor, function: Callable[[Tensor], Any] | None = None) -> Any:
+        """Images `[..., 3, H, W]` -> normed class token `[..., dim]`; or `function(images)`, see `with_hooks`."""
+        if function is not None:
+            return function(images)
         ((_, class_token),) = self.get_intermediate_layers(images, return_class_token=True)
         return class_token
+
+    def with_hooks(self, function: Callable[[Tensor], Any], images: Tensor) -> Any:
+        """`function(images)`, with the hooks of this module before and after it.
+
+        For models that use parts and methods of a backbone in place of its class token: hooks run only where a module
+        is called, those of `fully_shard`, which gather the parameters, included.
+        """
+        return self(images, function) if has_hooks(self) else function(images)
 
 
 def official_keys(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ from tritonkern.models.checkpoints import load_strict, read_state_dict
 from tritonkern.models.chrono import Chrono
 from tritonkern.models.resnet import ResNet, frame_maps, unit
 from tritonkern.models.tracker import Tracker
+from tritonkern.nn._inputs import check_inputs
 from tritonkern.nn._locotrack import (
     SameConv2d,
     attend_over_time,
@@ -189,12 +190,14 @@ class LocoTrackRefiner(Tracker):
         if len(features) != len(self.cmdtop):
             raise ValueError(f"features must be {len(self.cmdtop)} maps [B, T, h, w, C], got {len(features)}")
         for index, grid in enumerate(features):
+            check_inputs(self, **{f"features[{index}]": grid})
             _check_map(f"features[{index}]", grid)
             if grid.shape[:2] != features[0].shape[:2]:
                 raise ValueError(
                     f"features[{index}] must have B and T of features[0], {list(features[0].shape[:2])}, "
                     f"got {list(grid.shape[:2])}"
                 )
+        check_inputs(self, queries=queries)
         _check_queries(queries, start, features[0].shape[:2])
 
         supports = [self._supports(grid, queries) for grid in features]
@@ -224,8 +227,9 @@ class LocoTrackRefiner(Tracker):
         y = (y * (rows / self.resolution[0]))[..., None, None] + offset[:, None]
         x = (x * (columns / self.resolution[1]))[..., None, None] + offset
         y, x, t = torch.broadcast_tensors(y, x, t[..., None, None])
-        supports = sample_features(features, *(place.flatten(1) for place in (t, y, x)))
-        return supports.to(features.dtype).unflatten(1, (-1, 7, 7))
+        t, y, x = (place.flatten(1) for place in (t, y, x))
+        supports = sample_features(features, t, y, x, features.dtype)
+        return supports.unflatten(1, (-1, 7, 7))
 
 
 class ChronoLocoTrack(Tracker):

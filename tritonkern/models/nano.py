@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from tritonkern.functional import correlation_soft_argmax, local_correlation_lin
 from tritonkern.models.checkpoints import load_strict, read_state_dict
 from tritonkern.models.chrono_nano import ChronoNano, frames_in_blocks
 from tritonkern.nn import TemporalWindowAttention
+from tritonkern.nn._plain import is_plain
 from tritonkern.nn.correlation import TrackerOutput, put_queries, sample_features
 
 _RADIUS = 3
@@ -29,6 +30,8 @@ _POSITIONS = 16384
 """Points times frames that are refined together."""
 _CERTAIN = 8.0
 """Logit of what is known."""
+# What `temporal_mixer` assumes of the convolutions.
+_ALONG_TIME: dict[str, Any] = dict(kernel_size=(3,), stride=(1,), padding=(0,), dilation=(1,))
 
 
 class Maps(NamedTuple):
@@ -103,7 +106,7 @@ class Nano(ChronoNano):
     def features(self, video: Tensor) -> Maps:  # type: ignore[override]
         # First what needs the most memory on the way
         cells = self.cells(video)
-        fine = frames_in_blocks(lambda frames: self._stored(self.fine(frames[None])[0]), video.flatten(0, 1))
+        fine = frames_in_blocks(lambda x: self._stored(self.fine(x[None])[0]), [self.fine], video.flatten(0, 1))
         return make_maps(fine.unflatten(0, video.shape[:2]), cells)
 
     def _unit_features(self, cells: Tensor) -> Tensor:
@@ -290,11 +293,21 @@ class RefinerBlock(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(dim, wide * dim), nn.GELU(), nn.Linear(wide * dim, dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        conv1, conv2 = self.conv1, self.conv2
-        bias1, bias2 = cast(Tensor, conv1.bias), cast(Tensor, conv2.bias)
-        x = cast(Tensor, temporal_mixer(x, self.mix_norm, conv1.weight, bias1, conv2.weight, bias2))
+        x = self._mix(x)
         x = x + self.attention(self.attention_norm(x))
         return x + self.mlp(self.norm(x))
+
+    def _mix(self, x: Tensor) -> Tensor:
+        """`temporal_mixer`, or what it computes by calls of the convolutions where these are not plain."""
+        conv1, conv2, dim = self.conv1, self.conv2, len(self.mix_norm)
+        if is_plain(conv1, nn.Conv1d, groups=dim, **_ALONG_TIME) and is_plain(
+            conv2, nn.Conv1d, groups=4 * dim, **_ALONG_TIME
+        ):
+            bias1, bias2 = cast(Tensor, conv1.bias), cast(Tensor, conv2.bias)
+            return cast(Tensor, temporal_mixer(x, self.mix_norm, conv1.weight, bias1, conv2.weight, bias2))
+        normed = F.layer_norm(x, (dim,), self.mix_norm)
+        hidden = F.gelu(conv1(F.pad(normed.mT, (1, 1))), approximate="tanh")
+        return x + reduce(conv2(F.pad(hidden, (1, 1))), "m (c j) t -> m t c", "sum", j=4)
 
 
 def _from_neighbours(tracks: Tensor, confidence: Tensor, reach: float) -> tuple[Tensor, Tensor]:
@@ -322,5 +335,5 @@ def _supports(grid: Tensor, queries: Tensor, stride: int) -> Tensor:
     y = (y / stride)[..., None, None] + offset[:, None]
     x = (x / stride)[..., None, None] + offset
     y, x, t = torch.broadcast_tensors(y, x, t[..., None, None])
-    samples = sample_features(grid, *(place.flatten(1) for place in (t, y, x)))
-    return samples.unflatten(1, (-1, _CELLS)).to(grid.dtype)
+    samples = sample_features(grid, *(place.flatten(1) for place in (t, y, x)), dtype=grid.dtype)
+    return samples.unflatten(1, (-1, _CELLS))

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from tritonkern.nn._inputs import check_inputs
 from tritonkern.nn.correlation import TrackerOutput, check_queries
 
 Features = Tensor | tuple[Tensor, ...]
@@ -49,14 +50,16 @@ class Tracker(nn.Module):
             ValueError: a shape is not the above.
         """
         self.check_video(video)
+        check_inputs(self, queries=queries)
         check_queries(queries, len(video))
         return self.track(self.features(video), queries)
 
     def check_video(self, video: Tensor) -> None:
         """Raise TypeError or ValueError unless it is floating point `[B, T, H, W, 3]` at `resolution`."""
         height, width = self.resolution
-        if not video.is_floating_point():
+        if isinstance(video, Tensor) and not video.is_floating_point():
             raise TypeError(f"video must be floating point in [-1, 1], got {video.dtype}; use video / 127.5 - 1")
+        check_inputs(self, video=video)
         if video.ndim != 5 or video.shape[2:] != (height, width, 3) or video.shape[1] == 0:
             raise ValueError(
                 f"video must be [B, T, {height}, {width}, 3] with T >= 1, got {list(video.shape)}; "

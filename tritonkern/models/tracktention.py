@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from tritonkern.nn import Tracktention
+from tritonkern.nn._inputs import check_inputs
+from tritonkern.ops._checks import check_mask, check_strided
 
 
 def insert_tracktention(
@@ -79,9 +81,17 @@ class TracktentionModel(nn.Module):
             ValueError: `video` is not 5-D, the output of a block is not as `insert_tracktention` asks for, or shapes do
                 not fit together.
         """
+        check_strided("video", video)
+        check_inputs(self, tracks=tracks)
         if video.ndim != 5:
             raise ValueError(f"video must be [B, T, 3, H, W], got {list(video.shape)}")
         batch, frames, _, height, width = video.shape
+        if tracks.ndim != 4 or tracks.shape[:2] != (batch, frames) or tracks.shape[3] != 2:
+            raise ValueError(f"tracks must be [{batch}, {frames}, M, 2], got {list(tracks.shape)}")
+        if video.device != tracks.device:
+            raise ValueError(f"video must be on the device of tracks, {tracks.device}, got {video.device}")
+        if visibility is not None:
+            check_mask("visibility", visibility, tracks.shape[:3], tracks.device)
         # A graph belongs to one call.
         thread = None if torch.compiler.is_compiling() else threading.get_ident()
         recording = torch.is_grad_enabled()

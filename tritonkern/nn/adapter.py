@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from tritonkern.functional._adapter import adapter_in, adapter_out
 from tritonkern.functional._arguments import autocast_dtype
+from tritonkern.nn._inputs import check_inputs
 from tritonkern.nn._plain import input_dtype, is_plain
 from tritonkern.nn.temporal import TemporalWindowAttention
 
@@ -52,6 +53,7 @@ class TemporalAdapter(nn.Module):
         Raises:
             ValueError: `tokens` is not 5-D, has other than `dim` channels, or h or w is no multiple of `pool`.
         """
+        check_inputs(self, tokens=tokens)
         if tokens.ndim != 5 or tokens.shape[4] != self.dim:
             raise ValueError(f"tokens must be [B, T, h, w, {self.dim}], got {list(tokens.shape)}")
         # 16-bit results come from 16-bit tokens or from autocast, whatever the dtype of the steps between.
@@ -76,6 +78,7 @@ class TemporalAdapter(nn.Module):
             ValueError: `tokens` is not 4-D, has other than `dim` channels or fewer than h * w rows, or h or w is no
                 multiple of `pool`.
         """
+        check_inputs(self, tokens=tokens)
         if tokens.ndim != 4 or tokens.shape[3] != self.dim:
             raise ValueError(f"tokens must be [B, T, prefix + h * w, {self.dim}], got {list(tokens.shape)}")
         if is_plain(self, TemporalAdapter) and self._reads_weights():

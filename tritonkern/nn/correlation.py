@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,7 +11,9 @@ from torch.autograd.function import once_differentiable
 from torch.utils._pytree import _register_namedtuple
 
 from tritonkern.functional import correlation_soft_argmax
+from tritonkern.nn._inputs import check_inputs
 from tritonkern.nn._plain import input_dtype
+from tritonkern.ops._dtypes import accumulator
 
 
 class TrackerOutput(NamedTuple):
@@ -84,6 +87,7 @@ class CorrelationSoftArgmax(nn.Module):
             TypeError: `queries` is not floating point, or `features` of another dtype.
             ValueError: a shape is not the above.
         """
+        check_inputs(self, features=features, queries=queries)
         if features.ndim != 5:
             raise ValueError(f"features must be [B, T, h, w, C], got {list(features.shape)}")
         if 0 in features.shape[1:]:
@@ -153,34 +157,96 @@ def put_queries(tracks: Tensor, queries: Tensor) -> Tensor:
     return torch.where(own_frame[..., None], place, tracks)
 
 
-class _Gather(torch.autograd.Function):
-    """``features[b, t, y, x]`` of `[B, T, h, w, C]`. The gradient of PyTorch's own indexing is a sum in no fixed order
-    on the CPU; this one has the same bits run after run, on a GPU under `torch.use_deterministic_algorithms`.
+_SAMPLED_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
+"""Maximum bytes of the corners that are gathered together, eight times as many as of their samples."""
+
+
+class _Sample(torch.autograd.Function):
+    """Sums over eight corners, ``(weight * features[b, t, y, x]).sum((2, 3, 4))``, some positions at a time.
+
+    Neither the corners nor their products are stored, and in the backward pass they are gathered again. The gradient of
+    PyTorch's own indexing is a sum in no fixed order on the CPU; this one has the same bits run after run, on a GPU
+    under `torch.use_deterministic_algorithms`.
     """
 
     @staticmethod
-    def forward(ctx: Any, features: Tensor, *index: Tensor) -> Tensor:
-        ctx.save_for_backward(*index)
-        ctx.shape = features.shape
-        return features[index]
+    def forward(ctx: Any, features: Tensor, weight: Tensor, dtype: torch.dtype, *index: Tensor) -> Tensor:
+        ctx.save_for_backward(features, weight, *index)
+
+        def sums(rows: slice) -> Tensor:
+            return (weight[:, rows, ..., None] * features[_rows(index, rows)]).sum((2, 3, 4))
+
+        return _in_blocks(sums, features, weight.shape[1], dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        b, t, y, x = ctx.saved_tensors
-        _, frames, rows, columns, channels = ctx.shape
-        cell = ((b * frames + t) * rows + y) * columns + x
-        grad_features = grad.new_zeros(ctx.shape)
-        grad_features.view(-1, channels).index_add_(0, cell.flatten(), grad.flatten(0, -2))
-        return grad_features, None, None, None, None
+        features, weight, *index = ctx.saved_tensors
+        of_features, of_weight, *_ = ctx.needs_input_grad
+        sums = accumulator(features.dtype)
+        grad_features = features.new_zeros(features.shape, dtype=sums) if of_features else None
+        grad_weight = torch.empty_like(weight) if of_weight else None
+        _, frames, height, width, channels = features.shape
+        for rows in _blocks(features, weight.shape[1]):
+            b, t, y, x = part = _rows(index, rows)
+            # [B, n, 1, 1, 1, C]
+            of_sum = grad[:, rows, None, None, None].to(weight.dtype)
+            if grad_features is not None:
+                cell = ((b * frames + t) * height + y) * width + x
+                of_corners = (weight[:, rows, ..., None] * of_sum).to(sums).flatten(0, -2)
+                grad_features.view(-1, channels).index_add_(0, cell.flatten(), of_corners)
+            if grad_weight is not None:
+                grad_weight[:, rows] = (of_sum * features[part]).sum(-1)
+        if grad_features is not None:
+            grad_features = grad_features.to(features.dtype)
+        return grad_features, grad_weight, None, None, None, None, None
 
 
-def sample_features(features: Tensor, t: Tensor, y: Tensor, x: Tensor) -> Tensor:
+def _blocks(features: Tensor, count: int) -> list[slice]:
+    """Which of `count` positions are sampled together: all in a graph, where the count may be a symbol."""
+    if torch.compiler.is_compiling():
+        return [slice(None)]
+    bound = _SAMPLED_BYTES.get(features.device.type, _SAMPLED_BYTES["cuda"])
+    few = max(1, bound // (8 * 4 * features.shape[-1] * max(1, len(features))))
+    return [slice(start, start + few) for start in range(0, count, few)] or [slice(None)]
+
+
+def _in_blocks(function: Callable[[slice], Tensor], features: Tensor, count: int, dtype: torch.dtype) -> Tensor:
+    """`function(rows)` `[B, rows, C]` for all positions, in `dtype`."""
+    parts = _blocks(features, count)
+    if len(parts) == 1:
+        return function(parts[0]).to(dtype)
+    out = features.new_empty((len(features), count, features.shape[-1]), dtype=dtype)
+    for rows in parts:
+        out[:, rows] = function(rows)
+    return out
+
+
+def _rows(index: Sequence[Tensor], rows: slice) -> tuple[Tensor, ...]:
+    """The part of each index `[B or 1, n or 1, ...]` that belongs to positions `rows`."""
+    return tuple(x if x.shape[1] == 1 else x[:, rows] for x in index)
+
+
+def sample_features(features: Tensor, t: Tensor, y: Tensor, x: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """Trilinear samples `[B, n, C]` of `[B, T, h, w, C]` at positions `[B, n]`, clamped at the border.
 
-    t is in frames (frame i is at i), y and x are in cells (cell i has its centre at i + 0.5). By indexing, because the
-    backward pass of the 5-D `grid_sample` is not deterministic, and because it would copy the features.
+    t is in frames (frame i is at i), y and x are in cells (cell i has its centre at i + 0.5). Beside the result, which
+    is of `dtype` (None: that of features and positions, promoted), memory does not grow with n, but for indices and
+    weights where gradients are recorded. Gathered by hand, because the backward pass of the 5-D `grid_sample` is not
+    deterministic, and because it would copy the features.
     """
+    dtype = dtype or torch.promote_types(features.dtype, t.dtype)
+    places = (t, y, x)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in (features, *places)):
+        return _interpolated(features, places, dtype)
+    return _in_blocks(
+        lambda rows: _interpolated(features, [place[:, rows] for place in places], dtype), features, t.shape[1], dtype
+    )
+
+
+def _interpolated(features: Tensor, places: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """`sample_features` of t, y and x."""
+    t, y, x = places
     index = [torch.arange(len(features), device=t.device).view(-1, 1, 1, 1, 1)]
     weight = torch.ones_like(t)[..., None, None, None]
     for pair, position, size in zip(
@@ -193,6 +259,5 @@ def sample_features(features: Tensor, t: Tensor, y: Tensor, x: Tensor) -> Tensor
         fraction = position - low
         index.append(torch.stack([low, high], -1).view(*t.shape, *pair))
         weight = weight * torch.stack([1 - fraction, fraction], -1).view(*t.shape, *pair)
-    # [B, n, 2, 2, 2, C]
-    corners = _Gather.apply(features, *index)
-    return (weight[..., None] * corners).sum((2, 3, 4))
+    # [B, n, 2, 2, 2]
+    return _Sample.apply(features, weight, dtype, *index)

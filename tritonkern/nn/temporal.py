@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from tritonkern.functional import temporal_window_attention
 from tritonkern.functional._arguments import window_extent
+from tritonkern.nn._inputs import check_inputs
 from tritonkern.ops.temporal_window_attention.op import check_window
 
 
@@ -65,6 +66,7 @@ class TemporalWindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, T, C]`` or ``[B, T, N, C]`` -> the same shape; every position n attends along T on its own."""
+        check_inputs(self, x=x)
         if x.dim() not in (3, 4) or x.shape[-1] != self.qkv.in_features:
             raise ValueError(
                 f"x must have shape [B, T, {self.qkv.in_features}] or [B, T, N, {self.qkv.in_features}], "

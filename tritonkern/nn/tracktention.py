@@ -8,6 +8,8 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from tritonkern.functional import track_sample_attention, track_splat_attention
+from tritonkern.nn._inputs import check_inputs
+from tritonkern.ops._checks import check_mask
 from tritonkern.ops.track_attention.op import visible_tracks
 
 
@@ -108,17 +110,14 @@ class Tracktention(nn.Module):
         Raises:
             TypeError, ValueError: shapes or dtypes that do not fit together.
         """
+        check_inputs(self, features=features, tracks=tracks)
         if features.ndim != 5 or features.shape[-1] != self.dim:
             raise ValueError(f"features must be [B, T, h, w, {self.dim}], got {list(features.shape)}")
         if tracks.ndim != 4 or tracks.shape[:2] != features.shape[:2] or tracks.shape[3] != 2:
             batch, frames = features.shape[:2]
             raise ValueError(f"tracks must be [{batch}, {frames}, M, 2], got {list(tracks.shape)}")
-        if not tracks.is_floating_point():
-            raise TypeError(f"tracks must be floating point, got {tracks.dtype}; use tracks.float()")
-        if visibility is not None and (visibility.shape != tracks.shape[:3] or visibility.dtype != torch.bool):
-            raise ValueError(
-                f"visibility must be bool {list(tracks.shape[:3])}, got {visibility.dtype} {list(visibility.shape)}"
-            )
+        if visibility is not None:
+            check_mask("visibility", visibility, tracks.shape[:3], tracks.device)
         place = torch.promote_types(tracks.dtype, torch.float32)
         rows, columns = features.shape[2:4]
         y, x = (torch.arange(n, device=tracks.device, dtype=place) + 0.5 for n in (rows, columns))

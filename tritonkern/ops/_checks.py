@@ -10,16 +10,49 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from tritonkern.ops._dtypes import DTYPES
+from tritonkern.ops._dtypes import DTYPES, accumulator
 
 
 def check_dense(name: str, x: Tensor) -> None:
     """Raise TypeError unless `x` is a strided floating-point tensor."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
-    _check_strided(name, x)
+    check_strided(name, x)
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be float64, float32, bfloat16 or float16, got {x.dtype}; convert it first")
+
+
+def check_strided(name: str, x: Tensor) -> None:
+    """Raise TypeError unless `x` is a strided tensor, of any dtype."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}")
+    if x.is_nested:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got a nested one; pad it with .to_padded_tensor()")
+    if x.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {x.layout}; call .to_dense() on it")
+
+
+def check_mask(name: str, x: Tensor, shape: Sequence[int], device: torch.device) -> None:
+    """Raise TypeError or ValueError unless `x` is a strided bool tensor of this shape on this device."""
+    check_strided(name, x)
+    if x.dtype != torch.bool:
+        raise TypeError(f"{name} must be bool, got {x.dtype}; compare probabilities with a threshold first")
+    if tuple(x.shape) != tuple(shape) or x.device != device:
+        raise ValueError(f"{name} must have shape {tuple(shape)} on {device}, got {tuple(x.shape)} on {x.device}")
+
+
+def check_scale(scale: float, exponent: int = 64) -> None:
+    """Raise ValueError unless |scale| is at most 2^exponent; larger than 2^64, scores of usual size overflow."""
+    if not abs(scale) <= 2.0**exponent:
+        raise ValueError(f"scale must be from -2**{exponent} to 2**{exponent}, got {scale}")
+
+
+def check_eps(eps: float, dtype: torch.dtype) -> None:
+    """Raise ValueError unless `eps` is a normal number in the dtype of sums of `dtype`.
+
+    A smaller one is zero in the kernels, and equal numbers, whose variance is zero, then give NaN.
+    """
+    least = torch.finfo(accumulator(dtype)).tiny
+    if not eps >= least:
+        raise ValueError(f"eps must be a positive number, at least {least:.4g}, got {eps}")
 
 
 def check_tensors(**tensors: Tensor | None) -> None:
@@ -56,16 +89,9 @@ def check_saved(expected: dict[str, tuple[Tensor | None, Sequence[int], torch.dt
     for name, (x, shape, dtype) in expected.items():
         if x is None:
             continue
-        _check_strided(name, x)
+        check_strided(name, x)
         if tuple(x.shape) != tuple(shape) or x.dtype != dtype or x.device != device:
             raise ValueError(
                 f"{name} must be {dtype} of shape {tuple(shape)} on {device}, "
                 f"got {x.dtype} of shape {tuple(x.shape)} on {x.device}; pass what the forward operator returned"
             )
-
-
-def _check_strided(name: str, x: Tensor) -> None:
-    if x.is_nested:
-        raise TypeError(f"{name} must be a dense (strided) tensor, got a nested one; pad it with .to_padded_tensor()")
-    if x.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {x.layout}; call .to_dense() on it")

@@ -20,8 +20,8 @@ _CHUNK, _CHUNK_OWN_TRACK = 4096, 512
 _QUERY_FRAMES = 16
 CYCLE_DISTANCE = 6 / 256
 """Distance from the query at which a match back still closes the cycle, as a fraction of the raster's sides."""
-# Bytes of the feature vectors that the way back gathers at a time; each is interpolated between eight cells.
-_CYCLE_BYTES = 1 << 26
+# Bytes of the feature vectors that are matched back at a time.
+_CYCLE_BYTES = 1 << 24
 
 
 def track_in_spans(
@@ -108,7 +108,7 @@ def _match(model: MatchingTracker, source: Tensor, features: Tensor, queries: Te
     height, width = model.resolution
     frames, channels = features.shape[1], features.shape[-1]
     t = torch.arange(frames, device=features.device)
-    step = max(1, _CYCLE_BYTES // (8 * 4 * channels * frames))
+    step = max(1, _CYCLE_BYTES // (4 * channels * frames))
     for frame in queries[:, 0].unique():
         for rows in torch.nonzero(queries[:, 0] == frame)[:, 0].split(step):
             x, y = tracks[rows].unbind(-1)

@@ -6,14 +6,14 @@ from typing import Any
 
 from torch import Tensor
 
-from tritonkern.ops._checks import check_same_dtype, check_saved, check_tensors
+from tritonkern.ops._checks import check_same_dtype, check_saved, check_scale, check_tensors
 from tritonkern.ops._dtypes import accumulator
 from tritonkern.ops._registry import Results, differentiable, operator
 
 NAME = "full_attention"
 
 
-def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
+def check_inputs(query: Tensor, key: Tensor, value: Tensor, scale: float) -> None:
     """Raise TypeError or ValueError unless the arguments fit together."""
     check_tensors(query=query, key=key, value=value)
     check_same_dtype(query=query, key=key, value=value)
@@ -27,12 +27,14 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor) -> None:
                 f"{name} must have shape {(batch, key.shape[1], num_heads, dim)} for this query and key, "
                 f"got {tuple(tensor.shape)}"
             )
+    # The backward pass subtracts the log-sum-exp from scores, whose rounding must not reach the range of exp.
+    check_scale(scale, exponent=20)
 
 
 @operator(NAME, "forward")
 def full_attention_fwd(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Results[tuple[Tensor, Tensor]]:
     """Output `[B, L, H, D]` and log-sum-exp of the scores `[B, L, H]`, both contiguous."""
-    check_inputs(query, key, value)
+    check_inputs(query, key, value, scale)
     return lambda: (query.new_empty(query.shape), query.new_empty(query.shape[:3], dtype=accumulator(query.dtype)))
 
 
@@ -41,7 +43,7 @@ def full_attention_bwd(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, scale: float
 ) -> Results[tuple[Tensor, Tensor, Tensor]]:
     """Gradients of query, key and value, contiguous."""
-    check_inputs(query, key, value)
+    check_inputs(query, key, value, scale)
     of_query, of_lse = (query.shape, query.dtype), (query.shape[:3], accumulator(query.dtype))
     check_saved({"grad_out": (grad_out, *of_query), "out": (out, *of_query), "lse": (lse, *of_lse)}, query.device)
     return lambda: (query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape))

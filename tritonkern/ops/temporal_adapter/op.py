@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tritonkern.ops._checks import check_flags, check_saved, check_tensors
+from tritonkern.ops._checks import check_eps, check_flags, check_saved, check_tensors
 from tritonkern.ops._registry import Results, differentiable, operator
 
 NAME = "temporal_adapter"
@@ -181,8 +181,7 @@ def check_inputs_in(tokens: Tensor, norm: Norm, conv: Conv, grid: Grid, dtype: t
     if tokens.dim() != 4:
         raise ValueError(f"tokens must have shape [B, T, prefix + h * w, C], got {tuple(tokens.shape)}")
     _check_grid(tokens.shape[2], grid)
-    if not norm.eps > 0:
-        raise ValueError(f"eps must be positive, got {norm.eps}")
+    check_eps(norm.eps, tokens.dtype)
     channels, weight = tokens.shape[3], conv.weight
     if weight.dim() != 4 or weight.shape[1:] != (channels, 3, 3) or channels == 0 or weight.shape[0] == 0:
         raise ValueError(f"weight must have shape [O, {channels}, 3, 3] for these tokens, got {tuple(weight.shape)}")

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from tritonkern.ops._checks import check_flags, check_saved, check_tensors
+from tritonkern.ops._checks import check_eps, check_flags, check_saved, check_tensors
 from tritonkern.ops._dtypes import accumulator
 from tritonkern.ops._registry import Results, differentiable, operator
 
@@ -73,10 +72,7 @@ def check_inputs(x: Tensor, expected: dict[str, tuple[Tensor | None, str]], eps:
             )
         if kind in ("normed", "hidden") and tensor.dtype != accumulator(x.dtype):
             raise TypeError(f"{name} must be {accumulator(x.dtype)}, as x is {x.dtype}, got {tensor.dtype}")
-    # A smaller one is zero in the kernels, and a frame of equal numbers then NaN.
-    least = torch.finfo(accumulator(x.dtype)).tiny
-    if not eps >= least:
-        raise ValueError(f"eps must be a positive number, at least {least:.4g}, got {eps}")
+    check_eps(eps, x.dtype)
 
 
 @operator(NAME, "forward")

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from tritonkern.ops._checks import check_same_dtype, check_saved, check_tensors
+from tritonkern.ops._checks import check_same_dtype, check_saved, check_scale, check_tensors
 from tritonkern.ops._dtypes import accumulator
 from tritonkern.ops._registry import Results, differentiable, operator
 
@@ -23,7 +23,7 @@ def check_window(left: int, right: int) -> None:
             raise ValueError(f"window must have a {side} count from 0 to 2**30 frames, got {count}")
 
 
-def check_inputs(query: Tensor, key: Tensor, value: Tensor, left: int, right: int) -> None:
+def check_inputs(query: Tensor, key: Tensor, value: Tensor, left: int, right: int, scale: float) -> None:
     """Raise TypeError or ValueError unless the arguments fit together."""
     check_tensors(query=query, key=key, value=value)
     check_same_dtype(query=query, key=key, value=value)
@@ -45,6 +45,7 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, left: int, right: in
             f"got {head_dim}; pad query, key and value with zeros to the next multiple and pass scale explicitly"
         )
     check_window(left, right)
+    check_scale(scale)
 
 
 @operator(NAME, "forward")
@@ -52,7 +53,7 @@ def temporal_window_attention_fwd(
     query: Tensor, key: Tensor, value: Tensor, left: int, right: int, scale: float
 ) -> Results[tuple[Tensor, Tensor]]:
     """Output `[B, T, N, H, D]` and log-sum-exp of the scores `[B, T, N, H]`, both contiguous."""
-    check_inputs(query, key, value, left, right)
+    check_inputs(query, key, value, left, right, scale)
     return lambda: (
         query.new_empty(query.shape),
         query.new_empty(query.shape[:-1], dtype=accumulator(query.dtype)),
@@ -72,7 +73,7 @@ def temporal_window_attention_bwd(
     scale: float,
 ) -> Results[tuple[Tensor, Tensor, Tensor]]:
     """Gradients of query, key and value, contiguous."""
-    check_inputs(query, key, value, left, right)
+    check_inputs(query, key, value, left, right, scale)
     of_query, of_lse = (query.shape, query.dtype), (query.shape[:-1], accumulator(query.dtype))
     check_saved({"grad_out": (grad_out, *of_query), "out": (out, *of_query), "lse": (lse, *of_lse)}, query.device)
     return lambda: (query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape))

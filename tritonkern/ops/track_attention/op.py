@@ -8,17 +8,21 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from tritonkern.ops._checks import check_flags, check_same_dtype, check_saved, check_tensors
+from tritonkern.ops._checks import (
+    check_flags,
+    check_mask,
+    check_same_dtype,
+    check_saved,
+    check_scale,
+    check_tensors,
+)
 from tritonkern.ops._dtypes import accumulator
 from tritonkern.ops._registry import Results, differentiable, operator
 
 NAME = "track_attention"
 MAX_HEAD_DIM = 256
-# Larger factors make a hard maximum of every softmax, and overflow in float32.
-MAX_SCALE = 2.0**64
 # Coordinates beyond it count as this many cells, so that no squared distance overflows in any dtype (csrc: kFarthest).
 FARTHEST = 2.0**60
 
@@ -75,8 +79,7 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, points: Points, scal
             f"query must have a head dimension (last axis) that is a multiple of 8 from 8 to {MAX_HEAD_DIM}, "
             f"got {head_dim}; pad query, key and value with zeros to the next multiple and pass scale explicitly"
         )
-    if not abs(scale) <= MAX_SCALE:
-        raise ValueError(f"scale must be from -2**64 to 2**64, got {scale}")
+    check_scale(scale)
     _check_points(points, query)
 
 
@@ -91,18 +94,8 @@ def _check_points(points: Points, query: Tensor) -> None:
             f"inverse_variance must be a 0-d {dtype} tensor on {query.device}, got {inverse_variance.dtype} of shape "
             f"{tuple(inverse_variance.shape)} on {inverse_variance.device}"
         )
-    if visible is None:
-        return
-    if visible.dtype != torch.bool or visible.layout != torch.strided or visible.is_nested:
-        raise TypeError(
-            f"visibility must be a dense bool tensor or None, got {visible.dtype}, layout {visible.layout}; compare "
-            "probabilities with a threshold first"
-        )
-    if visible.shape != tracks.shape[:-1] or visible.device != tracks.device:
-        raise ValueError(
-            f"visibility must have shape {tuple(tracks.shape[:-1])} on {tracks.device}, "
-            f"got {tuple(visible.shape)} on {visible.device}"
-        )
+    if visible is not None:
+        check_mask("visibility", visible, tracks.shape[:-1], tracks.device)
 
 
 @operator(NAME, "forward")

@@ -1,0 +1,150 @@
+"""Scale, sigma and eps at the ends of their ranges: finite results from finite input, or refused, on every backend.
+
+Temperature, radius and eps of the correlation: test_correlation_soft_argmax.py, test_correlation_soft_argmax_2d.py.
+"""
+
+import math
+
+import pytest
+import torch
+from oracle import native_backends
+
+from tritonkern import (
+    temporal_mixer,
+    temporal_window_attention,
+    track_sample_attention,
+    track_splat_attention,
+)
+from tritonkern.functional._adapter import adapter_in
+from tritonkern.functional._full_attention import full_attention
+
+SIZES = (
+    5e-324,
+    1e-310,
+    1e-46,
+    1.1e-38,
+    1.2e-38,
+    1e-30,
+    1e-19,
+    2.0**20,
+    1e19,
+    2.0**64,
+    1.01 * 2.0**64,
+    3.4e38,
+    1e39,
+    1e170,
+    1e300,
+)
+EVERY = (0.0, *SIZES, *(-size for size in SIZES), math.inf, -math.inf, math.nan)
+
+
+def window(dtype, backend, scale):
+    x = [torch.randn(2, 5, 3, 2, 8, dtype=dtype) for _ in range(3)]
+    x[1][:, 1] = x[1][:, 2]  # two largest scores
+    return x, lambda *x: temporal_window_attention(*x, 3, scale=scale, backend=backend)
+
+
+def full(dtype, backend, scale):
+    x = [torch.randn(2, 5, 2, 8, dtype=dtype) for _ in range(3)]
+    x[1][:, 1] = x[1][:, 2]
+    return x, lambda *x: full_attention(*x, scale=scale, backend=backend)
+
+
+def sample(dtype, backend, **options):
+    grid = torch.randn(2, 1, 2, 3, 4, 2, 8, dtype=dtype)
+    x = [torch.randn(1, 2, 5, 2, 8, dtype=dtype), *grid, 4 * torch.rand(1, 2, 5, 2, dtype=torch.float64)]
+    return x, lambda *x: track_sample_attention(*x, backend=backend, **options)
+
+
+def splat(dtype, backend, **options):
+    tracks = torch.randn(2, 1, 2, 5, 2, 8, dtype=dtype)
+    x = [torch.randn(1, 2, 3, 4, 2, 8, dtype=dtype), *tracks, 4 * torch.rand(1, 2, 5, 2, dtype=torch.float64)]
+    return x, lambda *x: track_splat_attention(*x, backend=backend, **options)
+
+
+def sigma_tensor(dtype, backend, sigma):
+    """As a tensor, whose value is not checked."""
+    tensors, function = sample(dtype, backend)
+    return [*tensors, torch.tensor(sigma, dtype=torch.float64)], lambda *x: track_sample_attention(
+        *x[:4], sigma=x[4], backend=backend
+    )
+
+
+def mixer(dtype, backend, eps):
+    weight, bias = torch.randn(32, 1, 3, dtype=dtype), torch.randn(32, dtype=dtype)
+    x = torch.randn(2, 4, 8, dtype=dtype)
+    x[0, 1] = 3  # no variance
+    return [x, torch.ones(8, dtype=dtype), weight, bias, weight.flip(0), bias], lambda *x: temporal_mixer(
+        *x, eps=eps, backend=backend
+    )
+
+
+def adapter(dtype, backend, eps):
+    tokens = torch.randn(2, 2, 17, 8, dtype=dtype)
+    tokens[0] = 3
+    parameters = torch.randn(2, 8, dtype=dtype), torch.randn(4, 8, 3, 3, dtype=dtype), torch.randn(4, dtype=dtype)
+    return [tokens, *parameters[0], *parameters[1:]], lambda *x: adapter_in(
+        x[0], (4, 4), *x[1:], eps=eps, backend=backend
+    )
+
+
+def within_scale(dtype, scale):
+    return abs(scale) <= 2.0**64
+
+
+def within_smaller_scale(dtype, scale):
+    return abs(scale) <= 2.0**20
+
+
+def normal(dtype, eps):
+    return eps >= torch.finfo(torch.promote_types(dtype, torch.float32)).tiny
+
+
+# Name -> (operation, a call, its option, what is accepted)
+CASES = {
+    "temporal_window_attention": ("temporal_window_attention", window, "scale", within_scale),
+    "full_attention": ("full_attention", full, "scale", within_smaller_scale),
+    "track_sample_attention-scale": ("track_attention", sample, "scale", within_scale),
+    "track_splat_attention-scale": ("track_attention", splat, "scale", within_scale),
+    "track_sample_attention-sigma": ("track_attention", sample, "sigma", lambda dtype, sigma: sigma > 0),
+    "track_splat_attention-sigma": ("track_attention", splat, "sigma", lambda dtype, sigma: sigma > 0),
+    "sigma-tensor": ("track_attention", sigma_tensor, "sigma", lambda dtype, sigma: True),
+    "temporal_mixer": ("temporal_mixer", mixer, "eps", normal),
+    "adapter_in": ("temporal_adapter", adapter, "eps", normal),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    ("name", "where"),
+    [
+        pytest.param(name, where.values[0], id=f"{name}-{where.values[0][0]}", marks=where.marks)
+        for name, case in CASES.items()
+        for where in native_backends(case[0])
+        if where.values[0][1] == "cpu" or case[0] != "full_attention"  # which has no Triton kernel
+    ],
+)
+def test_finite_or_refused(name, where, dtype):
+    _, case, option, accepted = CASES[name]
+    backend, device = where
+    faults = []
+    for size in EVERY:
+        if option == "sigma" and name == "sigma-tensor" and math.isnan(size):
+            continue  # not finite input
+        torch.manual_seed(0)
+        tensors, function = case(dtype, backend, **{option: size})
+        leaves = [x.to(device).requires_grad_() for x in tensors]
+        try:
+            out = function(*leaves)
+        except ValueError as error:
+            if accepted(dtype, size) or option not in str(error):
+                faults.append(f"{size}: {error}")
+            continue
+        if not accepted(dtype, size):
+            faults.append(f"{size}: accepted")
+            continue
+        results = [out, *torch.autograd.grad(out, leaves, torch.randn_like(out))]
+        wrong = [index for index, x in enumerate(results) if not x.isfinite().all()]
+        if wrong:
+            faults.append(f"{size}: results {wrong} are not finite")
+    assert not faults, "\n".join(faults)
