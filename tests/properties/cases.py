@@ -590,6 +590,30 @@ def check(case: Case) -> None:
     assert_equal(on_threads(threads, case.results, function), single, f"on {threads} threads")
 
 
+def check_rounding(case: Case) -> None:
+    """The results of a case in 16 bits against those in float32, rounded once."""
+    changes: dict = {"culling": False} if isinstance(case, TrackCase) else {}
+    if case.dtype.itemsize > 2:
+        changes["dtype"] = torch.bfloat16 if case.seed % 2 else torch.float16
+    case = dataclasses.replace(case, **changes)
+    function, tensors = case.function(), case.tensors()
+
+    def results(tensors, like=None):
+        leaves = [x.detach().requires_grad_() for x in tensors]
+        made = function(*leaves)
+        outputs = [made] if isinstance(made, torch.Tensor) else list(made)
+        torch.manual_seed(case.seed + 1)
+        like = like or outputs
+        cotangents = [torch.randn(x.shape).to(y.dtype).to(x.dtype) for x, y in zip(outputs, like, strict=True)]
+        grads = torch.autograd.grad(outputs, leaves, cotangents, allow_unused=True, materialize_grads=True)
+        return outputs, grads
+
+    outputs, grads = results(tensors)
+    full_outputs, full_grads = results([x.float() for x in tensors], outputs)
+    rounded = [y.to(x.dtype) for x, y in zip((*outputs, *grads), (*full_outputs, *full_grads), strict=True)]
+    assert_equal([x.detach() for x in (*outputs, *grads)], [x.detach() for x in rounded], "from float32, rounded once")
+
+
 def check_compiled(case: Case) -> None:
     """The case in one compiled graph."""
     torch._dynamo.reset()
