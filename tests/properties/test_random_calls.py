@@ -60,7 +60,7 @@ def test_exported(operation):
     run(cases.check_exported, operation, 4)
 
 
-# The adapter's convolutions are computed in larger tiles for 16 bits, and PyTorch computes the gradients of full attention.
+# The adapter convolves 16-bit tensors in larger tiles; PyTorch computes the gradients of full attention.
 ROUNDED_ONCE = sorted(cases.OPERATIONS.keys() - {"temporal_adapter", "full_attention", "correlation_pyramid"})
 
 
