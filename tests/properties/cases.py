@@ -641,7 +641,11 @@ def drawn(operation: str, count: int) -> list[Case]:
     found: list[Case] = []
 
     @hypothesis.settings(
-        max_examples=count, database=None, derandomize=True, suppress_health_check=list(hypothesis.HealthCheck)
+        max_examples=count,
+        database=None,
+        derandomize=True,
+        deadline=None,
+        suppress_health_check=list(hypothesis.HealthCheck),
     )
     @hypothesis.given(case=OPERATIONS[operation].random())
     def collect(case):

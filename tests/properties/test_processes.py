@@ -127,7 +127,15 @@ def test_spawned_processes(calls):
         cases.assert_equal(actual, expected, f"in a spawned process: {case!r}")
 
 
-def test_interrupts(calls):
+@pytest.fixture
+def interruptible():
+    """Processes in the background ignore SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_interrupts(calls, interruptible):
     """SIGINT at any time of a call raises KeyboardInterrupt after it, and does no harm to the next one."""
     delays = random.Random(0)
     for case, expected in calls[::2]:
@@ -142,7 +150,7 @@ def test_interrupts(calls):
 
 
 @pytest.mark.slow
-def test_one_long_call_is_interrupted_at_its_end():
+def test_one_long_call_is_interrupted_at_its_end(interruptible):
     import tritonkern
 
     x = torch.randn(1, 400, 400, 4, 32)

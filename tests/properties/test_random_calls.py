@@ -29,6 +29,7 @@ def run(check, operation, count):
         deadline=None,
         database=None,
         derandomize=SEED is None,
+        phases=[hypothesis.Phase.generate],  # making a case smaller takes minutes
         print_blob=False,
         suppress_health_check=list(hypothesis.HealthCheck),
     )
