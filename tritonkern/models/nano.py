@@ -335,5 +335,6 @@ def _supports(grid: Tensor, queries: Tensor, stride: int) -> Tensor:
     y = (y / stride)[..., None, None] + offset[:, None]
     x = (x / stride)[..., None, None] + offset
     y, x, t = torch.broadcast_tensors(y, x, t[..., None, None])
-    samples = sample_features(grid, *(place.flatten(1) for place in (t, y, x)), dtype=grid.dtype)
+    t, y, x = (place.flatten(1) for place in (t, y, x))
+    samples = sample_features(grid, t, y, x, grid.dtype)
     return samples.unflatten(1, (-1, _CELLS))
