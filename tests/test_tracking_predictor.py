@@ -266,7 +266,7 @@ _whole_clip(_read(reader, 8, quiet), reader.size)
     def test_memory_of_long_clips(self):
         """nano on 420 frames of 480p, measured in a process of its own."""
         program = """
-import resource, numpy as np
+import numpy as np
 from tritonkern.tracking import PointTracker
 picture = np.random.default_rng(0).integers(0, 256, (480, 854, 3), dtype=np.uint8)
 tracks = PointTracker("nano", device="cpu")(np.broadcast_to(picture, (420, 480, 854, 3)), grid=10)
