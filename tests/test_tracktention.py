@@ -242,8 +242,8 @@ def test_bad_input():
         (dict(features=features[0]), ValueError, r"features must be \[B, T, h, w, 32\]"),
         (dict(tracks=tracks[:, :2]), ValueError, r"tracks must be \[2, 4, M, 2\]"),
         (dict(tracks=tracks.long()), TypeError, "tracks must be floating point"),
-        (dict(visibility=visibility.float()), ValueError, "visibility must be bool"),
-        (dict(visibility=visibility[..., 1:]), ValueError, r"visibility must be bool \[2, 4, 6\]"),
+        (dict(visibility=visibility.float()), TypeError, "visibility must be bool"),
+        (dict(visibility=visibility[..., 1:]), ValueError, r"visibility must have shape \(2, 4, 6\)"),
     ):
         with pytest.raises(error, match=message):
             layer(**{"features": features, "tracks": tracks, "visibility": visibility, **change})

@@ -2,6 +2,16 @@
 
 from torch import Tensor
 
+def attention_row_statistics(
+    rows: Tensor | None,
+    key: Tensor | None,
+    mask: Tensor | None,
+    segments: Tensor | None,
+    scale: float,
+    num_threads: int,
+    maximum: Tensor | None,
+    sum: Tensor | None,
+) -> None: ...
 def correlation_soft_argmax_backward(
     grad_points: Tensor | None,
     grad_mean: Tensor | None,
@@ -41,6 +51,18 @@ def correlation_soft_argmax_forward(
     weight: Tensor | None,
     query_inverse_norm: Tensor | None,
     features_inverse_norm: Tensor | None,
+) -> None: ...
+def frame_local_attention(
+    query: Tensor | None,
+    key: Tensor | None,
+    value: Tensor | None,
+    text: int,
+    frames: int,
+    text_last: bool,
+    renormalise: bool,
+    scale: float,
+    num_threads: int,
+    out: Tensor | None,
 ) -> None: ...
 def full_attention_forward(
     query: Tensor | None,
@@ -83,6 +105,63 @@ def local_correlation_multiply(
     add: bool,
     num_threads: int,
     out: Tensor | None,
+) -> None: ...
+def query_key_cost_backward(
+    grad_cost: Tensor | None,
+    query: Tensor | None,
+    key: Tensor | None,
+    cells: Tensor | None,
+    source: int,
+    scale: float,
+    symmetric: bool,
+    num_threads: int,
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+) -> None: ...
+def query_key_cost_forward(
+    query: Tensor | None,
+    key: Tensor | None,
+    cells: Tensor | None,
+    source: int,
+    scale: float,
+    symmetric: bool,
+    num_threads: int,
+    cost: Tensor | None,
+) -> None: ...
+def query_key_matching_backward(
+    grad_peak: Tensor | None,
+    grad_points: Tensor | None,
+    query: Tensor | None,
+    key: Tensor | None,
+    cells: Tensor | None,
+    index: Tensor | None,
+    points: Tensor | None,
+    weight: Tensor | None,
+    source: int,
+    height: int,
+    width: int,
+    scale: float,
+    symmetric: bool,
+    limit: float,
+    num_threads: int,
+    grad_query: Tensor | None,
+    grad_key: Tensor | None,
+) -> None: ...
+def query_key_matching_forward(
+    query: Tensor | None,
+    key: Tensor | None,
+    cells: Tensor | None,
+    source: int,
+    height: int,
+    width: int,
+    scale: float,
+    symmetric: bool,
+    limit: float,
+    num_threads: int,
+    peak: Tensor | None,
+    points: Tensor | None,
+    index: Tensor | None,
+    weight: Tensor | None,
 ) -> None: ...
 def soft_argmax_2d_backward(
     grad_points: Tensor | None,
@@ -244,82 +323,3 @@ def track_attention_forward(
 def view(
     x: Tensor | None,
 ) -> tuple[str, tuple, tuple]: ...
-def query_key_matching_forward(
-    query: Tensor,
-    key: Tensor,
-    cells: Tensor | None,
-    source: int,
-    height: int,
-    width: int,
-    scale: float,
-    symmetric: bool,
-    limit: float,
-    num_threads: int,
-    peak: Tensor,
-    points: Tensor,
-    index: Tensor,
-    weight: Tensor,
-) -> None: ...
-def query_key_matching_backward(
-    grad_peak: Tensor | None,
-    grad_points: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    cells: Tensor | None,
-    index: Tensor,
-    points: Tensor,
-    weight: Tensor,
-    source: int,
-    height: int,
-    width: int,
-    scale: float,
-    symmetric: bool,
-    limit: float,
-    num_threads: int,
-    grad_query: Tensor,
-    grad_key: Tensor,
-) -> None: ...
-def query_key_cost_forward(
-    query: Tensor,
-    key: Tensor,
-    cells: Tensor | None,
-    source: int,
-    scale: float,
-    symmetric: bool,
-    num_threads: int,
-    cost: Tensor,
-) -> None: ...
-def query_key_cost_backward(
-    grad_cost: Tensor,
-    query: Tensor,
-    key: Tensor,
-    cells: Tensor | None,
-    source: int,
-    scale: float,
-    symmetric: bool,
-    num_threads: int,
-    grad_query: Tensor,
-    grad_key: Tensor,
-) -> None: ...
-def attention_row_statistics(
-    rows: Tensor,
-    key: Tensor,
-    mask: Tensor | None,
-    segments: Tensor,
-    scale: float,
-    num_threads: int,
-    maximum: Tensor,
-    sum: Tensor,
-) -> None: ...
-def frame_local_attention(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    text: int,
-    frames: int,
-    text_last: bool,
-    renormalise: bool,
-    scale: float,
-    num_threads: int,
-    out: Tensor,
-) -> None: ...
