@@ -61,6 +61,21 @@ def test_exported(operation):
     run(cases.check_exported, operation, 4)
 
 
+# The adapter convolves 16-bit tensors in larger tiles; PyTorch computes the gradients of full attention.
+ROUNDED_ONCE = sorted(cases.OPERATIONS.keys() - {"temporal_adapter", "full_attention", "correlation_pyramid"})
+
+
+@pytest.mark.parametrize("operation", ROUNDED_ONCE)
+def test_16_bits_are_float32_rounded_once(operation):
+    run(cases.check_rounding, operation, 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", ROUNDED_ONCE)
+def test_16_bits_are_float32_rounded_once_in_many_cases(operation):
+    run(cases.check_rounding, operation, 300)
+
+
 @pytest.mark.slow
 @EVERY
 def test_exact_in_many_cases(operation):
