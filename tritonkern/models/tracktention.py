@@ -5,9 +5,11 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from tritonkern.nn import Tracktention
@@ -96,50 +98,26 @@ class TracktentionModel(nn.Module):
         thread = None if torch.compiler.is_compiling() else threading.get_ident()
         recording = torch.is_grad_enabled()
 
-        def reach(layer: Tracktention) -> Callable[..., Any]:
-            def hook(module: nn.Module, args: Any, output: Any) -> Any:
-                # Another call's, of this model or of the image network alone?
-                if thread is not None and threading.get_ident() != thread:
-                    return None
-                if recording and not torch.is_grad_enabled():
-                    raise RuntimeError(
-                        f"{type(module).__name__} runs without gradients inside a call that records them, as under "
-                        "reentrant checkpointing; its Tracktention layer would not learn; checkpoint the whole model"
-                    )
-                x = output if isinstance(output, Tensor) else output[0]
-                if x.ndim not in (3, 4) or len(x) != batch * frames:
-                    raise ValueError(
-                        f"a block must return [{batch * frames}, L, C] or [{batch * frames}, C, h, w], "
-                        f"got {list(x.shape)} from {type(module).__name__}"
-                    )
-                if x.ndim == 4:
-                    rows, columns = x.shape[2:]
-                    down, across = height / rows, width / columns  # pixels a cell
-                else:
-                    down, across = self._patch()
-                    rows, columns = height // down, width // across
-                prefix = 0 if x.ndim == 4 else x.shape[1] - rows * columns
-                if prefix < 0:
-                    raise ValueError(f"a block returned {x.shape[1]} tokens for {rows} x {columns} patches")
-                # [B, T, h, w, C]
-                grid = x.movedim(1, -1) if x.ndim == 4 else x[:, prefix:].unflatten(1, (rows, columns))
-                # Factor by factor: a tensor of them would have to be copied to the GPU.
-                x_pixels, y_pixels = tracks.unbind(-1)
-                cells = torch.stack([x_pixels / across, y_pixels / down], -1)
-                grid = layer(grid.unflatten(0, (batch, frames)), cells, visibility).flatten(0, 1)
-                if x.ndim == 4:
-                    y = grid.movedim(-1, 1)
-                else:
-                    y = torch.cat([x[:, :prefix], grid.flatten(1, 2)], 1) if prefix else grid.flatten(1, 2)
-                return y if isinstance(output, Tensor) else type(output)((y, *output[1:]))
+        clip = _Clip(self, (batch, frames), (height, width), tracks, visibility)
 
-            return hook
+        def hook(layer: nn.Module, module: nn.Module, output: Any) -> Any:
+            # Ignore calls of other threads, of this model or of the image network alone.
+            if thread is not None and threading.get_ident() != thread:
+                return None
+            if recording and not torch.is_grad_enabled():
+                raise RuntimeError(
+                    f"{type(module).__name__} runs without gradients inside a call that records them, as under "
+                    "reentrant checkpointing; its Tracktention layer would not learn; checkpoint the whole model"
+                )
+            if isinstance(output, Tensor):
+                return clip.exchange(layer, output, type(module).__name__)
+            first, *others = output
+            return type(output)((clip.exchange(layer, first, type(module).__name__), *others))
 
-        # Hooks live for one call only, so that the image network stays one for everybody else.
+        # Hooks are there during this call only, so that other callers still have the image network.
         with ExitStack() as hooks:
             for name, layer in zip(self.names, self.layers, strict=True):
-                assert isinstance(layer, Tracktention)
-                hooks.callback(_hang(self.image.get_submodule(name), reach(layer)))
+                hooks.callback(_hook(self.image.get_submodule(name), partial(hook, layer)))
             output = self.image(video.flatten(0, 1), **options)
         return _map(output, lambda x: x.unflatten(0, (batch, frames)) if len(x) == batch * frames else x)
 
@@ -153,20 +131,59 @@ class TracktentionModel(nn.Module):
         )
 
 
-def _hang(module: nn.Module, hook: Callable[..., Any]) -> Callable[[], None]:
-    """Lets `hook(module, args, output)` see and change what `module` returns; the result ends that."""
+class _Clip(NamedTuple):
+    """What the layers need of one call."""
+
+    model: TracktentionModel
+    frames: tuple[int, int]
+    """B, T"""
+    pixels: tuple[int, int]
+    """H, W"""
+    tracks: Tensor
+    visibility: Tensor | None
+
+    def exchange(self, layer: nn.Module, x: Tensor, block: str) -> Tensor:
+        """Tokens `[B * T, L, C]` or a map `[B * T, C, h, w]` that `block` returned -> the same, after the layer."""
+        (batch, frames), (height, width) = self.frames, self.pixels
+        if x.ndim not in (3, 4) or len(x) != batch * frames:
+            raise ValueError(
+                f"a block must return [{batch * frames}, L, C] or [{batch * frames}, C, h, w], "
+                f"got {list(x.shape)} from {block}"
+            )
+        if x.ndim == 4:
+            rows, columns = x.shape[2:]
+            grid = rearrange(x, "(b t) c h w -> b t h w c", b=batch, t=frames)
+            grid = layer(grid, self._tracks(height / rows, width / columns), self.visibility)
+            return rearrange(grid, "b t h w c -> (b t) c h w")
+        down, across = self.model._patch()
+        rows, columns = height // down, width // across
+        prefix = x.shape[1] - rows * columns
+        if prefix < 0:
+            raise ValueError(f"a block returned {x.shape[1]} tokens for {rows} x {columns} patches")
+        grid = rearrange(x[:, prefix:], "(b t) (h w) c -> b t h w c", b=batch, t=frames, h=rows, w=columns)
+        grid = layer(grid, self._tracks(down, across), self.visibility)
+        patches = rearrange(grid, "b t h w c -> (b t) (h w) c")
+        return torch.cat([x[:, :prefix], patches], 1) if prefix else patches
+
+    def _tracks(self, down: float, across: float) -> Tensor:
+        """The tracks in cells of `down` x `across` pixels."""
+        # Factor by factor: a tensor of them would have to be copied to the GPU.
+        x, y = self.tracks.unbind(-1)
+        return torch.stack([x / across, y / down], -1)
+
+
+def _hook(module: nn.Module, change: Callable[[nn.Module, Any], Any]) -> Callable[[], None]:
+    """Let `change(module, output)` replace what `module` returns, until the result is called."""
     if not torch.compiler.is_compiling():
-        return module.register_forward_hook(hook).remove
+        return module.register_forward_hook(lambda module, args, output: change(module, output)).remove
     if module._forward_hooks:
         raise RuntimeError(
             "a model with Tracktention compiles only if its blocks have no forward hooks of their own, which would run "
             "after the layer and not before it; remove them, or run the model uncompiled"
         )
-    # Dynamo cannot register hooks, but follows this, and leaves out of its graph what is put there and removed again.
+    # Dynamo cannot register hooks, but it follows an assignment to `forward`, which leaves no trace in its graph.
     own, forward = module.__dict__.get("forward"), module.forward
-
-    def hooked(*args: Any, **options: Any) -> Any:
-        return hook(module, args, forward(*args, **options))
+    module.__dict__["forward"] = lambda *args, **options: change(module, forward(*args, **options))
 
     def remove() -> None:
         if own is None:
@@ -174,7 +191,6 @@ def _hang(module: nn.Module, hook: Callable[..., Any]) -> Callable[[], None]:
         else:
             module.__dict__["forward"] = own
 
-    module.__dict__["forward"] = hooked
     return remove
 
 
