@@ -12,7 +12,9 @@ namespace simd = tritonkern::TRITONKERN_ISA;
 template <class A, class Wide>
 double error(A found, Wide exact) {
     if (std::isnan(exact)) return std::isnan(found) ? 0 : INFINITY;
-    if (found == A(exact)) return double(std::fabs(Wide(found) - exact) / (std::nextafter(std::fabs(found), A(INFINITY)) - std::fabs(found) + Wide(1e-300)));
+    if (found == A(exact))
+        return double(std::fabs(Wide(found) - exact) /
+                      (std::nextafter(std::fabs(found), A(INFINITY)) - std::fabs(found) + Wide(1e-300)));
     int exponent;
     std::frexp(exact, &exponent);
     return double(std::fabs(Wide(found) - exact) / std::ldexp(Wide(1), exponent - std::numeric_limits<A>::digits));
@@ -48,10 +50,11 @@ void measure(const char* name, Bits step) {
     const auto bits = [](A x) { return bits_of<A, Bits>(x); };
     const auto exp_of = [](A x) { return std::exp(Wide(x)); };
     const auto log_of = [](A x) { return std::log(Wide(x)); };
-    const A top = std::log(Wide(std::numeric_limits<A>::max())), bottom = std::log(Wide(std::numeric_limits<A>::min()));
+    const A top = sizeof(A) == 4 ? 88 : 709, bottom = std::log(Wide(std::numeric_limits<A>::min()));
     const double up = largest_error<A>(Bits(0), bits(std::nextafter(top, A(0))), step, exp, exp_of);
     const double down = largest_error<A>(bits(A(-0.0)), bits(std::nextafter(bottom, A(0))), step, exp, exp_of);
-    const double logarithm = largest_error<A>(bits(std::numeric_limits<A>::min()), bits(std::numeric_limits<A>::max()), step, log, log_of);
+    const double logarithm =
+        largest_error<A>(bits(std::numeric_limits<A>::min()), bits(std::numeric_limits<A>::max()), step, log, log_of);
     std::printf("%s exp %.3f log %.3f", name, std::max(up, down), logarithm);
 
     const A infinity = std::numeric_limits<A>::infinity();

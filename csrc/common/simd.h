@@ -171,8 +171,8 @@ TRITONKERN_INLINE void reduce(const Vec<A> (&rows)[4], Op op, A* out) {
     }
 }
 
-// e^x to about one ulp for x below the overflow threshold. Results under the smallest normal number are 0; NaN stays
-// NaN.
+// e^x within two ulps for x up to 88 (709 in double); infinity from just above on. Results under the smallest normal
+// number are 0; NaN stays NaN.
 //   e^x = 2^n e^r with n = round(x / ln 2) and |r| <= ln(2)/2, where the Taylor series of e^r is short.
 template <class A>
 TRITONKERN_INLINE Vec<A> exp(Vec<A> x) {
@@ -203,7 +203,7 @@ TRITONKERN_INLINE Vec<A> exp(Vec<A> x) {
     return x < smallest ? Vec<A>{} : series * power;
 }
 
-// Natural logarithm to about two ulps, for normal positive x; -inf for 0, NaN for NaN.
+// Natural logarithm within two ulps, for normal positive x; -inf for 0, NaN for NaN.
 //   x = 2^n m with m in [sqrt(1/2), sqrt(2));  ln m = 2 atanh((m - 1) / (m + 1)), whose argument is at most 0.172
 template <class A>
 TRITONKERN_INLINE Vec<A> log(Vec<A> x) {
