@@ -25,7 +25,8 @@ docs: .venv-docs/bin/mkdocs
 	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check "mkdocs>=1.6,<2" "mkdocs-material>=9"
 	touch $@
 
-PYTEST = $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --quiet
+# Idle OpenMP threads sleep: two test processes of two threads each share two cores.
+PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile --quiet
 # Longest files first (tests/conftest.py orders them), so that no core waits for the last one.
 SLOW_PYTEST = $(PYTEST) --no-loadscope-reorder -m slow
 

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from tritonkern.models import Chrono, ChronoNano, LocoTrackRefiner, Nano
 from tritonkern.models.dinov2 import DINOv2Config
 from tritonkern.models.locotrack import LocoTrackFeatures
+from tritonkern.models.nano import make_maps
 from tritonkern.tracking import PointTracker
 
 FRAMES, Y, X = 3, 58.0, 210.0
@@ -28,9 +29,7 @@ def chrono_nano():
 
 
 def nano():
-    fine = still(128, 32).unflatten(2, (64, 2)).unflatten(4, (64, 2)).movedim(3, 4).flatten(4)
-    model = Nano(32, 2, 2, 16, 128)
-    return model, torch.cat([still(64, 128), fine], -1)
+    return Nano(32, 2, 2, 16, 128), make_maps(still(128, 32), still(64, 128))
 
 
 def locotrack():

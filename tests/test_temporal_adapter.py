@@ -556,7 +556,7 @@ def test_direct_calls_of_the_operators_are_checked():
         ({"grid": (4, 6, 1)}, "grid must be a pair"),
         ({"grid": (4.0, 6)}, "whole numbers"),
         ({"pool": 2.0}, "whole numbers"),
-        ({"eps": -5.0}, "eps must be positive"),
+        ({"eps": -5.0}, "eps must be a positive number"),
     ],
 )
 def test_options_are_checked(change, message):

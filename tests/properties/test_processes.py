@@ -75,6 +75,9 @@ def test_thread_counts_change_between_forward_and_backward(calls):
 
 def test_forked_processes(calls):
     """Also a fork of a fork, after calls on several threads, whose OpenMP threads a child does not have."""
+    # Part of these is PyTorch's, whose own loops over several threads wait forever in a forked process.
+    others = (cases.PyramidCase, cases.FullCase, cases.AdapterCase)
+    calls = [call for call in calls if not isinstance(call[0], others)]
     for case, _ in calls:
         cases.on_threads(3, results, case)
 
