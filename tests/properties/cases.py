@@ -461,11 +461,13 @@ class FullCase(Case):
 
     @classmethod
     def random(cls) -> st.SearchStrategy[FullCase]:
+        # Where all keys or all values are equal, gradients are 0: what is found is the rounding of terms that cancel.
+        differ = views(4).filter(lambda view: view.expanded != 1)
         return st.builds(
             cls,
-            shape=st.tuples(*(st.integers(1, n) for n in (2, 60, 60, 3, 40))),
+            shape=st.tuples(*(st.integers(*n) for n in ((1, 2), (1, 60), (2, 60), (1, 3), (1, 40)))),
             dtype=st.sampled_from(DTYPES),
-            views=st.tuples(*[views(4)] * 4),
+            views=st.tuples(views(4), differ, differ, views(4)),
             seed=seeds,
         )
 
