@@ -69,7 +69,7 @@ def query_gradient_tiles(channels: int, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float64:
         return Tiles(16, 4, 4, 16, 4, 1)
     if dtype == torch.float32 and not tf32_allowed():
-        return Tiles(16, 8, 8, min(32, block_size(channels)), 4, 1)
+        return Tiles(16, 8, 8, 16, 4, 1)
     return Tiles(16, 8, 8, min(64, block_size(channels)), 4 if on_amd() else 8, 1 if on_amd() else 2)
 
 
@@ -83,8 +83,8 @@ def features_gradient_tiles(channels: int, dtype: torch.dtype) -> Tiles:
 
 
 def registers(dtype: torch.dtype) -> dict[str, int]:
-    """Launch options on NVIDIA: in float32, ptxas spills some bytes to fit one more program unless it has a limit."""
-    return {"maxnreg": 255} if dtype == torch.float32 and not on_amd() else {}
+    """Launch options on NVIDIA: ptxas spills some bytes to fit one more program unless it has a limit."""
+    return {} if dtype == torch.float64 or on_amd() else {"maxnreg": 255}
 
 
 def precision(dtype: torch.dtype) -> str:
