@@ -32,6 +32,18 @@ def real(name: str, x: float) -> float:
         raise ValueError(f"{name} must fit into a float, got an integer of {int(x).bit_length()} bits") from None
 
 
+def integer(name: str, x: int) -> int:
+    """An int, the symbolic ones of a graph included."""
+    if isinstance(x, bool) or not isinstance(x, int | torch.SymInt):
+        raise TypeError(f"{name} must be an int, got {type(x).__name__}")
+    return x
+
+
+def softmax_scale(scale: float | None, query: Tensor) -> float:
+    """``D ** -0.5`` if None. The operator refuses a missing axis, and a head dimension of 0."""
+    return max(query.shape[-1:].numel(), 1) ** -0.5 if scale is None else real("scale", scale)
+
+
 def autocast(*tensors: Any) -> tuple[Any, ...]:
     """The rule of PyTorch's own attention: all tensors but those of float64 go to the dtype of an active autocast."""
     device = tensors[0].device.type

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonkern.functional._arguments import autocast, check_types, real
+from tritonkern.functional._arguments import autocast, check_types, softmax_scale
 from tritonkern.ops import _backends
 from tritonkern.ops.full_attention import op
 
@@ -42,8 +42,7 @@ def full_attention(
     """
     check_types(backend, query=query, key=key, value=value)
     query, key, value = autocast(query, key, value)
-    # The operator refuses a missing axis, and a head dimension of 0.
-    scale = max(query.shape[-1:].numel(), 1) ** -0.5 if scale is None else real("scale", scale)
+    scale = softmax_scale(scale, query)
     if backend is None:
         if not _own_kernel(query, key):
             op.check_inputs(query, key, value, scale)

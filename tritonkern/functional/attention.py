@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonkern.functional._arguments import autocast, check_types, real, window_extent
+from tritonkern.functional._arguments import autocast, check_types, real, softmax_scale, window_extent
 from tritonkern.ops._checks import check_dense, check_strided
 from tritonkern.ops._dtypes import accumulator
 from tritonkern.ops.temporal_window_attention import op as _window_op
@@ -66,8 +66,7 @@ def temporal_window_attention(
     left, right = window_extent(window)
     check_types(backend, query=query, key=key, value=value)
     query, key, value = autocast(query, key, value)
-    # The operator refuses a missing axis, and a head dimension of 0.
-    scale = max(query.shape[-1:].numel(), 1) ** -0.5 if scale is None else real("scale", scale)
+    scale = softmax_scale(scale, query)
     attend = _window_op.temporal_window_attention_fwd
     if not query.dim() == key.dim() == value.dim() == 4:
         return attend(query, key, value, left, right, scale, backend)[0]
@@ -178,8 +177,7 @@ def _track_attention(
         check_strided("visibility", visibility)
     if not isinstance(culling, bool):
         raise TypeError(f"culling must be a bool, got {type(culling).__name__}")
-    # The operator refuses a missing axis, and a head dimension of 0.
-    scale = max(query.shape[-1:].numel(), 1) ** -0.5 if scale is None else real("scale", scale)
+    scale = softmax_scale(scale, query)
     dtype = accumulator(query.dtype)
     points = tracks.to(dtype), visibility, _inverse_variance(sigma, query.device, dtype)
     return _track_op.track_attention_fwd(query, key, value, *points, scale, splat, culling, backend)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonkern.functional._arguments import autocast, check_types, real
+from tritonkern.functional._arguments import autocast, check_types, integer, real
 from tritonkern.ops._checks import check_dense, check_same_dtype, check_tensors
 from tritonkern.ops._dtypes import accumulator
 from tritonkern.ops.correlation_soft_argmax import op as _match_op
@@ -244,8 +244,7 @@ def correlation_pyramid(
     It is the correlation block of RAFT (Teed and Deng, ECCV 2020) and its successors, and of AllTracker (Harley et al.,
     ICCV 2025).
     """
-    if isinstance(levels, bool) or not isinstance(levels, int):
-        raise TypeError(f"levels must be an int, got {type(levels).__name__}")
+    levels = integer("levels", levels)
     check_types(backend, features=features, targets=targets, flow=flow)
     check_tensors(features=features, targets=targets, flow=flow)
     for name, tensor, dims in (("features", features, 4), ("targets", targets, 5), ("flow", flow, 5)):
@@ -293,8 +292,7 @@ def _position(features: Tensor, coords: Tensor, align_corners: bool) -> Tensor:
 
 
 def _samples(radius: int, padding: str, axis_order: str) -> _local_op.Samples:
-    if isinstance(radius, bool) or not isinstance(radius, int | torch.SymInt):
-        raise TypeError(f"radius must be an int, got {type(radius).__name__}")
+    radius = integer("radius", radius)
     if padding not in ("border", "zeros"):
         raise ValueError(f"padding must be 'border' or 'zeros', got {padding!r}")
     if axis_order not in ("xy", "yx"):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -10,9 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonkern.functional._arguments import autocast, real
-from tritonkern.ops import _backends
-from tritonkern.ops._checks import check_dense
+from tritonkern.functional._arguments import autocast, check_types, integer, real, softmax_scale
+from tritonkern.ops._checks import check_strided
 from tritonkern.ops.query_key_matching import op
 
 
@@ -61,7 +59,7 @@ def query_key_matching(
         grid: (h, w) with h * w = S.
         source: the frame a.
         cells: ``[B, M]`` int64, the source cells to find; None for all S of them.
-        scale: factor on the scores, ``D ** -0.5`` if None.
+        scale: factor on the scores, from -2**64 to 2**64; ``D ** -0.5`` if None.
         symmetric: False leaves B out, and A counts fully.
         radius: None: `points` are the centres of the best cells. A number: means over the cells strictly closer than
             that to the best one, weighted by C; `math.inf` for all cells of the frame.
@@ -83,7 +81,7 @@ def query_key_matching(
 
     The matching of DiffTrack (Nam et al., "Emergent Temporal Correspondences from Video Diffusion Transformers", 2025).
     """
-    query, key, source, scale, symmetric = _check(query, key, cells, source, scale, symmetric, backend)
+    query, key, source, scale, symmetric = _converted(query, key, cells, source, scale, symmetric, backend)
     try:
         height, width = (operator.index(x) for x in grid)
     except (TypeError, ValueError):
@@ -121,7 +119,7 @@ def query_key_cost(
     Raises:
         TypeError, ValueError, NotImplementedError: as `query_key_matching`.
     """
-    query, key, source, scale, symmetric = _check(query, key, cells, source, scale, symmetric, backend)
+    query, key, source, scale, symmetric = _converted(query, key, cells, source, scale, symmetric, backend)
     return op.query_key_cost_fwd(query, key, cells, source, scale, symmetric, backend)
 
 
@@ -142,7 +140,7 @@ def attention_row_statistics(
         rows: ``[B, N, H, D]`` queries, any strides; float64, float32, bfloat16 or float16.
         key: ``[B, J, H, D]`` of rows' dtype.
         segments: (start, stop) of each segment, not empty; they may overlap and need not cover all keys.
-        scale: factor on the scores, ``D ** -0.5`` if None.
+        scale: factor on the scores, from -2**64 to 2**64; ``D ** -0.5`` if None.
         mask: ``[B, J]`` boolean: which keys take part. Where none does, results are NaN.
         backend: ``"cpp"``, ``"triton"`` or ``"reference"``; None chooses by device.
 
@@ -155,15 +153,15 @@ def attention_row_statistics(
 
     The confidence and attention scores of DiffTrack (Nam et al., 2025).
     """
-    _backends.check_name(backend)
+    check_types(backend, rows=rows, key=key)
+    if mask is not None:
+        check_strided("mask", mask)
     _refuse_gradients("attention_row_statistics", rows=rows, key=key)
     rows, key = autocast(rows, key)
     if not isinstance(segments, Sequence) or not all(isinstance(x, (tuple, list)) and len(x) == 2 for x in segments):
         raise TypeError(f"segments must be a list of pairs (start, stop), got {segments!r}")
     flat = [operator.index(x) for pair in segments for x in pair]
-    op.check_rows(rows, key, mask, flat)
-    scale = _scale(scale, rows.shape[-1])
-    return op.attention_row_statistics_fwd(rows, key, mask, flat, scale, backend)
+    return op.attention_row_statistics_fwd(rows, key, mask, flat, softmax_scale(scale, rows), backend)
 
 
 def frame_local_attention(
@@ -196,7 +194,7 @@ def frame_local_attention(
         text_last: whether text comes after the video; otherwise before it.
         renormalise: True: softmax over what is seen. False: softmax over all keys, of which the weights that are not
             seen are dropped, so that weights of a row sum to less than 1.
-        scale: factor on the scores, ``D ** -0.5`` if None.
+        scale: factor on the scores, from -2**64 to 2**64; ``D ** -0.5`` if None.
         backend: ``"cpp"``, ``"triton"`` or ``"reference"``; None chooses by device.
 
     Returns:
@@ -208,47 +206,32 @@ def frame_local_attention(
 
     The perturbed attention of the cross-attention guidance of DiffTrack (Nam et al., 2025).
     """
-    _backends.check_name(backend)
+    check_types(backend, query=query, key=key, value=value)
     _refuse_gradients("frame_local_attention", query=query, key=key, value=value)
     query, key, value = autocast(query, key, value)
-    text, frames = _index("text", text), _index("frames", frames)
-    op.check_frames(query, key, value, text, frames)
+    text, frames = integer("text", text), integer("frames", frames)
     for name, x in (("text_last", text_last), ("renormalise", renormalise)):
         if not isinstance(x, bool):
             raise TypeError(f"{name} must be a bool, got {type(x).__name__}")
-    scale = _scale(scale, query.shape[-1])
+    scale = softmax_scale(scale, query)
     return op.frame_local_attention_fwd(query, key, value, text, frames, text_last, renormalise, scale, backend)
 
 
-def _check(query, key, cells, source, scale, symmetric, backend):
-    _backends.check_name(backend)
-    check_dense("query", query)
-    check_dense("key", key)
+def _converted(query, key, cells, source, scale, symmetric, backend):
+    """The arguments that both operators take, as their schemas want them."""
+    check_types(backend, query=query, key=key)
     query, key = autocast(query, key)
-    source = _index("source", source)
-    op.check_pair(query, key, cells, source)
-    op.check_range(cells, query.shape[2])
+    source = integer("source", source)
+    if cells is not None:
+        check_strided("cells", cells)
+        op.check_range(cells, query.shape[2:3].numel())
     if not isinstance(symmetric, bool):
         raise TypeError(f"symmetric must be a bool, got {type(symmetric).__name__}")
-    return query, key, source, _scale(scale, query.shape[-1]), symmetric
-
-
-def _scale(scale: float | None, dim: int) -> float:
-    scale = dim**-0.5 if scale is None else real("scale", scale)
-    if not math.isfinite(scale):
-        raise ValueError(f"scale must be a finite number, got {scale}")
-    return scale
-
-
-def _index(name: str, x: int) -> int:
-    if isinstance(x, bool) or not hasattr(x, "__index__"):
-        raise TypeError(f"{name} must be an int, got {type(x).__name__}")
-    return x
+    return query, key, source, softmax_scale(scale, query), symmetric
 
 
 def _refuse_gradients(function: str, **tensors: Tensor) -> None:
     for name, x in tensors.items():
-        check_dense(name, x)
         if torch.is_grad_enabled() and x.requires_grad:
             raise NotImplementedError(
                 f"{function} has no gradient and {name} requires one; call it under torch.no_grad()"

@@ -215,7 +215,6 @@ class DiffTrack(Tracker):
         grid = self.transformer.grid(latents)
         corners = Corners.of(places, grid, self.resolution, self.border)
         frames = latents.shape[1]
-        index = torch.full((frames, corners.cells.numel()), -1, device=places.device)
         points = places.new_zeros(frames, corners.cells.numel(), 2)
         closed = torch.ones(frames, len(places), dtype=torch.bool, device=places.device)
         costs: dict[int, tuple[Tensor, int]] = {}
@@ -232,7 +231,7 @@ class DiffTrack(Tracker):
             fresh = [i for i, number in enumerate(chunk) if number not in seen]
             numbers = [chunk[i] for i in fresh]
             seen.update(numbers)
-            index[numbers], points[numbers] = match.index[0, fresh], match.points[0, fresh].to(points)
+            points[numbers] = match.points[0, fresh].to(points)
             if self.visibility == "consistent":
                 nearest = (
                     match.index[0, fresh]

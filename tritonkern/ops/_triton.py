@@ -15,6 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tritonkern.ops._dtypes import on_amd, tf32_allowed
+
 UNIT = tl.constexpr(8)
 
 
@@ -54,6 +56,17 @@ def product(a, b, total, PRECISION: tl.constexpr):
 def block_size(count: int, least: int = 16) -> int:
     """The smallest power of two from `count` and `least` up; matrix units take no fewer than 16 rows or columns."""
     return max(least, 1 << (count - 1).bit_length())
+
+
+def register_limit() -> dict[str, int]:
+    """Launch options on NVIDIA: ptxas spills some bytes to fit one more program unless it has a limit."""
+    return {} if on_amd() else {"maxnreg": 255}
+
+
+def precision(dtype: torch.dtype) -> str:
+    """How float32 tiles are multiplied where the inputs are `dtype`. TF32 holds every float16 and bfloat16."""
+    half = dtype.itemsize == 2
+    return "tf32" if (half or tf32_allowed()) and not on_amd() else "ieee"
 
 
 def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:

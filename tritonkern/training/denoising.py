@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,14 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Subset
 
 from tritonkern.files import atomic_path
 from tritonkern.models.cogvideox import CogVideoX
 from tritonkern.models.difftrack_nano import FRAMES, PIXELS
-from tritonkern.training.loop import read_checkpoint
+from tritonkern.training.loop import read_checkpoint, write_weights
 from tritonkern.training.synthetic import generate_clip
 
 # Clips are rendered at twice the size, and motion is given in pixels of 256 x 256.
@@ -111,9 +109,7 @@ def train_denoiser(
     )
     done = 0
     if checkpoint.exists():
-        saved = read_checkpoint(checkpoint, {"plan", "step", "model", "optimiser"})
-        if saved["plan"] != asdict(plan):
-            raise ValueError(f"{checkpoint} belongs to another plan ({saved['plan']}); delete it or give another --out")
+        saved = read_checkpoint(checkpoint, {"plan", "step", "model", "optimiser"}, plan)
         transformer.load_state_dict(saved["model"])
         optimiser.load_state_dict(saved["optimiser"])
         done = saved["step"]
@@ -136,6 +132,4 @@ def train_denoiser(
             with atomic_path(checkpoint) as part:
                 torch.save(state | {"optimiser": optimiser.state_dict()}, part)
     transformer.eval()
-    weights = {name: tensor.half().contiguous() for name, tensor in transformer.state_dict().items()}
-    with atomic_path(output) as part:
-        save_file(weights, part, {"model": "DiffTrackNano", "plan": json.dumps(asdict(plan))})
+    write_weights(output, transformer.state_dict(), "DiffTrackNano", plan)

@@ -90,9 +90,7 @@ def train(
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peaks, plan.steps, pct_start=0.05)
     first = 0
     if checkpoint.exists():
-        saved = read_checkpoint(checkpoint, {"plan", "step", "model", "optimiser", "schedule"})
-        if saved["plan"] != asdict(plan):
-            raise ValueError(f"{checkpoint} belongs to another plan ({saved['plan']}); delete it or give another --out")
+        saved = read_checkpoint(checkpoint, {"plan", "step", "model", "optimiser", "schedule"}, plan)
         model.load_state_dict(saved["model"])
         optimiser.load_state_dict(saved["optimiser"])
         schedule.load_state_dict(saved["schedule"])
@@ -128,18 +126,27 @@ def train(
         if step % save_every == 0 or step == plan.steps:
             save(step)
     model.eval()
-    weights = {name: tensor.half().contiguous() for name, tensor in model.state_dict().items()}
-    metadata = {"model": type(model).__name__, "plan": json.dumps(asdict(plan))}
+    write_weights(output, model.state_dict(), type(model).__name__, plan)
+
+
+def write_weights(output: Path, state: dict[str, torch.Tensor], model: str, plan: Any, **metadata: str) -> None:
+    """Weights in float16, with the class of their model and the plan (a dataclass) of their training."""
+    weights = {name: tensor.half().contiguous() for name, tensor in state.items()}
     with atomic_path(output) as part:
-        save_file(weights, part, metadata)
+        save_file(weights, part, {"model": model, "plan": json.dumps(asdict(plan)), **metadata})
 
 
-def read_checkpoint(path: Path, keys: set[str]) -> dict[str, Any]:
-    """What a training run saved. Raises `ValueError` if the file is damaged or lacks one of `keys`."""
+def read_checkpoint(path: Path, keys: set[str], plan: Any = None) -> dict[str, Any]:
+    """What a training run saved.
+
+    Raises `ValueError` if the file is damaged, lacks one of `keys`, or belongs to another plan (a dataclass; None: any).
+    """
     try:
         saved = read_pytorch(path)
     except ValueError as error:
         raise ValueError(f"{path} is damaged, so that the run cannot continue: delete it to start again") from error
     if not isinstance(saved, dict) or not saved.keys() >= keys:
         raise ValueError(f"{path} is no checkpoint of a training run: delete it, or give another --out")
+    if plan is not None and saved["plan"] != asdict(plan):
+        raise ValueError(f"{path} belongs to another plan ({saved['plan']}); delete it or give another --out")
     return saved

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -13,14 +12,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from tritonkern.files import atomic_path
 from tritonkern.models.nano import Nano, Step, make_maps
 from tritonkern.training.cache import CLIP_FRAMES, ClipCache
-from tritonkern.training.loop import read_checkpoint
+from tritonkern.training.loop import read_checkpoint, write_weights
 from tritonkern.training.losses import cell_targets
 
 
@@ -205,9 +203,8 @@ def train_nano(
         }
         with atomic_path(checkpoint) as part:
             torch.save(state, part)
-        weights = {n: average.get(n, tensor).half().contiguous() for n, tensor in model.state_dict().items()}
-        with atomic_path(output) as part:
-            save_file(weights, part, {"model": "Nano", "plan": json.dumps(asdict(plan)), "step": str(step)})
+        weights = {name: average.get(name, tensor) for name, tensor in model.state_dict().items()}
+        write_weights(output, weights, "Nano", plan, step=str(step))
 
     examples = Examples(plan, ClipCache(clips, plan.seed, plan.soft_from, copy.deepcopy(model).cpu().eval().cells))
     wanted = torch.utils.data.Subset(examples, range(done * plan.batch, len(examples)))

@@ -80,14 +80,3 @@ def features_gradient_tiles(channels: int, dtype: torch.dtype) -> Tiles:
     if dtype == torch.float32 and not tf32_allowed():
         return Tiles(16, 8, 8, 16, 4, 1)
     return Tiles(32, 8, 8, min(64, block_size(channels)), 4, 1)
-
-
-def registers(dtype: torch.dtype) -> dict[str, int]:
-    """Launch options on NVIDIA: ptxas spills some bytes to fit one more program unless it has a limit."""
-    return {} if dtype == torch.float64 or on_amd() else {"maxnreg": 255}
-
-
-def precision(dtype: torch.dtype) -> str:
-    """How float32 tiles are multiplied where the inputs are `dtype`; see triton_common.gradient_product."""
-    half = dtype.itemsize == 2
-    return "tf32" if (half or tf32_allowed()) and not on_amd() else "ieee"

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from tritonkern.ops._triton import UNIT, block_size, launch, readable, starts_on_16_bytes
+from tritonkern.ops._triton import UNIT, block_size, launch, precision, readable, register_limit, starts_on_16_bytes
 from tritonkern.ops.correlation_soft_argmax import (
     configs,
     triton_discs,
@@ -52,10 +52,10 @@ class _Inputs(NamedTuple):
             "COSINE": self.cosine,
             "BLOCK_N": tiles.block_n,
             "BLOCK_C": tiles.block_c,
-            "PRECISION": configs.precision(self.tensors[0].dtype),
+            "PRECISION": precision(self.tensors[0].dtype),
             "num_warps": tiles.num_warps,
             "num_stages": tiles.num_stages,
-            **configs.registers(self.tensors[0].dtype),
+            **register_limit(),
         }
 
 

@@ -1,17 +1,16 @@
 """Tile sizes and warps of the Triton kernels by (channels, dtype, architecture).
 
-Estimates, not measured on a GPU. tests/test_query_key_triton.py compiles them for sm_80, sm_90, sm_100 and gfx942: some
-kernels have a stack of up to 64 bytes while they use at most 168 registers, which is not for want of registers.
+Estimates, not measured on a GPU.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
-from tritonkern.ops._dtypes import on_amd, tf32_allowed
-from tritonkern.ops._triton import block_size
+from tritonkern.ops._dtypes import on_amd
+from tritonkern.ops._triton import block_size, precision, register_limit
 
 # Of frame-local attention, whose result stays in registers.
 MAX_HEAD_DIM = 256
@@ -54,7 +53,7 @@ def frame_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
     return Tiles(64, 32, width, 4 if width <= 64 else 8, 1)
 
 
-def precision(dtype: torch.dtype) -> str:
-    """How float32 tiles are multiplied where the inputs are `dtype`. TF32 holds every float16 and bfloat16."""
-    half = dtype.itemsize == 2
-    return "tf32" if (half or tf32_allowed()) and not on_amd() else "ieee"
+def constants(tiles: Tiles, dtype: torch.dtype) -> dict[str, Any]:
+    """Launch options of every kernel, and how it multiplies inputs: 16 bits as they are."""
+    given = dict(PRECISION=precision(dtype) if dtype == torch.float32 else "ieee")
+    return given | dict(num_warps=tiles.num_warps, num_stages=tiles.num_stages, **register_limit())

@@ -8,7 +8,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from tritonkern.ops._checks import check_dense, check_saved
+from tritonkern.ops._checks import (
+    check_mask,
+    check_same_dtype,
+    check_saved,
+    check_scale,
+    check_strided,
+    check_tensors,
+)
 from tritonkern.ops._dtypes import accumulator
 from tritonkern.ops._registry import Results, differentiable, operator
 
@@ -55,20 +62,13 @@ def disc_limit(radius: float) -> float:
     return float(math.ceil(min(radius * radius, 2.0**62)))
 
 
-def _check_like(name: str, x: Tensor, query: Tensor, first: str) -> None:
-    check_dense(name, x)
-    if x.dtype != query.dtype:
-        raise TypeError(f"{name} must have the dtype of {first}, {query.dtype}, got {x.dtype}; convert one")
-    if x.device != query.device:
-        raise ValueError(f"{name} must be on the device of {first}, {query.device}, got {x.device}; move one")
-
-
-def check_pair(query: Tensor, key: Tensor, cells: Tensor | None, source: int) -> None:
+def check_inputs(query: Tensor, key: Tensor, cells: Tensor | None, source: int, scale: float) -> None:
     """Raise TypeError or ValueError unless queries, keys, cells and source frame fit together."""
-    check_dense("query", query)
+    check_tensors(query=query, key=key)
+    check_same_dtype(query=query, key=key)
+    check_scale(scale)
     if query.dim() != 5 or 0 in query.shape[3:]:
         raise ValueError(f"query must be [B, T, S, H, D] with H and D from 1 up, got {tuple(query.shape)}")
-    _check_like("key", key, query, "query")
     if key.shape != query.shape:
         raise ValueError(f"key must have the shape of query, {tuple(query.shape)}, got {tuple(key.shape)}")
     frames, count = query.shape[1:3]
@@ -78,8 +78,7 @@ def check_pair(query: Tensor, key: Tensor, cells: Tensor | None, source: int) ->
         raise ValueError(f"source must be a frame from 0 to {frames - 1}, got {source}")
     if cells is None:
         return
-    if not isinstance(cells, Tensor):
-        raise TypeError(f"cells must be a torch.Tensor or None, got {type(cells).__name__}")
+    check_strided("cells", cells)
     if cells.dtype != torch.int64:
         raise TypeError(f"cells must be int64, got {cells.dtype}; convert it")
     if cells.device != query.device:
@@ -90,7 +89,7 @@ def check_pair(query: Tensor, key: Tensor, cells: Tensor | None, source: int) ->
 
 def check_range(cells: Tensor | None, count: int) -> None:
     """Raise ValueError unless all cells exist. It waits for a GPU, and is left out of graphs."""
-    if cells is None or cells.numel() == 0 or torch.compiler.is_compiling():
+    if cells is None or cells.numel() == 0 or cells.is_meta or torch.compiler.is_compiling():
         return
     lowest, highest = (int(x) for x in torch.aminmax(cells))
     if lowest < 0 or highest >= count:
@@ -119,7 +118,7 @@ def query_key_matching_fwd(
     radius: float,
 ) -> Results[Outputs]:
     """query and key `[B, T, S, H, D]`, cells `[B, M]` int64 or None for all; see `Outputs`. radius 0: the best cell."""
-    check_pair(query, key, cells, source)
+    check_inputs(query, key, cells, source, scale)
     check_grid(query, height, width, radius)
     return lambda: allocate(query, cells)
 
@@ -142,7 +141,7 @@ def query_key_matching_bwd(
     radius: float,
 ) -> Results[tuple[Tensor, Tensor]]:
     """Gradients of query and key, contiguous, for fixed best cells."""
-    check_pair(query, key, cells, source)
+    check_inputs(query, key, cells, source, scale)
     check_grid(query, height, width, radius)
     shape, dtype = _matches(query, cells), accumulator(query.dtype)
     check_saved(
@@ -180,7 +179,7 @@ def query_key_cost_fwd(
     query: Tensor, key: Tensor, cells: Tensor | None, source: int, scale: float, symmetric: bool
 ) -> Results[Tensor]:
     """C of all pairs of frames, `[B, T, M, S]`, contiguous."""
-    check_pair(query, key, cells, source)
+    check_inputs(query, key, cells, source, scale)
     return lambda: allocate_cost(query, cells)
 
 
@@ -189,7 +188,7 @@ def query_key_cost_bwd(
     grad_cost: Tensor, query: Tensor, key: Tensor, cells: Tensor | None, source: int, scale: float, symmetric: bool
 ) -> Results[tuple[Tensor, Tensor]]:
     """Gradients of query and key, contiguous."""
-    check_pair(query, key, cells, source)
+    check_inputs(query, key, cells, source, scale)
     shape = (*_matches(query, cells), query.shape[2])
     check_saved({"grad_cost": (grad_cost, shape, accumulator(query.dtype))}, query.device)
     return lambda: (query.new_empty(query.shape), key.new_empty(key.shape))
@@ -207,12 +206,13 @@ def _gradient_cost(ctx, grad_cost):
 differentiable(query_key_cost_fwd, _save_cost, _gradient_cost)
 
 
-def check_rows(rows: Tensor, key: Tensor, mask: Tensor | None, segments: list[int]) -> None:
+def check_rows(rows: Tensor, key: Tensor, mask: Tensor | None, segments: list[int], scale: float) -> None:
     """Raise TypeError or ValueError unless the arguments of the row statistics fit together."""
-    check_dense("rows", rows)
+    check_tensors(rows=rows, key=key)
+    check_same_dtype(rows=rows, key=key)
+    check_scale(scale)
     if rows.dim() != 4 or 0 in rows.shape[2:]:
         raise ValueError(f"rows must be [B, N, H, D] with H and D from 1 up, got {tuple(rows.shape)}")
-    _check_like("key", key, rows, "rows")
     if key.dim() != 4 or (key.shape[0], *key.shape[2:]) != (rows.shape[0], *rows.shape[2:]):
         expected = f"[{rows.shape[0]}, J, {rows.shape[2]}, {rows.shape[3]}]"
         raise ValueError(f"key must be {expected} for these rows, got {tuple(key.shape)}")
@@ -221,15 +221,8 @@ def check_rows(rows: Tensor, key: Tensor, mask: Tensor | None, segments: list[in
             raise ValueError(
                 f"segments must be (start, stop) with 0 <= start < stop <= J = {key.shape[1]}, got {(start, stop)}"
             )
-    if mask is None:
-        return
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
-        raise TypeError(f"mask must be a boolean torch.Tensor or None, got {kind}")
-    if mask.shape != key.shape[:2] or mask.device != rows.device:
-        raise ValueError(
-            f"mask must be [B, J] = {tuple(key.shape[:2])} on {rows.device}, got {tuple(mask.shape)} on {mask.device}"
-        )
+    if mask is not None:
+        check_mask("mask", mask, key.shape[:2], rows.device)
 
 
 @operator(NAME, "row_statistics")
@@ -237,18 +230,19 @@ def attention_row_statistics_fwd(
     rows: Tensor, key: Tensor, mask: Tensor | None, segments: list[int], scale: float
 ) -> Results[tuple[Tensor, Tensor]]:
     """Maximum and sum of the head-mean weights in each segment, `[B, N, G]`; segments: start, stop, start, stop, ..."""
-    check_rows(rows, key, mask, segments)
+    check_rows(rows, key, mask, segments, scale)
     shape, dtype = (*rows.shape[:2], len(segments) // 2), accumulator(rows.dtype)
     return lambda: (rows.new_empty(shape, dtype=dtype), rows.new_empty(shape, dtype=dtype))
 
 
-def check_frames(query: Tensor, key: Tensor, value: Tensor, text: int, frames: int) -> None:
+def check_frames(query: Tensor, key: Tensor, value: Tensor, text: int, frames: int, scale: float) -> None:
     """Raise TypeError or ValueError unless the arguments of frame-local attention fit together."""
-    check_dense("query", query)
+    check_tensors(query=query, key=key, value=value)
+    check_same_dtype(query=query, key=key, value=value)
+    check_scale(scale)
     if query.dim() != 4 or 0 in query.shape[2:]:
         raise ValueError(f"query must be [B, n, H, D] with H and D from 1 up, got {tuple(query.shape)}")
     for name, x in (("key", key), ("value", value)):
-        _check_like(name, x, query, "query")
         if x.shape != query.shape:
             raise ValueError(f"{name} must have the shape of query, {tuple(query.shape)}, got {tuple(x.shape)}")
     if not 0 <= text <= query.shape[1]:
@@ -271,5 +265,5 @@ def frame_local_attention_fwd(
     scale: float,
 ) -> Results[Tensor]:
     """`[B, n, H, D]`, contiguous, in query's dtype."""
-    check_frames(query, key, value, text, frames)
+    check_frames(query, key, value, text, frames, scale)
     return lambda: query.new_empty(query.shape)

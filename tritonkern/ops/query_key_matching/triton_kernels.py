@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from tritonkern.ops._dtypes import accumulator
-from tritonkern.ops._triton import launch, readable
+from tritonkern.ops._triton import launch, precision, readable
 from tritonkern.ops.query_key_matching import configs
 from tritonkern.ops.query_key_matching.op import Outputs, allocate, allocate_cost, disc_limit
 from tritonkern.ops.query_key_matching.triton_backward import (
@@ -38,15 +38,13 @@ class _Call:
         self.dtype, self.real, self.device = query.dtype, accumulator(query.dtype), query.device
         (self.query, query_strides), (self.key, key_strides) = (readable(x, _REACH) for x in (query, key))
         self.strides = (*query_strides, *key_strides)
-        self.query_strides, self.key_strides = query_strides, key_strides
         self.has_cells = cells is not None
         self.cells = self.query if cells is None else cells.contiguous()  # not read without cells
         self.source, self.scale = source, scale
         self.tiles = choose(self.D, self.dtype)
         self.sizes = dict(
             ROWS=self.tiles.rows, OTHERS=self.tiles.others, BLOCK_C=self.tiles.channels,
-            PRECISION=configs.precision(self.dtype) if self.dtype == torch.float32 else "ieee",
-            num_warps=self.tiles.num_warps, num_stages=self.tiles.num_stages,
+            **configs.constants(self.tiles, self.dtype),
         )  # fmt: skip
 
     def new(self, *shape: int) -> Tensor:
@@ -54,23 +52,19 @@ class _Call:
 
     def lse(self, symmetric: bool) -> tuple[Tensor, Tensor]:
         """Log-sum-exps over the targets [B, T, H, M], and over the sources [B, T, H, S] if they are needed."""
-        over_targets = self.new(self.B, self.T, self.H, self.M)
-        self._lse(self.query, self.key, self.query_strides, self.key_strides, over_targets, True, self.has_cells)
-        if not symmetric:
-            return over_targets, over_targets
-        over_sources = self.new(self.B, self.T, self.H, self.S)
-        self._lse(self.query, self.key, self.query_strides, self.key_strides, over_sources, False, False)
-        return over_targets, over_sources
+        over_targets = self._lse(self.M, of_source=True, has_cells=self.has_cells)
+        return over_targets, self._lse(self.S, of_source=False, has_cells=False) if symmetric else over_targets
 
-    def _lse(self, rows, others, row_strides, other_strides, lse, of_source, has_cells) -> None:
-        count = lse.shape[-1]
+    def _lse(self, count: int, of_source: bool, has_cells: bool) -> Tensor:
+        lse = self.new(self.B, self.T, self.H, count)
         launch(
             query_key_matching_fwd_kernel_lse,
             self.B * self.T * self.H * triton.cdiv(count, self.tiles.rows),
-            rows, others, self.cells, self.query, lse, self.T, count, self.S, self.H, self.D, self.source, self.scale,
-            *row_strides, *other_strides,
+            self.query, self.key, self.cells, self.query, lse,
+            self.T, count, self.S, self.H, self.D, self.source, self.scale, *self.strides,
             OF_SOURCE=of_source, HAS_CELLS=has_cells, HAS_MASK=False, **self.sizes,
         )  # fmt: skip
+        return lse
 
 
 def forward(
@@ -166,7 +160,7 @@ def _gradients(given, query, key, cells, source, width, scale, symmetric, limit,
             call.query, call.key, call.cells, lse[kind], *given, sums[kind], *sizes,
             OVER_TARGETS=over_targets, HAS_CELLS=call.has_cells, **flags,
         )  # fmt: skip
-    flags |= dict(SYMMETRIC=symmetric, OF_GRADS=configs.precision(call.dtype))
+    flags |= dict(SYMMETRIC=symmetric, OF_GRADS=precision(call.dtype))
     parts = triton.cdiv(call.D, tiles.channels)
     launch(
         query_key_matching_bwd_kernel_target, pairs * triton.cdiv(call.S, tiles.others) * parts,
@@ -208,8 +202,7 @@ def row_statistics(
     tiles = configs.tiles(D, rows.dtype)
     sizes = dict(
         HAS_MASK=mask is not None, ROWS=tiles.rows, OTHERS=tiles.others, BLOCK_C=tiles.channels,
-        PRECISION=configs.precision(rows.dtype) if rows.dtype == torch.float32 else "ieee",
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        **configs.constants(tiles, rows.dtype),
     )  # fmt: skip
     (rows, row_strides), (key, key_strides) = (readable(x[:, None], _REACH) for x in (rows, key))
     mask = rows if mask is None else mask.contiguous()  # not read without a mask
@@ -241,13 +234,11 @@ def frame_local_attention(
     cells, tiles, dtype = (n - text) // frames, configs.frame_tiles(D, query.dtype), query.dtype
     tensors, strides = zip(*(readable(x[:, None], _REACH) for x in (query, key, value)), strict=True)
     blocks = triton.cdiv(text, tiles.rows) + frames * triton.cdiv(cells, tiles.rows)
-    precision = configs.precision(dtype)
     launch(
         frame_local_attention_fwd_kernel, B * H * blocks,
         *tensors, out, n, H, D, text, frames, cells, scale, *(x for stride in strides for x in stride),
         TEXT_LAST=text_last, RENORMALISE=renormalise, DOUBLE=dtype == torch.float64,
         ROWS=tiles.rows, OTHERS=tiles.others, BLOCK_D=tiles.channels,
-        PRECISION=precision if dtype == torch.float32 else "ieee", OF_VALUES=precision,
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        OF_VALUES=precision(dtype), **configs.constants(tiles, dtype),
     )  # fmt: skip
     return out

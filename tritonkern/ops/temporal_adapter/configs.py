@@ -11,18 +11,11 @@ from typing import NamedTuple
 
 import torch
 
-from tritonkern.ops._dtypes import on_amd
-
 NUM_WARPS = 4
 
 # Tiles per program in kernels that write partial sums: enough programs to fill a GPU, few enough sums to be negligible.
 # Fixed, so that results do not depend on the GPU.
 EACH = 16
-
-
-def registers() -> dict[str, int]:
-    """Launch options on NVIDIA: ptxas spills 8 bytes to fit one more program unless it has a limit."""
-    return {} if on_amd() else {"maxnreg": 255}
 
 
 class Tile(NamedTuple):

@@ -10,6 +10,7 @@ import triton
 from torch import Tensor
 
 from tritonkern.ops._dtypes import accumulator, adjacent_channels, full_precision
+from tritonkern.ops._triton import register_limit
 from tritonkern.ops.temporal_adapter import configs, triton_norm, triton_pixels
 from tritonkern.ops.temporal_adapter.op import Conv, Grid, Norm, hidden_dtype, hidden_shape
 
@@ -174,7 +175,7 @@ def _sums(
     prefix, strides = (0, (0, 0, 0)) if tokens is None else (tokens.shape[2] - pixels, tokens.stride()[:3])
     triton_norm.temporal_adapter_bwd_kernel_sums[programs](
         grad, tokens, mean, rstd, copy, partial, frames, length - pixels, prefix, pixels, chunks, *grad.stride()[:3],
-        *strides, channels, tile.block, tile.rows, configs.EACH, num_warps=configs.NUM_WARPS, **configs.registers(),
+        *strides, channels, tile.block, tile.rows, configs.EACH, num_warps=configs.NUM_WARPS, **register_limit(),
     )  # fmt: skip
     return partial.sum(1, dtype=torch.float64)
 

@@ -9,7 +9,6 @@ from typing import NamedTuple
 
 import torch
 
-from tritonkern.ops._dtypes import on_amd
 from tritonkern.ops._triton import block_size
 
 
@@ -38,11 +37,6 @@ class Channels(NamedTuple):
 def channels(count: int, dtype: torch.dtype) -> Channels:
     block = min(64 if dtype == torch.float64 else 128, block_size(count, 32))
     return Channels(block, block // 32)
-
-
-def registers() -> dict[str, int]:
-    """Launch options on NVIDIA: on sm_120, ptxas spills 8 bytes to fit one more program unless it has a limit."""
-    return {} if on_amd() else {"maxnreg": 255}
 
 
 # Programs along tracks of a backward pass that sums the parameters' gradients. A constant, so that every GPU gives the

@@ -6,7 +6,7 @@ import triton
 from torch import Tensor
 
 from tritonkern.ops._dtypes import accumulator, adjacent_channels
-from tritonkern.ops._triton import launch
+from tritonkern.ops._triton import launch, register_limit
 from tritonkern.ops.temporal_mixer import configs, triton_convolutions, triton_norm
 from tritonkern.ops.temporal_mixer.op import Conv, Gradients, Mixed, State, empty_state, parameter_gradients
 
@@ -58,7 +58,7 @@ def backward(
             launch(
                 triton_convolutions.temporal_mixer_bwd_kernel_convolutions, programs * triton.cdiv(C, block), grad_out,
                 x, *parameters, mean, rstd, grad_normed, partial, B * N, each, N, T, *strides, J=j, C=C,
-                BEFORE=2 if causal else 1, BLOCK=block, num_warps=warps, **configs.registers(),
+                BEFORE=2 if causal else 1, BLOCK=block, num_warps=warps, **register_limit(),
             )  # fmt: skip
         if needs_grad[0]:
             tile = configs.rows(C, x.dtype)

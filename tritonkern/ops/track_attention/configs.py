@@ -76,11 +76,6 @@ def _double(width: int) -> Tiles:
     return Tiles(tracks, max(4, 1024 // width // tracks), width, 4 if width <= 64 else 8, 1)
 
 
-def registers() -> dict[str, int]:
-    """Launch options on NVIDIA: without a limit of its own, ptxas spills a few bytes to fit one more program."""
-    return {} if on_amd() else {"maxnreg": 255}
-
-
 def tile_width(cells: int) -> int:
     """Columns of the grid in a block of cells: as many as rows, or twice as many."""
     return 1 << ((cells.bit_length()) // 2)

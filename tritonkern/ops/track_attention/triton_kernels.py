@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonkern.ops._triton import aligned, block_size, kernel, launch, product
+from tritonkern.ops._triton import aligned, block_size, kernel, launch, product, register_limit
 from tritonkern.ops.track_attention import configs
 from tritonkern.ops.track_attention import triton_culling as culled
 from tritonkern.ops.track_attention import triton_geometry as geometry
@@ -341,7 +341,7 @@ def _constants(tiles: configs.Tiles, splat: bool, head_dim: int, dtype: torch.dt
         SPLAT=splat, D=head_dim, BLOCK_D=block_size(head_dim), BLOCK_C=tiles.block_c, ROWS=rows, COLUMNS=columns,
         TILE_W=configs.tile_width(tiles.cells), STAGES=tiles.num_stages,
         PRECISION=tiles.precision if dtype == torch.float32 else "ieee",
-        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **configs.registers(),
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages, **register_limit(),
     )  # fmt: skip
 
 
