@@ -139,7 +139,7 @@ def write_weights(output: Path, state: dict[str, torch.Tensor], model: str, plan
 def read_checkpoint(path: Path, keys: set[str], plan: Any = None) -> dict[str, Any]:
     """What a training run saved.
 
-    Raises `ValueError` if the file is damaged, lacks one of `keys`, or belongs to another plan (a dataclass; None: any).
+    Raises `ValueError` if the file is damaged, lacks one of `keys`, or belongs to another plan than this dataclass.
     """
     try:
         saved = read_pytorch(path)
