@@ -85,8 +85,9 @@ def compile_only(operation, target, tf32=False):
     launchers = importlib.import_module(f"{folder}.triton_kernels")
     configs = importlib.import_module(f"{folder}.configs")
     triton.runtime.driver.set_active(Driver(target))
-    configs.tf32_allowed = lambda: tf32
-    configs.on_amd = lambda: target.startswith("gfx")
+    for module in (configs, importlib.import_module("tritonkern.ops._triton")):
+        module.tf32_allowed = lambda: tf32
+        module.on_amd = lambda: target.startswith("gfx")
     configs.on_sm120 = lambda: target == "sm_120"
     compiled = []
     modules = [module for name, module in sys.modules.items() if name.startswith(f"{folder}.triton_")]

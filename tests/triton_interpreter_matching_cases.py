@@ -49,9 +49,11 @@ def test_patches_of_a_few_frames_at_a_time(monkeypatch):
 
 def test_tensor_cores_with_tf32(monkeypatch):
     """The interpreter multiplies in float32, so that only the way through the kernels is another."""
+    from tritonkern.ops import _triton
     from tritonkern.ops.correlation_soft_argmax import configs
 
-    monkeypatch.setattr(configs, "tf32_allowed", lambda: True)
+    for module in (configs, _triton):
+        monkeypatch.setattr(module, "tf32_allowed", lambda: True)
     matching.check(WHERE, *matching.random_inputs(1, 3, 1, 9, 10, 16))
 
 
