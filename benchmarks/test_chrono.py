@@ -114,7 +114,7 @@ def test_training_step(compare, models, device):
 @contextlib.contextmanager
 def stopwatch(monkeypatch, theirs):
     """Seconds by stage, taken around the functions that do the work, on the CPU."""
-    import tritonkern.models.dinov2 as dinov2
+    import tritonkern.models.vit as vit
     import tritonkern.nn.correlation as correlation
     from tritonkern.nn import TemporalAdapter
 
@@ -136,7 +136,7 @@ def stopwatch(monkeypatch, theirs):
 
         monkeypatch.setattr(owner, name, timed)
 
-    watch(dinov2, "full_attention", "attention")
+    watch(vit, "full_attention", "attention")
     watch(F, "scaled_dot_product_attention", "attention")
     watch(F, "linear", "linear layers")
     watch(F, "gelu", "GELU")

@@ -21,6 +21,7 @@ from official import needs_official, official  # noqa: F401
 from test_integrations_tapir import tapir  # noqa: F401
 
 import tritonkern
+from tritonkern.integrations import _patch
 
 pytestmark = needs_official
 FRAMES, POINTS = (int(x) for x in os.environ.get("TRITONKERN_INTEGRATIONS_SHAPE", "8x256").split("x"))
@@ -106,7 +107,7 @@ def test_cotracker_online(compare, pair, device):
             model.init_video_online_processing()
             model(video[:, :16], points, iters=1, is_online=True)
             states[model] = {name: copy.deepcopy(x) for name, x in vars(model).items() if name.startswith("online_")}
-    kept = vars(models[0].fnet)["forward"].__func__.__self__
+    kept = _patch._methods(models[0].fnet)["forward"].function.__self__
     first_window = kept.kept[models[0].fnet]
 
     def second_window(model):
