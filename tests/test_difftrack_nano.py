@@ -1,5 +1,7 @@
 """difftrack-nano: its training, and the trial that shows how matching emerges from denoising."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -13,9 +15,26 @@ PLAN = DenoisingPlan(steps=2, rendered=1, warmup=1)
 
 
 def test_clips():
-    clips = DenoisingClips(PLAN)[1]
-    assert clips.shape == (2, 8, 3, 64, 64) and torch.equal(clips, DenoisingClips(PLAN)[1])
-    assert clips.abs().max() <= 2 and 0.2 < clips.std() < 2
+    lengths = set()
+    for step in range(8):
+        clips = DenoisingClips(DenoisingPlan(steps=8, rendered=1))[step]
+        lengths.add(clips.shape[1])
+        assert clips.shape == (8 // clips.shape[1], clips.shape[1], 3, 64, 64)
+        assert clips.abs().max() <= 2 and 0.2 < clips.std() < 2
+    assert lengths == {2, 4, 8} and torch.equal(clips, DenoisingClips(DenoisingPlan(steps=9, rendered=1))[7])
+
+
+def test_the_model_sees_frames_as_in_training():
+    """White is 2 in training clips, and so it is in tracking."""
+    model = DiffTrackNano()
+    video = torch.ones(1, 2, 256, 256, 3)
+    torch.testing.assert_close(model.features(video), torch.full((1, 2, 64, 64, 3), 2.0))
+
+
+def test_learning_rate():
+    plan = DenoisingPlan(steps=1000, warmup=10)
+    rates = [plan.rate(step) / plan.learning_rate for step in (1, 10, 500, 750, 875, 1000)]
+    assert rates == pytest.approx([0.1, 1, 1, 1, 0.5, 0.01])
 
 
 @pytest.mark.slow
@@ -39,8 +58,12 @@ def test_an_interrupted_run_continues(tmp_path):
     whole, parts = (load_file(tmp_path / f"{name}.safetensors") for name in ("whole", "parts"))
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
     assert sum(x.numel() * 2 for x in whole.values()) < 10e6
-    with pytest.raises(ValueError, match="belongs to another plan"):
-        train_denoiser(DiffTrackNano().transformer, tmp_path / "parts.safetensors", DenoisingPlan(steps=3))
+    for plan, message in (
+        (DenoisingPlan(steps=2), "belongs to another plan"),
+        (replace(PLAN, steps=1), "steps must be 2 or more, which .*parts.checkpoint has behind it, got 1"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            train_denoiser(DiffTrackNano().transformer, tmp_path / "parts.safetensors", plan)
 
     model = build_model("difftrack-nano", tmp_path / "whole.safetensors")
     video = torch.rand(1, 10, 256, 256, 3) * 2 - 1

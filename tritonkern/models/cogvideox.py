@@ -60,9 +60,8 @@ class _Modulation(nn.Module):
     def forward(self, x: Tensor, text: int, time: Tensor) -> tuple[Tensor, Tensor]:
         """`[B, text + video, C]` -> the same modulated, and its gate."""
         parts = self.linear(F.silu(time)).unflatten(-1, (2, 3, -1))  # [B, video or text, 3, C]
-        which = torch.ones(x.shape[1], dtype=torch.long, device=x.device)
-        which[text:] = 0
-        shift, scale, gate = parts[:, which].unbind(2)
+        of_text, of_video = parts[:, 1:].expand(-1, text, -1, -1), parts[:, :1].expand(-1, x.shape[1] - text, -1, -1)
+        shift, scale, gate = torch.cat([of_text, of_video], 1).unbind(2)
         return self.norm(x) * (1 + scale) + shift, gate
 
 

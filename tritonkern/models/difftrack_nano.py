@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from torch import Tensor
+
 from tritonkern.models.checkpoints import load_strict, read_state_dict
 from tritonkern.models.cogvideox import CogVideoX
 from tritonkern.models.difftrack import DiffTrack, Preset
@@ -11,6 +13,8 @@ from tritonkern.models.difftrack import DiffTrack, Preset
 FRAMES = 8
 """Frames of the clips that it is trained on, and of a pass."""
 PIXELS = (64, 64)
+CONTRAST = 2.0
+"""Factor on pixels in [-1, 1], whose standard deviation is then near that of the noise."""
 
 
 class DiffTrackNano(DiffTrack):
@@ -32,7 +36,7 @@ class DiffTrackNano(DiffTrack):
             out_channels=3,
             time_embed_dim=128,
             text_embed_dim=8,
-            num_layers=5,
+            num_layers=4,
             sample_width=PIXELS[1],
             sample_height=PIXELS[0],
             sample_frames=4 * (FRAMES - 1) + 1,
@@ -41,6 +45,10 @@ class DiffTrackNano(DiffTrack):
             spatial_interpolation_scale=1.0,
         )
         super().__init__(transformer, preset=Preset((layer,), (timestep,), None, FRAMES), pixels=PIXELS, radius=radius)
+
+    def features(self, video: Tensor) -> Tensor:
+        """Frames `[B, T, 64, 64, 3]` in [-2, 2] of `[B, T, H, W, 3]` in [-1, 1]."""
+        return CONTRAST * super().features(video)
 
     @classmethod
     def from_checkpoint(cls, path: str | Path) -> DiffTrackNano:

@@ -14,20 +14,26 @@ from torch.utils.data import DataLoader, Dataset, Subset
 
 from tritonkern.files import atomic_path
 from tritonkern.models.cogvideox import CogVideoX
-from tritonkern.models.difftrack_nano import FRAMES, PIXELS
+from tritonkern.models.difftrack_nano import CONTRAST, FRAMES, PIXELS
 from tritonkern.training.loop import read_checkpoint, write_weights
 from tritonkern.training.synthetic import generate_clip
 
 # Clips are rendered at twice the size, and motion is given in pixels of 256 x 256.
 _RENDERED = 2 * PIXELS[0]
+# Share of the steps in which the learning rate falls.
+_FALL = 0.25
 
 
 @dataclass(frozen=True)
 class DenoisingPlan:
     """Everything that decides the result of a run: the same plan gives the same clips and noise, step by step.
 
-    A step takes `rendered` clips, each twice: as it is and turned about. In the share `clean` of them the first frame
-    has no noise, and a random frame of the clip is put there.
+    A step takes `rendered` clips. Their frames are dealt into clips of 2, 4 or all 8 frames, so that every step has as
+    many frames; few frames cost less attention and give more different moves. In the share `clean` of these clips the
+    first frame has no noise.
+
+    The learning rate is constant and falls to a hundredth in the last quarter of the steps. So an interrupted run may
+    be continued with another number of steps: those before the fall are the same.
     """
 
     steps: int = 6000
@@ -35,17 +41,17 @@ class DenoisingPlan:
     clean: float = 0.5
     learning_rate: float = 1e-3
     weight_decay: float = 1e-2
-    warmup: int = 200
+    warmup: int = 100
     seed: int = 0
 
     def rate(self, step: int) -> float:
-        """The learning rate of step 1, 2, ...: a rise, and half a cosine down to a hundredth."""
-        fall = 0.5 * (1 + np.cos(np.pi * step / self.steps))
-        return self.learning_rate * min(1.0, step / self.warmup) * max(0.01, float(fall))
+        """The learning rate of step 1, 2, ...: a rise, a constant, and a linear fall."""
+        left = (self.steps - step) / (_FALL * self.steps)
+        return self.learning_rate * min(1.0, step / self.warmup, max(0.01, left))
 
 
 class DenoisingClips(Dataset):
-    """The clips `[B, T, 3, h, w]` of every step, of standard deviation near 1."""
+    """The clips `[B, T, 3, h, w]` of every step, of standard deviation near 1; B T is the same in all steps."""
 
     def __init__(self, plan: DenoisingPlan):
         self.plan = plan
@@ -54,19 +60,20 @@ class DenoisingClips(Dataset):
         return self.plan.steps
 
     def __getitem__(self, step: int) -> Tensor:
+        frames = int(np.random.default_rng((self.plan.seed, 56, step)).choice([2, 4, FRAMES]))
         clips = []
         for number in range(self.plan.rendered):
             seed = (self.plan.seed, 55, step, number)
             rng = np.random.default_rng(seed)
-            speed = float(rng.uniform(0.2, 2.0)) * _RENDERED / 256
+            # Up to the speed at which the passes over a clip of 24 frames see evaluation clips, and more.
+            speed = float(rng.uniform(0.2, 3.0)) * _RENDERED / 256
             clip = generate_clip(seed, frames=FRAMES, size=_RENDERED, points=1, speed=speed)
-            video = F.avg_pool2d(torch.from_numpy(clip.video).permute(0, 3, 1, 2).float(), 2) / 63.75 - 2
-            for turned in (False, True):
-                order = list(range(FRAMES))
-                if turned:
-                    order = order[::-1]
-                    video = video.flip(3).transpose(2, 3)
-                lead = int(rng.integers(FRAMES)) if rng.random() < 0.5 else 0
+            video = F.avg_pool2d(torch.from_numpy(clip.video).permute(0, 3, 1, 2).float(), 2)
+            video = CONTRAST * (video / 127.5 - 1)
+            for dealt in rng.permutation(FRAMES).reshape(-1, frames):
+                # As a pass of the tracker: any frame leads the others, which are in order.
+                order = sorted(dealt.tolist(), reverse=rng.random() < 0.5)
+                lead = int(rng.integers(frames)) if rng.random() < 0.5 else 0
                 clips.append(video[[order[lead], *order[:lead], *order[lead + 1 :]]])
         return torch.stack(clips)
 
@@ -94,14 +101,14 @@ def train_denoiser(
     output: Path,
     plan: DenoisingPlan,
     *,
-    save_every: int = 100,
+    save_every: int = 50,
     report: Callable[[int, dict[str, float]], None] = lambda step, losses: None,
 ) -> None:
     """Train `transformer` in place and write `output` (safetensors, float16) when done.
 
     `output` with the suffix `.checkpoint` is written every `save_every` steps and resumes an interrupted run of the
-    same plan; `report(step, losses)` is called after each step. Raises `ValueError` if the checkpoint is damaged or
-    belongs to another plan.
+    same plan, but for `steps`; `report(step, losses)` is called after each step. Raises `ValueError` if the checkpoint
+    is damaged, belongs to another plan or has more steps behind it than the plan.
     """
     checkpoint, device = output.with_suffix(".checkpoint"), next(transformer.parameters()).device
     optimiser = torch.optim.AdamW(
@@ -109,10 +116,12 @@ def train_denoiser(
     )
     done = 0
     if checkpoint.exists():
-        saved = read_checkpoint(checkpoint, {"plan", "step", "model", "optimiser"}, plan)
+        saved = read_checkpoint(checkpoint, {"plan", "step", "model", "optimiser"}, plan, free=("steps",))
         transformer.load_state_dict(saved["model"])
         optimiser.load_state_dict(saved["optimiser"])
         done = saved["step"]
+        if done > plan.steps:
+            raise ValueError(f"steps must be {done} or more, which {checkpoint} has behind it, got {plan.steps}")
 
     transformer.train()
     clips = Subset(DenoisingClips(plan), range(done, plan.steps))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -136,10 +136,11 @@ def write_weights(output: Path, state: dict[str, torch.Tensor], model: str, plan
         save_file(weights, part, {"model": model, "plan": json.dumps(asdict(plan)), **metadata})
 
 
-def read_checkpoint(path: Path, keys: set[str], plan: Any = None) -> dict[str, Any]:
+def read_checkpoint(path: Path, keys: set[str], plan: Any = None, free: Sequence[str] = ()) -> dict[str, Any]:
     """What a training run saved.
 
-    Raises `ValueError` if the file is damaged, lacks one of `keys`, or belongs to another plan than this dataclass.
+    Raises `ValueError` if the file is damaged, lacks one of `keys`, or belongs to another plan than this dataclass; the
+    fields `free` of the plan may differ.
     """
     try:
         saved = read_pytorch(path)
@@ -147,6 +148,6 @@ def read_checkpoint(path: Path, keys: set[str], plan: Any = None) -> dict[str, A
         raise ValueError(f"{path} is damaged, so that the run cannot continue: delete it to start again") from error
     if not isinstance(saved, dict) or not saved.keys() >= keys:
         raise ValueError(f"{path} is no checkpoint of a training run: delete it, or give another --out")
-    if plan is not None and saved["plan"] != asdict(plan):
+    if plan is not None and saved["plan"] | {name: getattr(plan, name) for name in free} != asdict(plan):
         raise ValueError(f"{path} belongs to another plan ({saved['plan']}); delete it or give another --out")
     return saved
