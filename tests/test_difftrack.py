@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from test_cogvideox import SIZES
 
 from tritonkern.models import CogVideoX, DiffTrack, Preset, preset_of, schedule
-from tritonkern.models.difftrack import Corners, locate
+from tritonkern.models._cells import Corners, locate
 
 
 @pytest.mark.parametrize("interleaved", [True, False])

@@ -1,4 +1,4 @@
-"""The console script `tritonkern track | pick | eval | train | doctor | bench`; see `tritonkern.commands`."""
+"""The console script `tritonkern track | pick | eval | analyse | train | doctor | bench`; see `tritonkern.commands`."""
 
 import sys
 from typing import Annotated
@@ -9,6 +9,7 @@ from tritonkern.commands.doctor import doctor, version
 try:
     import typer
 
+    from tritonkern.commands.analyse import analyse
     from tritonkern.commands.bench import bench
     from tritonkern.commands.evaluate import evaluate
     from tritonkern.commands.pick import pick
@@ -30,6 +31,7 @@ app = typer.Typer(
 app.command()(track)
 app.command()(pick)
 app.command("eval")(evaluate)
+app.command()(analyse)
 app.command()(train)
 app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})(bench)
 

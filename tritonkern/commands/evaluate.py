@@ -59,6 +59,7 @@ def _evaluate(
     if synthetic == (tapvid is not None):
         raise ValueError("give either --tapvid PATH or --synthetic")
 
+    from tritonkern.models import DiffTrackNano
     from tritonkern.tracking import PointTracker
     from tritonkern.tracking.baselines import baselines
     from tritonkern.tracking.evaluation import evaluate, query_modes, save_scores
@@ -67,6 +68,8 @@ def _evaluate(
     query_modes(mode)
     tracker = PointTracker(model, weights, device)
     trackers: dict[str, Any] = {model: tracker.model}
+    if isinstance(tracker.model, DiffTrackNano):
+        trackers |= tracker.model.ablations()
     for name, other in baselines(tracker.device).items():
         trackers.setdefault(name, other)
     sets: dict[str, Callable[[], Iterable[TapVidClip]]]

@@ -15,6 +15,7 @@ from einops import rearrange
 from torch import Tensor
 
 from tritonkern.functional import query_key_cost, query_key_matching
+from tritonkern.models._cells import Corners, locate
 from tritonkern.models.checkpoints import read_state_dict
 from tritonkern.models.cogvideox import CogVideoX
 from tritonkern.models.tracker import Tracker
@@ -95,6 +96,7 @@ class DiffTrack(Tracker):
         transformer: with the methods `grid` and `query_key` of `CogVideoX`.
         vae: of diffusers, an AutoencoderKLCogVideoX; None for a transformer of pixels.
         preset: layers, timesteps and scale.
+        scheduler: with the method `add_noise(latents, noise, timesteps)` of diffusers' schedulers; needed for noise.
         resolution: (height, width) of the raster of video, queries and tracks.
         pixels: (height, width) that frames are resized to before they are encoded; None for `resolution`.
         prompt: `[1, L, text_dim]`, the embedding of the empty prompt; None for zeros.
@@ -104,6 +106,7 @@ class DiffTrack(Tracker):
         border: "border", or "zeros" as published: beyond the outermost cells positions are mixed with zero.
         visibility: "consistent": where the match of the match lies within `CLOSED` cells; "all" as published.
         sample: draw latents from the posterior, by the generator `generator`, instead of its mean.
+        noise: add noise of the preset's timestep, by the scheduler and the generator; published is none.
     """
 
     context = 0  # frames are encoded alone
@@ -115,6 +118,7 @@ class DiffTrack(Tracker):
         vae: Any = None,
         preset: Preset | None = None,
         *,
+        scheduler: Any = None,
         resolution: tuple[int, int] = (256, 256),
         pixels: tuple[int, int] | None = None,
         prompt: Tensor | None = None,
@@ -124,9 +128,12 @@ class DiffTrack(Tracker):
         border: str = "border",
         visibility: str = "consistent",
         sample: bool = False,
+        noise: bool = False,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
+        if noise and scheduler is None:
+            raise ValueError("noise needs a scheduler, by which it is added")
         self.resolution = resolution
         if border not in ("border", "zeros"):
             raise ValueError(f'border must be "border" or "zeros", got {border!r}')
@@ -141,7 +148,7 @@ class DiffTrack(Tracker):
             )
         self.pixels = resolution if pixels is None else pixels
         self.interleaved, self.average, self.border, self.visibility = interleaved, average, border, visibility
-        self.sample, self.generator = sample, generator
+        self.scheduler, self.sample, self.noise, self.generator = scheduler, sample, noise, generator
         empty = torch.zeros(1, 1, transformer.text_dim) if prompt is None else prompt
         self.register_buffer("prompt", empty, persistent=False)
 
@@ -175,16 +182,40 @@ class DiffTrack(Tracker):
     @torch.no_grad()
     def features(self, video: Tensor) -> Tensor:
         """Latents `[B, T, h, w, C]` of `[B, T, H, W, 3]` in [-1, 1], each frame encoded alone."""
+        frames = self._resized(video)
+        latents = frames if self.vae is None else torch.stack([self._encode(x)[:, 0] for x in frames.split(1)])
+        return rearrange(latents, "(b t) c h w -> b t h w c", b=len(video))
+
+    @torch.no_grad()
+    def encode_clip(self, video: Tensor) -> tuple[Tensor, list[int]]:
+        """Latents `[1, K, C, h, w]` of one clip as the transformer was trained on it, and the frames that they show.
+
+        A causal VAE encodes 1 + r (K - 1) frames together, as many as a pass takes. Without a VAE, K evenly spaced
+        frames are taken.
+
+        Args:
+            video: uint8 `[1, T, H, W, 3]`.
+        """
+        count, most = video.shape[1], self.preset.frames
+        if self.vae is None:
+            frames = torch.linspace(0, count - 1, min(count, most)).round().long().tolist()
+            return rearrange(self.features(video[:, frames] / 127.5 - 1), "b t h w c -> b t c h w"), frames
+        ratio = self.vae.config.temporal_compression_ratio
+        frames = list(range((min(count, ratio * (most - 1) + 1) - 1) // ratio * ratio + 1))
+        return self._encode(self._resized(video[:, frames] / 127.5 - 1)).transpose(0, 1)[None], frames
+
+    def _resized(self, video: Tensor) -> Tensor:
+        """Frames `[B T, 3, h, w]` of `[B, T, H, W, 3]`."""
         frames = rearrange(video, "b t h w c -> (b t) c h w").to(self.prompt.dtype)
         if frames.shape[-2:] != self.pixels:
             frames = F.interpolate(frames, size=self.pixels, mode="bilinear", antialias=True, align_corners=False)
-        latents = frames if self.vae is None else torch.cat([self._encode(frame) for frame in frames.split(1)])
-        return rearrange(latents, "(b t) c h w -> b t h w c", b=len(video))
+        return frames
 
-    def _encode(self, frame: Tensor) -> Tensor:
-        posterior = self.vae.encode(frame[:, :, None]).latent_dist
-        latent = posterior.sample(self.generator) if self.sample else posterior.mode()
-        return latent[:, :, 0] * self.vae.config.scaling_factor
+    def _encode(self, frames: Tensor) -> Tensor:
+        """Latents `[C, K, h, w]` of consecutive frames `[T, C, H, W]`."""
+        posterior = self.vae.encode(frames.transpose(0, 1)[None]).latent_dist
+        latents = posterior.sample(self.generator) if self.sample else posterior.mode()
+        return latents[0] * self.vae.config.scaling_factor
 
     @torch.no_grad()
     def track(self, features: Tensor, queries: Tensor) -> TrackerOutput:
@@ -249,11 +280,13 @@ class DiffTrack(Tracker):
     def query_key(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys `[1, T, S, H, D]` of latents `[1, T, C, h, w]`, layers and timesteps side by side in D."""
         text = self.prompt.to(latents.dtype)
-        found = [
-            pair
-            for timestep in self.preset.timesteps
-            for pair in self.transformer.query_key(latents, text, latents.new_tensor([timestep]), self.preset.layers)
-        ]
+        found = []
+        for timestep in self.preset.timesteps:
+            time, noised = latents.new_tensor([timestep]), latents
+            if self.noise:
+                drawn = torch.randn(latents.shape, generator=self.generator).to(latents)
+                noised = self.scheduler.add_noise(latents, drawn, time.long())
+            found += self.transformer.query_key(noised, text, time, self.preset.layers)
         query, key = zip(*found, strict=True)
         return torch.cat(query, -1), torch.cat(key, -1)
 
@@ -267,68 +300,6 @@ class DiffTrack(Tracker):
         home = corners.cells.gather(-1, corners.nearest)[:, 0]
         dx, dy = back % grid[1] - home % grid[1], back // grid[1] - home // grid[1]
         return (best >= 0) & (dx.square() + dy.square() <= CLOSED**2)
-
-
-class Corners(NamedTuple):
-    """The four cells around each of n points, of which a position is the weighted mean."""
-
-    cells: Tensor
-    """[n, 4] row * w + column."""
-    weights: Tensor
-    """[n, 4] bilinear; zero for what is beyond the grid, if the border is zeros."""
-    offset: Tensor
-    """[n, 2] in cells: what is added to the mean of the matches."""
-    size: tuple[float, float]
-    """Pixels of the raster per cell in x and y."""
-
-    @classmethod
-    def of(cls, places: Tensor, grid: tuple[int, int], resolution: tuple[int, int], border: str) -> Corners:
-        """`places` `[n, 2]` (x, y) in pixels of the raster."""
-        (h, w), (height, width) = grid, resolution
-        size = width / w, height / h
-        place = places / places.new_tensor(size)
-        if border == "zeros":
-            # As published: cells at whole numbers, on a grid stretched so that its margin is a 64th of the width.
-            margin = w / 64
-            sampled = place * place.new_tensor([(w - 1) / (w - margin), (h - 1) / (h - margin)])
-        else:
-            sampled = place - 0.5
-        low = sampled.floor()
-        part = sampled - low
-        x, y = (low[:, i, None] + low.new_tensor(step) for i, step in enumerate(([0, 1, 0, 1], [0, 0, 1, 1])))
-        weights = torch.stack([1 - part, part], -1)
-        weights = (weights[:, 1, :, None] * weights[:, 0, None, :]).flatten(1)
-        column, row = x.clamp(0, w - 1), y.clamp(0, h - 1)
-        cells = (row * w + column).long()
-        if border == "zeros":
-            weights = weights * ((column == x) & (row == y))
-            # Published positions are the numbers of cells, half a cell from their centres.
-            offset = -0.5 * weights.sum(-1, keepdim=True).expand_as(place)
-        else:
-            centre = torch.stack([(weights * (column + 0.5)).sum(-1), (weights * (row + 0.5)).sum(-1)], -1)
-            offset = place - centre
-        return cls(cells, weights, offset, size)
-
-    @property
-    def nearest(self) -> Tensor:
-        """[n, 1]: which of the four has the largest weight."""
-        return self.weights.argmax(-1, keepdim=True)
-
-    def blend(self, points: Tensor) -> Tensor:
-        """Positions `[n, T, 2]` in pixels, of matches `[T, n, 4, 2]` of the cells, in cells."""
-        mean = torch.einsum("tnkc,nk->ntc", points, self.weights) + self.offset[:, None]
-        return mean * mean.new_tensor(self.size)
-
-
-def locate(cost: Tensor, grid: tuple[int, int], radius: float | None) -> Tensor:
-    """Positions `[M, 2]` (x, y) in cells of the best cells of a cost `[M, S]`, as `query_key_matching` has them."""
-    best = cost.argmax(-1)
-    cell = torch.arange(cost.shape[-1], device=cost.device)
-    centres = torch.stack([cell % grid[1] + 0.5, cell // grid[1] + 0.5], -1).to(cost.dtype)
-    if radius is None:
-        return centres[best]
-    kept = cost * (torch.cdist(centres[best], centres) < radius)
-    return kept @ centres / kept.sum(-1, keepdim=True)
 
 
 def _empty_prompt(folder: Path, length: int) -> Tensor:

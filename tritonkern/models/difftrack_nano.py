@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from tritonkern.models.checkpoints import load_strict, read_state_dict
@@ -13,8 +15,19 @@ from tritonkern.models.difftrack import DiffTrack, Preset
 FRAMES = 8
 """Frames of the clips that it is trained on, and of a pass."""
 PIXELS = (64, 64)
+FEATURE_LAYER = 2
+"""The layer whose features match best."""
 CONTRAST = 2.0
 """Factor on pixels in [-1, 1], whose standard deviation is then near that of the noise."""
+
+
+class StraightPath:
+    """The noise that `difftrack-nano` was trained on, by the method of diffusers' schedulers."""
+
+    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
+        """(1 - s) latents + s noise at timesteps `[B]`, 1000 s."""
+        s = (timesteps / 1000).to(latents).view(-1, *(1,) * (latents.ndim - 1))
+        return (1 - s) * latents + s * noise
 
 
 class DiffTrackNano(DiffTrack):
@@ -26,9 +39,12 @@ class DiffTrackNano(DiffTrack):
         layer: whose queries and keys are matched.
         timestep: the noise level that the transformer is told, from 0 to 1000; no noise is added.
         radius: of the soft-argmax, in cells.
+        by_features: match what the layer's attention returns instead of its queries and keys, to compare with.
     """
 
-    def __init__(self, layer: int = 2, timestep: float = 20.0, radius: float | None = 1.5):
+    def __init__(
+        self, layer: int = 2, timestep: float = 19.0, radius: float | None = 1.5, by_features: bool = False
+    ) -> None:
         transformer = CogVideoX(
             num_attention_heads=4,
             attention_head_dim=32,
@@ -44,7 +60,9 @@ class DiffTrackNano(DiffTrack):
             max_text_seq_length=1,
             spatial_interpolation_scale=1.0,
         )
-        super().__init__(transformer, preset=Preset((layer,), (timestep,), None, FRAMES), pixels=PIXELS, radius=radius)
+        preset = Preset((layer,), (timestep,), None, FRAMES)
+        super().__init__(transformer, preset=preset, scheduler=StraightPath(), pixels=PIXELS, radius=radius)
+        self.by_features = by_features
 
     def features(self, video: Tensor) -> Tensor:
         """Frames `[B, T, 64, 64, 3]` in [-2, 2] of `[B, T, H, W, 3]` in [-1, 1]."""
@@ -59,3 +77,30 @@ class DiffTrackNano(DiffTrack):
         model = cls()
         load_strict(model.transformer, read_state_dict(path), str(path))
         return model.eval()
+
+    def query_key(self, latents: Tensor) -> tuple[Tensor, Tensor]:
+        """As `DiffTrack.query_key`; `by_features`: the same features `[1, T, S, 1, H D]` twice."""
+        if not self.by_features:
+            return super().query_key(latents)
+        found: list[Tensor] = []
+        block: Any = self.transformer.transformer_blocks[self.preset.layers[0]]
+        handle = block.attn1.to_out[0].register_forward_pre_hook(lambda _, args: found.append(args[0]))
+        try:
+            self.transformer(latents, self.prompt.to(latents), latents.new_tensor(self.preset.timesteps))
+        finally:
+            handle.remove()
+        features = found[0][:, self.prompt.shape[1] :].unflatten(1, (latents.shape[1], -1))[..., None, :]
+        return features, features
+
+    def ablations(self) -> dict[str, DiffTrackNano]:
+        """What the evaluation compares this model with: the same matching its features, and without training."""
+        features = DiffTrackNano(FEATURE_LAYER, *self.preset.timesteps, self.radius, by_features=True)
+        features.transformer.load_state_dict(self.transformer.state_dict())
+        with torch.random.fork_rng([]):
+            torch.manual_seed(0)
+            untrained = DiffTrackNano(*self.preset.layers, *self.preset.timesteps, self.radius)
+        device = self.prompt.device
+        return {
+            "difftrack-nano, features": features.to(device).eval(),
+            "difftrack-nano, untrained": untrained.to(device).eval(),
+        }
