@@ -186,6 +186,90 @@ def test_folder(folder):
         DiffTrack.from_folder(folder)
 
 
+def test_published_choices(folder):
+    """`official` changes latents and positions, each option by itself."""
+    preset = Preset((1,), (19.0,), 0.7, 4)
+    official = DiffTrack.from_folder(folder, official=True, preset=preset)
+    assert (official.border, official.visibility, official.sample, official.scaled) == ("zeros", "all", True, True)
+    with pytest.raises(ValueError, match="none is published"):
+        DiffTrack.from_folder(folder, official=True)
+    video = torch.rand(1, 1, 64, 96, 3) * 2 - 1
+    official.pixels = (64, 96)
+    first, second = official.features(video), official.features(video)
+    assert not torch.equal(first, second)
+    official.generator.manual_seed(42)
+    assert torch.equal(official.features(video), first)
+
+
+def test_noise(folder):
+    diffusers = pytest.importorskip("diffusers")
+    with pytest.raises(ValueError, match="noise needs a scheduler"):
+        DiffTrack.from_folder(folder, noise=True, preset=Preset((1,), (19.0,), None, 4))
+    diffusers.CogVideoXDDIMScheduler().save_pretrained(folder / "scheduler")
+    generator = torch.Generator().manual_seed(1)
+    model = DiffTrack.from_folder(folder, noise=True, generator=generator, preset=Preset((1,), (319.0,), None, 4))
+    latents = torch.randn(1, 3, 4, 8, 12)
+    query, key = model.query_key(latents)
+    generator.manual_seed(1)
+    noise = torch.randn(latents.shape, generator=generator)
+    share = model.scheduler.alphas_cumprod[319]
+    ((expected, _),) = model.transformer.query_key(
+        share.sqrt() * latents + (1 - share).sqrt() * noise, model.prompt, torch.tensor([319.0]), [1]
+    )
+    torch.testing.assert_close(query, expected)
+
+
+def test_hunyuan_video(tmp_path):
+    diffusers = pytest.importorskip("diffusers")
+    from test_video_dit import hunyuan
+
+    torch.manual_seed(0)
+    original = hunyuan()[0]
+    original.save_pretrained(tmp_path / "transformer")
+    diffusers.AutoencoderKLHunyuanVideo(
+        block_out_channels=(8, 8, 8, 8), norm_num_groups=4, layers_per_block=1, latent_channels=4
+    ).save_pretrained(tmp_path / "vae")
+    with pytest.raises(FileNotFoundError, match="must hold prompt_embeds and pooled_prompt_embeds"):
+        DiffTrack.from_folder(tmp_path)
+    save_file({"prompt_embeds": torch.randn(1, 6, 16)}, tmp_path / "prompt_embeds.safetensors")
+    with pytest.raises(ValueError, match=r"must hold prompt_embeds \[1, L, C\] and pooled_prompt_embeds \[1, C\]"):
+        DiffTrack.from_folder(tmp_path)
+    prompt = {"prompt_embeds": torch.randn(1, 6, 16), "pooled_prompt_embeds": torch.randn(1, 8)}
+    save_file(prompt, tmp_path / "prompt_embeds.safetensors")
+    preset = Preset((2,), (200.0,), None, 4)
+    with pytest.raises(ValueError, match=r"none is published for 2 heads and 3 layers.*HunyuanVideo \(24 and 60\)"):
+        DiffTrack.from_folder(tmp_path)
+    model, official = (DiffTrack.from_folder(tmp_path, official=x, preset=preset, sample=False) for x in (False, True))
+    model.pixels = official.pixels = (32, 48)
+    video = torch.rand(1, 5, 32, 48, 3) * 2 - 1
+    latents = model.features(video)
+    # Published are unscaled latents.
+    torch.testing.assert_close(official.features(video) * model.vae.config.scaling_factor, latents)
+    output = model.track(latents, torch.tensor([[[3.0, 200.0, 300.0]]]))
+    assert output.tracks.shape == (1, 1, 5, 2) and output.tracks.isfinite().all()
+    # The queries are those of the published model's own attention.
+    from tritonkern.integrations.video_dit import watch
+
+    clip = latents.permute(0, 1, 4, 2, 3)[:, :3]
+    with torch.no_grad(), watch(original.eval(), [2]) as seen:
+        original(
+            clip.transpose(1, 2),
+            torch.tensor([200.0]),
+            prompt["prompt_embeds"],
+            torch.ones(1, 6),
+            prompt["pooled_prompt_embeds"],
+            torch.tensor([6000.0]),
+        )
+    assert torch.equal(model.query_key(clip)[0], seen[2].query)
+
+
+def test_damaged_weights_of_the_vae(folder):
+    file = next((folder / "vae").glob("*.safetensors"))
+    file.write_bytes(file.read_bytes()[:100])
+    with pytest.raises(ValueError, match="the weights of .*vae cannot be read"):
+        DiffTrack.from_folder(folder, preset=Preset((1,), (19.0,), None, 4))
+
+
 def test_bad_input():
     preset = Preset((1,), (19.0,), 1.0, 13)
     model = DiffTrack(Rolled(), preset=preset, resolution=(48, 64))

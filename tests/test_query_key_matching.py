@@ -351,6 +351,16 @@ def test_bad_arguments(change, error, message):
         query_key_matching(arguments.pop("query"), arguments.pop("key"), **arguments)
 
 
+def test_cells_out_of_range_in_a_graph():
+    """Where nobody may wait for the values, the check is part of the graph."""
+    query = torch.randn(1, 2, 6, 2, 8)
+    torch._dynamo.reset()
+    compiled = torch.compile(lambda x, cells: query_key_cost(x, x, cells=cells), fullgraph=True, backend="aot_eager")
+    assert compiled(query, torch.tensor([[0, 5]])).shape == (1, 2, 2, 6)
+    with pytest.raises(RuntimeError, match="cells must be numbers of cells of a frame"):
+        compiled(query, torch.tensor([[0, 6]]))
+
+
 def test_memory_does_not_grow_with_heads_and_frames():
     from oracle import peak_memory
 

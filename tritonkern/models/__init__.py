@@ -85,7 +85,9 @@ MODELS = {
     "chrono-vits14": NamedModel(partial(Chrono.from_checkpoint, variant="vits14"), (_CHRONO,)),
     "chrono-vitb14": NamedModel(partial(Chrono.from_checkpoint, variant="vitb14"), (_CHRONO,)),
     "chrono-locotrack": NamedModel(ChronoLocoTrack.from_checkpoints, (_CHRONO, _LOCOTRACK)),
-    "difftrack": NamedModel(DiffTrack.from_folder, ("a folder of CogVideoX-2B or -5B, as diffusers writes it",)),
+    "difftrack": NamedModel(
+        DiffTrack.from_folder, ("a folder of CogVideoX-2B or -5B or HunyuanVideo, as diffusers writes it",)
+    ),
     "difftrack-nano": NamedModel(
         DiffTrackNano.from_checkpoint, ("a file that tritonkern train --model difftrack-nano writes",)
     ),

@@ -16,14 +16,14 @@ from torch import Tensor
 
 from tritonkern.functional import query_key_cost, query_key_matching
 from tritonkern.models._cells import Corners, locate
-from tritonkern.models.checkpoints import read_state_dict
 from tritonkern.models.cogvideox import CogVideoX
+from tritonkern.models.difftrack_folder import read_folder
+from tritonkern.models.hunyuan import HunyuanVideo
 from tritonkern.models.tracker import Tracker
 from tritonkern.nn.correlation import TrackerOutput
 
 CLOSED = 1.5
 """Cells between a cell and the match of its match, up to which a point counts as visible."""
-PROMPT = "prompt_embeds.safetensors"
 # Logit of what is known.
 _CERTAIN = 8.0
 
@@ -39,8 +39,11 @@ class Preset(NamedTuple):
     """Frames of a pass, the query's included."""
 
 
-def preset_of(transformer: CogVideoX, official_scale: bool = False) -> Preset:
-    """The published preset of CogVideoX 2B and 5B: layer 17, the last of 50 steps (timestep 19), 13 frames.
+def preset_of(transformer: CogVideoX | HunyuanVideo, official_scale: bool = False) -> Preset:
+    """The published preset, with 13 frames.
+
+    CogVideoX 2B and 5B: layer 17, the last of 50 steps (timestep 19). HunyuanVideo: layer 16, the last of 30 steps of
+    a schedule that is shifted by 7.
 
     Args:
         official_scale: the published tracking script divides by the root of the number of heads, not of D.
@@ -48,14 +51,19 @@ def preset_of(transformer: CogVideoX, official_scale: bool = False) -> Preset:
     Raises:
         ValueError: another number of heads and layers.
     """
-    known = {(30, 30): "2B", (48, 42): "5B"}
+    known = {
+        (30, 30): ("CogVideoX 2B", 17, 19.0),
+        (48, 42): ("CogVideoX 5B", 17, 19.0),
+        (24, 60): ("HunyuanVideo", 16, 1000 * 7 / (30 + 6)),
+    }
     size = transformer.num_heads, len(transformer.transformer_blocks)
     if size not in known:
         raise ValueError(
             f"preset: none is published for {size[0]} heads and {size[1]} layers, only for "
-            f"{', '.join(f'CogVideoX {name} ({h} and {n})' for (h, n), name in known.items())}; give a Preset"
+            f"{', '.join(f'{name} ({h} and {n})' for (h, n), (name, *_) in known.items())}; give a Preset"
         )
-    return Preset((17,), (19.0,), transformer.num_heads**-0.5 if official_scale else None, 13)
+    _, layer, timestep = known[size]
+    return Preset((layer,), (timestep,), transformer.num_heads**-0.5 if official_scale else None, 13)
 
 
 def schedule(frames: int, *, length: int = 13, first: int = 0, interleaved: bool = True) -> list[list[int]]:
@@ -94,7 +102,7 @@ class DiffTrack(Tracker):
 
     Args:
         transformer: with the methods `grid` and `query_key` of `CogVideoX`.
-        vae: of diffusers, an AutoencoderKLCogVideoX; None for a transformer of pixels.
+        vae: of diffusers; None for a transformer of pixels.
         preset: layers, timesteps and scale.
         scheduler: with the method `add_noise(latents, noise, timesteps)` of diffusers' schedulers; needed for noise.
         resolution: (height, width) of the raster of video, queries and tracks.
@@ -107,6 +115,7 @@ class DiffTrack(Tracker):
         visibility: "consistent": where the match of the match lies within `CLOSED` cells; "all" as published.
         sample: draw latents from the posterior, by the generator `generator`, instead of its mean.
         noise: add noise of the preset's timestep, by the scheduler and the generator; published is none.
+        scaled: multiply latents by the factor of the VAE.
     """
 
     context = 0  # frames are encoded alone
@@ -114,7 +123,7 @@ class DiffTrack(Tracker):
 
     def __init__(
         self,
-        transformer: CogVideoX,
+        transformer: CogVideoX | HunyuanVideo,
         vae: Any = None,
         preset: Preset | None = None,
         *,
@@ -129,6 +138,7 @@ class DiffTrack(Tracker):
         visibility: str = "consistent",
         sample: bool = False,
         noise: bool = False,
+        scaled: bool = True,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__()
@@ -149,35 +159,41 @@ class DiffTrack(Tracker):
         self.pixels = resolution if pixels is None else pixels
         self.interleaved, self.average, self.border, self.visibility = interleaved, average, border, visibility
         self.scheduler, self.sample, self.noise, self.generator = scheduler, sample, noise, generator
+        self.scaled = scaled
         empty = torch.zeros(1, 1, transformer.text_dim) if prompt is None else prompt
         self.register_buffer("prompt", empty, persistent=False)
 
     @classmethod
-    def from_folder(cls, folder: str | Path, **options: Any) -> DiffTrack:
-        """CogVideoX 2B or 5B of a folder as diffusers writes it, at 480 x 720 pixels.
+    def from_folder(cls, folder: str | Path, official: bool = False, **options: Any) -> DiffTrack:
+        """CogVideoX 2B or 5B, or HunyuanVideo, of a folder as diffusers writes it, at 480 x 720 pixels.
 
-        The embedding of the empty prompt is read from ``prompt_embeds.safetensors`` in the folder, or made once by the
-        folder's text encoder and tokenizer and written there.
+        The embedding of the empty prompt is read from ``prompt_embeds.safetensors`` in the folder, or, of CogVideoX,
+        made once by the folder's text encoder and tokenizer and written there.
+
+        Args:
+            folder: with ``transformer``, ``vae`` and, for noise, ``scheduler``.
+            official: the choices of the published tracking script: its softmax scale, mixing with zero at the border,
+                every point visible, and latents drawn from the posterior (seed 42), those of HunyuanVideo unscaled.
+            options: as of the class.
 
         Raises:
             FileNotFoundError: the folder lacks its transformer, VAE or prompt.
             ModuleNotFoundError: diffusers is not installed.
             ValueError: another architecture, or damaged weights.
         """
-        folder = Path(folder)
-        transformer = CogVideoX.from_folder(folder)
-        if not (folder / "vae" / "config.json").is_file():
-            raise FileNotFoundError(f"{folder} holds no vae/config.json; give a whole folder that diffusers wrote")
-        prompt = _empty_prompt(folder, transformer.max_text)
-        try:
-            from diffusers import AutoencoderKLCogVideoX
-        except ModuleNotFoundError as error:
-            raise ModuleNotFoundError(
-                f"the VAE of {folder} needs the package {error.name}: pip install 'tritonkern[diffusers]'",
-                name=error.name,
-            ) from error
-        vae = AutoencoderKLCogVideoX.from_pretrained(folder, subfolder="vae")
-        return cls(transformer, vae, resolution=(480, 720), prompt=prompt, **options).eval()
+        published: dict[str, Any] = {}
+        transformer, vae, scheduler, prompt = read_folder(Path(folder))
+        if official:
+            published = {
+                "preset": preset_of(transformer, official_scale=True),
+                "border": "zeros",
+                "visibility": "all",
+                "sample": True,
+                "generator": torch.Generator().manual_seed(42),
+                "scaled": isinstance(transformer, CogVideoX),
+            }
+        fixed = {"scheduler": scheduler, "resolution": (480, 720), "prompt": prompt}
+        return cls(transformer, vae, **(fixed | published | options)).eval()
 
     @torch.no_grad()
     def features(self, video: Tensor) -> Tensor:
@@ -215,7 +231,7 @@ class DiffTrack(Tracker):
         """Latents `[C, K, h, w]` of consecutive frames `[T, C, H, W]`."""
         posterior = self.vae.encode(frames.transpose(0, 1)[None]).latent_dist
         latents = posterior.sample(self.generator) if self.sample else posterior.mode()
-        return latents[0] * self.vae.config.scaling_factor
+        return latents[0] * self.vae.config.scaling_factor if self.scaled else latents[0]
 
     @torch.no_grad()
     def track(self, features: Tensor, queries: Tensor) -> TrackerOutput:
@@ -285,7 +301,7 @@ class DiffTrack(Tracker):
             time, noised = latents.new_tensor([timestep]), latents
             if self.noise:
                 drawn = torch.randn(latents.shape, generator=self.generator).to(latents)
-                noised = self.scheduler.add_noise(latents, drawn, time.long())
+                noised = self.scheduler.add_noise(latents, drawn, time.round().long())
             found += self.transformer.query_key(noised, text, time, self.preset.layers)
         query, key = zip(*found, strict=True)
         return torch.cat(query, -1), torch.cat(key, -1)
@@ -300,32 +316,3 @@ class DiffTrack(Tracker):
         home = corners.cells.gather(-1, corners.nearest)[:, 0]
         dx, dy = back % grid[1] - home % grid[1], back // grid[1] - home // grid[1]
         return (best >= 0) & (dx.square() + dy.square() <= CLOSED**2)
-
-
-def _empty_prompt(folder: Path, length: int) -> Tensor:
-    """The embedding of the empty prompt `[1, L, C]`."""
-    path = folder / PROMPT
-    if path.is_file():
-        state = read_state_dict(path)
-        if len(state) != 1 or next(iter(state.values())).ndim != 3:
-            raise ValueError(f"{path} must hold one tensor [1, L, C], got {[tuple(x.shape) for x in state.values()]}")
-        return next(iter(state.values())).float()
-    if not ((folder / "text_encoder").is_dir() and (folder / "tokenizer").is_dir()):
-        raise FileNotFoundError(
-            f"{folder} holds neither {PROMPT}, the embedding of the empty prompt, nor the folders text_encoder and "
-            "tokenizer, from which it is made once; add one or the other"
-        )
-    from safetensors.torch import save_file
-    from transformers import AutoTokenizer, T5EncoderModel
-
-    from tritonkern.files import atomic_path
-
-    tokens = AutoTokenizer.from_pretrained(folder / "tokenizer")(
-        "", padding="max_length", max_length=length, truncation=True, return_tensors="pt"
-    )
-    encoder = T5EncoderModel.from_pretrained(folder / "text_encoder").eval()
-    with torch.no_grad():
-        embedding = encoder(tokens.input_ids)[0].float()
-    with atomic_path(path) as part:
-        save_file({"prompt_embeds": embedding.contiguous()}, part)
-    return embedding

@@ -11,6 +11,7 @@ from torch import Tensor
 from tritonkern.models.checkpoints import load_strict, read_state_dict
 from tritonkern.models.cogvideox import CogVideoX
 from tritonkern.models.difftrack import DiffTrack, Preset
+from tritonkern.models.difftrack_folder import StraightPath
 
 FRAMES = 8
 """Frames of the clips that it is trained on, and of a pass."""
@@ -19,15 +20,6 @@ FEATURE_LAYER = 2
 """The layer whose features match best."""
 CONTRAST = 2.0
 """Factor on pixels in [-1, 1], whose standard deviation is then near that of the noise."""
-
-
-class StraightPath:
-    """The noise that `difftrack-nano` was trained on, by the method of diffusers' schedulers."""
-
-    def add_noise(self, latents: Tensor, noise: Tensor, timesteps: Tensor) -> Tensor:
-        """(1 - s) latents + s noise at timesteps `[B]`, 1000 s."""
-        s = (timesteps / 1000).to(latents).view(-1, *(1,) * (latents.ndim - 1))
-        return (1 - s) * latents + s * noise
 
 
 class DiffTrackNano(DiffTrack):

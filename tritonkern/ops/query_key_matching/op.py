@@ -88,8 +88,13 @@ def check_inputs(query: Tensor, key: Tensor, cells: Tensor | None, source: int, 
 
 
 def check_range(cells: Tensor | None, count: int) -> None:
-    """Raise ValueError unless all cells exist. It waits for a GPU, and is left out of graphs."""
-    if cells is None or cells.numel() == 0 or cells.is_meta or torch.compiler.is_compiling():
+    """Raise ValueError unless all cells exist. On a GPU and in graphs: an assertion on the device, without waiting."""
+    if cells is None or cells.is_meta:
+        return
+    if cells.device.type != "cpu" or torch.compiler.is_compiling():
+        torch._assert_async(((cells >= 0) & (cells < count)).all(), "cells must be numbers of cells of a frame")
+        return
+    if cells.numel() == 0:
         return
     lowest, highest = (int(x) for x in torch.aminmax(cells))
     if lowest < 0 or highest >= count:
