@@ -1,8 +1,8 @@
 """The authors' own repositories, run next to ours if they are in the folder that TRITONKERN_OFFICIAL_DIR names.
 
-That folder holds clones of facebookresearch/dinov2, cvlab-kaist/Chrono, cvlab-kaist/locotrack and
-google-deepmind/tapnet (GitHub), under the names `dinov2`, `Chrono`, `locotrack` and `tapnet`; a test
-whose clone is missing is skipped.
+That folder holds clones of facebookresearch/dinov2, cvlab-kaist/Chrono, cvlab-kaist/locotrack,
+google-deepmind/tapnet and cvlab-kaist/DiffTrack (GitHub), under the names `dinov2`, `Chrono`, `locotrack`, `tapnet`
+and `DiffTrack`; a test whose clone is missing is skipped.
 """
 
 import importlib
