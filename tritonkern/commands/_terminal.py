@@ -50,7 +50,8 @@ def one_line_errors() -> Iterator[None]:
     except ModuleNotFoundError as error:
         if (error.name or "").startswith("tritonkern"):
             raise
-        fail(f"the package {error.name} is missing: {how_to_install('track')}")
+        text = str(error)
+        fail(text if "pip install" in text else f"the package {error.name} is missing: {how_to_install('track')}")
     except OSError as error:
         if error.errno in _REMEDIES:
             name = f"{error.filename}: " if error.filename else ""

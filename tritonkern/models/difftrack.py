@@ -156,6 +156,9 @@ class DiffTrack(Tracker):
             raise ValueError(
                 f"preset has layers {wrong}; the transformer has {len(transformer.transformer_blocks)}, from 0 on"
             )
+        most = getattr(transformer, "max_frames", self.preset.frames)
+        if not 2 <= self.preset.frames <= most:
+            raise ValueError(f"preset must have from 2 to {most} frames in a pass, got {self.preset.frames}")
         self.pixels = resolution if pixels is None else pixels
         self.interleaved, self.average, self.border, self.visibility = interleaved, average, border, visibility
         self.scheduler, self.sample, self.noise, self.generator = scheduler, sample, noise, generator
