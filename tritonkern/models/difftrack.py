@@ -188,13 +188,14 @@ class DiffTrack(Tracker):
         transformer, vae, scheduler, prompt = read_folder(Path(folder))
         if official:
             published = {
-                "preset": preset_of(transformer, official_scale=True),
                 "border": "zeros",
                 "visibility": "all",
                 "sample": True,
                 "generator": torch.Generator().manual_seed(42),
                 "scaled": isinstance(transformer, CogVideoX),
             }
+            if "preset" not in options:
+                published["preset"] = preset_of(transformer, official_scale=True)
         fixed = {"scheduler": scheduler, "resolution": (480, 720), "prompt": prompt}
         return cls(transformer, vae, **(fixed | published | options)).eval()
 
