@@ -63,7 +63,8 @@ def test_as_the_dense_form(cfg, rotary):
     model = official(rotary)
     start, text, _ = inputs()
     table = rotation(model, start) if rotary else None
-    sizes = []
+    sizes, projected = [], []
+    model.transformer_blocks[1].attn1.to_q.register_forward_hook(lambda module, x, _: projected.append(len(x[0])))
     for block in model.transformer_blocks:
         block.ff.register_forward_hook(lambda module, x, _: sizes.append(len(x[0])))
     ours = theirs = start[:1]
@@ -81,6 +82,7 @@ def test_as_the_dense_form(cfg, rotary):
             uncond, cond = found[:1], found[-1:]
             ours = ours - 0.1 * (cond if both == 1 else uncond + strength * (cond - uncond))
     assert sizes[:3] == ([2, 3, 3] if both == 2 else [1, 2, 2]) and len(sizes) == 9
+    assert projected == [both] * 3  # queries, keys and values of the first guided layer are shared
     for step in range(3):
         time, strength = torch.tensor([900.0 - 300 * step]), cfg(step) if callable(cfg) else cfg
         theirs = theirs - 0.1 * dense(model, theirs, text, time, table, 0.7, strength, strength <= 1)

@@ -68,8 +68,6 @@ def _evaluate(
     query_modes(mode)
     tracker = PointTracker(model, weights, device)
     trackers: dict[str, Any] = {model: tracker.model}
-    if isinstance(tracker.model, DiffTrackNano):
-        trackers |= tracker.model.ablations()
     for name, other in baselines(tracker.device).items():
         trackers.setdefault(name, other)
     sets: dict[str, Callable[[], Iterable[TapVidClip]]]
@@ -87,13 +85,16 @@ def _evaluate(
         sets = {name: partial(clips_of, make) for name, make in SETS.items()}
 
     scores: dict[str, dict[str, dict[str, Evaluation]]] = {}
+    # On one set only: a pass of the transformer for every query frame and seven others takes its time.
+    ablations = tracker.model.ablations() if isinstance(tracker.model, DiffTrackNano) else {}
     for title, read in sets.items():
         # Generated clips are kept for all trackers; those of a file, which may be many, are read for each.
         clips = [] if tapvid is not None else read()
         results = scores[title] = {}
-        for name, contestant in trackers.items():
+        for name, contestant in {model: tracker.model, **ablations, **trackers}.items():
             with Stages() as stages:
                 results[name] = evaluate(contestant, read() if tapvid is not None else clips, mode, progress=stages)
+        ablations = {}
         console = Console()
         # In a narrow window lines that go on in the next one are better than figures that are cut off.
         console.width = max(console.width, 128)

@@ -68,7 +68,7 @@ def cross_attention_guidance(
                 replace_forward(stack, block, calls.block(number, block.forward))
         for layer in dict.fromkeys(layers):
             attention = blocks[layer].attn1
-            replace_forward(stack, attention, calls.attention(layer, attention.forward))
+            replace_forward(stack, attention, calls.attention(layer, attention))
         replace_forward(stack, model.norm_out, calls.output_norm(model.norm_out.forward))
         replace_forward(stack, model.proj_out, calls.output(model.proj_out.forward))
         yield
@@ -114,17 +114,28 @@ class _Calls:
 
         return call
 
-    def attention(self, layer: int, forward: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **options: Any) -> Any:
+    def attention(self, layer: int, attention: Any) -> Callable[..., Any]:
+        forward = attention.forward
+
+        def call(hidden_states: Tensor, encoder_hidden_states: Tensor, *args: Any, **options: Any) -> Any:
             renormalise = self.cfg <= 1 if self.renormalise is None else self.renormalise
-            with _FrameLocal(self.batch, self.text, self.frames, renormalise) as mode:
-                result = forward(*args, **options)
+            # In the first layer cond and the perturbed sample have the same queries, keys and values.
+            shared = layer == self.first
+            if shared:
+                hidden_states, encoder_hidden_states = (
+                    x[: -self.batch] for x in (hidden_states, encoder_hidden_states)
+                )
+            with _FrameLocal(self.batch, self.text, self.frames, renormalise, shared) as mode:
+                video, text = forward(hidden_states, encoder_hidden_states, *args, **options)
             if not mode.used:
                 raise RuntimeError(
                     f"the attention of layer {layer} does not call torch.nn.functional.scaled_dot_product_attention; "
                     "choose it with transformer.set_attention_backend('native') and unfused projections"
                 )
-            return result
+            if mode.apart is None:
+                return video, text
+            perturbed = attention.to_out[0](mode.apart.flatten(2))
+            return torch.cat([video, perturbed[:, self.text :]]), torch.cat([text, perturbed[:, : self.text]])
 
         return call
 
@@ -141,11 +152,16 @@ class _Calls:
 
 
 class _FrameLocal(TorchFunctionMode):
-    """The last `batch` samples attend within frames, the others as always."""
+    """The last `batch` samples attend within frames, the others as always.
 
-    def __init__(self, batch: int, text: int, frames: int, renormalise: bool) -> None:
+    `shared`: the last `batch` samples attend as always, too, and within frames besides; this result is `apart`.
+    """
+
+    def __init__(self, batch: int, text: int, frames: int, renormalise: bool, shared: bool) -> None:
         super().__init__()
-        self.batch, self.text, self.frames, self.renormalise, self.used = batch, text, frames, renormalise, False
+        self.batch, self.text, self.frames, self.renormalise, self.shared = batch, text, frames, renormalise, shared
+        self.used = False
+        self.apart: Tensor | None = None
 
     def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -155,7 +171,7 @@ class _FrameLocal(TorchFunctionMode):
         names = ("query", "key", "value")
         tensors = [args[i] if len(args) > i else kwargs[name] for i, name in enumerate(names)]
         rest = {name: value for name, value in kwargs.items() if name not in names}
-        usual = function(*(x[: -self.batch] for x in tensors), *args[3:], **rest)
+        usual = function(*(x if self.shared else x[: -self.batch] for x in tensors), *args[3:], **rest)
         local = frame_local_attention(
             *(x[-self.batch :].transpose(1, 2) for x in tensors),
             text=self.text,
@@ -163,4 +179,7 @@ class _FrameLocal(TorchFunctionMode):
             renormalise=self.renormalise,
             scale=rest.get("scale"),
         )
+        if self.shared:
+            self.apart = local
+            return usual
         return torch.cat([usual, local.transpose(1, 2)])
