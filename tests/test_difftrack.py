@@ -164,7 +164,7 @@ def folder(tmp_path):
 
 
 def test_folder(folder):
-    model = DiffTrack.from_folder(folder, preset=Preset((1,), (19.0,), None, 4))
+    model = DiffTrack.from_folder(folder, preset=Preset((1,), (19.0,), None, 3))
     video = torch.rand(1, 5, 480, 720, 3)[:, :, :64, :96] * 2 - 1
     model.resolution = model.pixels = (64, 96)
     latents = model.features(video)
@@ -188,7 +188,7 @@ def test_folder(folder):
 
 def test_published_choices(folder):
     """`official` changes latents and positions, each option by itself."""
-    preset = Preset((1,), (19.0,), 0.7, 4)
+    preset = Preset((1,), (19.0,), 0.7, 3)
     official = DiffTrack.from_folder(folder, official=True, preset=preset)
     assert (official.border, official.visibility, official.sample, official.scaled) == ("zeros", "all", True, True)
     with pytest.raises(ValueError, match="none is published"):
@@ -204,10 +204,10 @@ def test_published_choices(folder):
 def test_noise(folder):
     diffusers = pytest.importorskip("diffusers")
     with pytest.raises(ValueError, match="noise needs a scheduler"):
-        DiffTrack.from_folder(folder, noise=True, preset=Preset((1,), (19.0,), None, 4))
+        DiffTrack.from_folder(folder, noise=True, preset=Preset((1,), (19.0,), None, 3))
     diffusers.CogVideoXDDIMScheduler().save_pretrained(folder / "scheduler")
     generator = torch.Generator().manual_seed(1)
-    model = DiffTrack.from_folder(folder, noise=True, generator=generator, preset=Preset((1,), (319.0,), None, 4))
+    model = DiffTrack.from_folder(folder, noise=True, generator=generator, preset=Preset((1,), (319.0,), None, 3))
     latents = torch.randn(1, 3, 4, 8, 12)
     query, key = model.query_key(latents)
     generator.manual_seed(1)
@@ -267,7 +267,7 @@ def test_damaged_weights_of_the_vae(folder):
     file = next((folder / "vae").glob("*.safetensors"))
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises(ValueError, match="the weights of .*vae cannot be read"):
-        DiffTrack.from_folder(folder, preset=Preset((1,), (19.0,), None, 4))
+        DiffTrack.from_folder(folder, preset=Preset((1,), (19.0,), None, 3))
 
 
 def test_bad_input():

@@ -16,12 +16,12 @@ PLAN = DenoisingPlan(steps=2, rendered=1, warmup=1)
 
 def test_clips():
     lengths = set()
-    for step in range(8):
-        clips = DenoisingClips(DenoisingPlan(steps=8, rendered=1))[step]
+    for step in range(14):
+        clips = DenoisingClips(DenoisingPlan(steps=14, rendered=1))[step]
         lengths.add(clips.shape[1])
         assert clips.shape == (8 // clips.shape[1], clips.shape[1], 3, 64, 64)
         assert clips.abs().max() <= 2 and 0.2 < clips.std() < 2
-    assert lengths == {2, 4, 8} and torch.equal(clips, DenoisingClips(DenoisingPlan(steps=9, rendered=1))[7])
+    assert lengths == {2, 4, 8} and torch.equal(clips, DenoisingClips(DenoisingPlan(steps=15, rendered=1))[13])
 
 
 def test_the_model_sees_frames_as_in_training():

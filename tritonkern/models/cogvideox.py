@@ -292,11 +292,6 @@ class CogVideoX(nn.Module):
     def _check(self, latents: Tensor, text: Tensor, timestep: Tensor) -> None:
         if latents.ndim != 5 or latents.shape[2] != self.in_channels:
             raise ValueError(f"latents must be [B, T, {self.in_channels}, h, w], got {tuple(latents.shape)}")
-        if not self.rotary and latents.shape[1] > self.max_frames:
-            raise ValueError(
-                f"latents must have at most {self.max_frames} frames, of which the model has positions, "
-                f"got {latents.shape[1]}"
-            )
         if any(size % self.patch_size or not size for size in latents.shape[-2:]):
             raise ValueError(
                 f"latents must have h and w that patches of {self.patch_size} divide, got {tuple(latents.shape[-2:])}"
