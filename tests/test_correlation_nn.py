@@ -326,6 +326,22 @@ def test_features_in_16_bits_err_less_than_rounded_correlations():
     assert errors[0].max() <= 2 * errors[1].max() and errors[0].mean() <= errors[1].mean() < 0.1
 
 
+def test_transforms_of_samples():
+    """`torch.func` takes no function with a backward pass of its own, so that another way leads through it."""
+    features, places = torch.randn(2, 3, 4, 5, 6, dtype=torch.float64), torch.rand(3, 2, 7, dtype=torch.float64) * 4
+
+    def sample(features, places):
+        return correlation_module.sample_features(features, *places)
+
+    expected = sample(features, places)
+    assert torch.equal(torch.vmap(sample, (0, None))(features[None], places)[0], expected)
+    leaves = features.clone().requires_grad_(), places.clone().requires_grad_()
+    grads = torch.autograd.grad(sample(*leaves).square().sum(), leaves)
+    found = torch.func.grad(lambda *x: sample(*x).square().sum(), (0, 1))(features, places)
+    for x, y in zip(found, grads, strict=True):
+        torch.testing.assert_close(x, y)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_samples_do_not_depend_on_the_blocks(monkeypatch, dtype):
     features, queries = random_inputs(queries=50)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from oracle import fast_backends
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from tritonkern import (
     correlation_soft_argmax,
@@ -80,7 +81,8 @@ def correlations_and_layer(x, backend):
 
 
 def matches(x, backend):
-    return query_key_matching(x, x.cos(), grid=(2, 2), radius=1.5, backend=backend).points
+    cells = torch.tensor([[3, 0]], device=x.device)
+    return query_key_matching(x, x.cos(), grid=(2, 2), cells=cells, radius=1.5, backend=backend).points
 
 
 def match_costs(x, backend):
@@ -197,6 +199,16 @@ def test_transforms_of_functions_are_refused(case):
     ):
         with pytest.raises(NotImplementedError, match="cannot be differentiated by torch.func"):
             derivative(at)
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop")
+def test_transforms_without_a_derivative(case):
+    """Batches of calls, which PyTorch makes one by one, and graphs of them."""
+    function, x = case
+    expected = function(x)
+    torch.testing.assert_close(torch.vmap(function)(torch.stack([x, x]))[1], expected)
+    torch.testing.assert_close(torch.func.functionalize(function)(x), expected)
+    torch.testing.assert_close(make_fx(function, tracing_mode="symbolic")(x)(x), expected)
 
 
 def test_compiled_second_derivative_is_refused(case):

@@ -10,6 +10,10 @@ import torch
 from oracle import native_backends
 
 from tritonkern import (
+    attention_row_statistics,
+    frame_local_attention,
+    query_key_cost,
+    query_key_matching,
     temporal_mixer,
     temporal_window_attention,
     track_sample_attention,
@@ -88,6 +92,58 @@ def adapter(dtype, backend, eps):
     )
 
 
+def query_key(dtype, backend, scale):
+    x = [torch.randn(1, 2, 6, 2, 8, dtype=dtype) for _ in range(2)]
+    x[1][:, :, 1] = x[1][:, :, 2]
+
+    def call(*x):
+        match = query_key_matching(*x, grid=(2, 3), scale=scale, radius=1.5, backend=backend)
+        cost = query_key_cost(*x, cells=None, scale=scale, backend=backend)
+        return torch.cat([match.peak.flatten(), match.points.flatten(), cost.flatten()])
+
+    return x, call
+
+
+def radius(dtype, backend, radius):
+    x = [torch.randn(1, 2, 6, 2, 8, dtype=dtype) for _ in range(2)]
+    return x, lambda *x: query_key_matching(*x, grid=(2, 3), radius=radius, backend=backend).points
+
+
+def without_gradient(function):
+    """As if it had a gradient, of zero."""
+
+    def call(*x):
+        with torch.no_grad():
+            made = function(*x)
+        return made + sum(0 * tensor.sum() for tensor in x).to(made.dtype)
+
+    return call
+
+
+def row_statistics(dtype, backend, scale):
+    x = [torch.randn(1, 5, 2, 8, dtype=dtype) for _ in range(2)]
+    x[1][:, 1] = x[1][:, 2]
+
+    def call(*x):
+        return torch.stack(attention_row_statistics(*x, [(0, 2), (1, 5)], scale=scale, backend=backend))
+
+    return x, without_gradient(call)
+
+
+def frame_local(dtype, backend, scale):
+    x = [torch.randn(1, 5, 2, 8, dtype=dtype) for _ in range(3)]
+    x[1][:, 1] = x[1][:, 2]
+
+    def call(*x):
+        parts = (
+            frame_local_attention(*x, text=1, frames=2, renormalise=flag, scale=scale, backend=backend)
+            for flag in (True, False)
+        )
+        return torch.cat(list(parts))
+
+    return x, without_gradient(call)
+
+
 def within_scale(dtype, scale):
     return abs(scale) <= 2.0**64
 
@@ -109,6 +165,10 @@ CASES = {
     "track_sample_attention-sigma": ("track_attention", sample, "sigma", lambda dtype, sigma: sigma > 0),
     "track_splat_attention-sigma": ("track_attention", splat, "sigma", lambda dtype, sigma: sigma > 0),
     "sigma-tensor": ("track_attention", sigma_tensor, "sigma", lambda dtype, sigma: True),
+    "query_key_matching-scale": ("query_key_matching", query_key, "scale", within_scale),
+    "query_key_matching-radius": ("query_key_matching", radius, "radius", lambda dtype, radius: radius > 0),
+    "attention_row_statistics": ("query_key_matching", row_statistics, "scale", within_scale),
+    "frame_local_attention": ("query_key_matching", frame_local, "scale", within_scale),
     "temporal_mixer": ("temporal_mixer", mixer, "eps", normal),
     "adapter_in": ("temporal_adapter", adapter, "eps", normal),
 }

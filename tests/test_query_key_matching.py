@@ -351,13 +351,34 @@ def test_bad_arguments(change, error, message):
         query_key_matching(arguments.pop("query"), arguments.pop("key"), **arguments)
 
 
+@pytest.mark.parametrize("wrong", [-1, 6, 2**40])
+@pytest.mark.parametrize("backend", ["cpp", "reference"])
+def test_operators_refuse_cells_that_do_not_exist(backend, wrong):
+    """Those of a compiled graph reach them unchecked; on GPUs see triton_interpreter_query_cases.py."""
+    query, key = random_pair((1, 2, 6, 2, 8))
+    cells, options = torch.tensor([[0, wrong]]), (0, 2, 3, 0.3, True, 1.5, backend)
+    peak, points, index, weight = op.query_key_matching_fwd(query, key, torch.tensor([[0, 1]]), *options)
+    of_cost = (0, 0.3, True, backend)
+    compiled = torch.compile(lambda *x: query_key_cost(*x, cells=cells, backend=backend), backend="aot_eager")
+    for call, arguments in (
+        (op.query_key_matching_fwd, (query, key, cells, *options)),
+        (op.query_key_matching_bwd, (peak, points, query, key, cells, index, points, weight, *options)),
+        (op.query_key_cost_fwd, (query, key, cells, *of_cost)),
+        (op.query_key_cost_bwd, (torch.zeros(1, 2, 2, 6), query, key, cells, *of_cost)),
+        (compiled, (query, key)),
+    ):
+        torch._dynamo.reset()
+        with pytest.raises(ValueError, match=f"cells must be from 0 to 5.*, got {wrong}"):
+            call(*arguments)
+
+
 def test_cells_out_of_range_in_a_graph():
-    """Where nobody may wait for the values, the check is part of the graph."""
+    """Whose inputs they are."""
     query = torch.randn(1, 2, 6, 2, 8)
     torch._dynamo.reset()
     compiled = torch.compile(lambda x, cells: query_key_cost(x, x, cells=cells), fullgraph=True, backend="aot_eager")
     assert compiled(query, torch.tensor([[0, 5]])).shape == (1, 2, 2, 6)
-    with pytest.raises(RuntimeError, match="cells must be numbers of cells of a frame"):
+    with pytest.raises(ValueError, match="cells must be from 0 to 5"):
         compiled(query, torch.tensor([[0, 6]]))
 
 

@@ -28,15 +28,15 @@ def random_rows(dtype=torch.float32, B=2, N=35, J=61, H=2, D=9):
     return tuple((2 * torch.randn(B, n, H, D, dtype=torch.float64)).to(dtype) for n in (N, J))
 
 
-def check_rows(where, rows, key, mask, scale=None):
+def check_rows(where, rows, key, mask, scale=None, segments=SEGMENTS):
     backend, device = where
     there = None if mask is None else mask.to(device)
     found = attention_row_statistics(
-        rows.to(device), key.to(device), SEGMENTS, mask=there, scale=scale, backend=backend
+        rows.to(device), key.to(device), segments, mask=there, scale=scale, backend=backend
     )
     factor = rows.shape[-1] ** -0.5 if scale is None else scale
-    exact = textbook_rows(rows.double(), key.double(), mask, SEGMENTS, factor)
-    plain = [eager_rows(rows.flip(axes), key.flip(axes), mask, SEGMENTS, factor) for axes in ((), (-1,), (2,))]
+    exact = textbook_rows(rows.double(), key.double(), mask, segments, factor)
+    plain = [eager_rows(rows.flip(axes), key.flip(axes), mask, segments, factor) for axes in ((), (-1,), (2,))]
     score = abs(factor) * rows.abs().max().double() * key.abs().max().double() * rows.shape[-1]
     for i, name in enumerate(("maximum", "sum")):
         assert_as_exact_as_eager(found[i].cpu(), [x[i] for x in plain], exact[i], score, name)
@@ -193,6 +193,12 @@ def test_bad_rows(change, error, message):
     arguments = dict(rows=rows, key=key, segments=SEGMENTS) | change
     with pytest.raises(error, match=message):
         attention_row_statistics(arguments.pop("rows"), arguments.pop("key"), arguments.pop("segments"), **arguments)
+
+
+def test_segments_of_the_operator_are_pairs():
+    rows, key = random_rows()
+    with pytest.raises(ValueError, match="segments must be start, stop, start, stop, ..., got 3 numbers"):
+        op.attention_row_statistics_fwd(rows, key, None, [0, 3, 4], 0.3)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ points = torch.rand(1, 2, 5, 2)
 seen = torch.ones(1, 2, 5, dtype=torch.bool)
 tracked = torch.randn(1, 2, 5, 2, 8)
 features, support = torch.randn(1, 2, 4, 4, 8), torch.randn(1, 5, 3, 8)
+cells = torch.randn(1, 2, 6, 2, 8)
 queries = torch.tensor([[[0.0, 5.0, 6.0], [1.0, 2.0, 3.0]]])
 
 
@@ -111,6 +112,26 @@ CALLS = {
         ),
         dict(grid=(2, 2)),
     ),
+    "query_key_matching": (
+        tritonkern.query_key_matching,
+        dict(query=cells, key=cells, cells=torch.tensor([[0, 5]])),
+        dict(grid=(2, 3)),
+    ),
+    "query_key_cost": (
+        tritonkern.query_key_cost,
+        dict(query=cells, key=cells, cells=torch.tensor([[0, 5]])),
+        {},
+    ),
+    "attention_row_statistics": (
+        tritonkern.attention_row_statistics,
+        dict(rows=x5[0], key=x5[0], mask=torch.ones(2, 3, dtype=torch.bool)),
+        dict(segments=[(0, 2)]),
+    ),
+    "frame_local_attention": (
+        tritonkern.frame_local_attention,
+        dict(query=x5[0], key=x5[0], value=x5[0]),
+        dict(text=1, frames=2, renormalise=True),
+    ),
     "full_attention": (full_attention, dict(query=x5[0], key=x5[0], value=x5[0]), {}),
     "TemporalWindowAttention": (TemporalWindowAttention(32, 4), dict(x=torch.randn(1, 3, 32)), {}),
     "TemporalAdapter": (TemporalAdapter(8, hidden=32, pool=2), dict(tokens=torch.randn(1, 2, 4, 4, 8)), {}),
@@ -138,7 +159,7 @@ CALLS = {
         {},
     ),
 }
-OPTIONAL = {"visibility", "bias"}
+OPTIONAL = {"visibility", "bias", "cells", "mask"}
 KINDS = {
     "None": lambda x: None,
     "list": lambda x: x.tolist(),
@@ -169,7 +190,7 @@ def test_wrong_tensors(name, kind):
             continue  # its only tensor
         if kind == "None" and (argument in OPTIONAL or name == "adapter_out" and argument == "tokens"):
             continue
-        if kind == "bool" and argument == "visibility":
+        if kind == "bool" and argument in ("visibility", "mask") or kind == "integer" and argument == "cells":
             continue
         if argument == "sigma" and kind in ("list", "NumPy", "0-d", "None"):
             continue

@@ -10,6 +10,8 @@ import test_query_key_matching as match
 import test_query_key_rows as rows
 import torch
 
+from tritonkern.ops.query_key_matching import op
+
 WHERE = ("triton", "cpu")
 DTYPES = (torch.float64, torch.float32, torch.float16)
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::RuntimeWarning")]
@@ -63,6 +65,23 @@ def test_not_finite(tensor, frame):
 def test_rows(dtype, masked):
     tensors = rows.random_rows(dtype, B=1, N=5)
     rows.check_rows(WHERE, *tensors, torch.rand(1, 61) < 0.7 if masked else None)
+
+
+def test_cells_that_do_not_exist():
+    """Nothing on a GPU checks those of a graph or of the operator: NaN in their results, the others as without them."""
+    query, key = match.random_pair((1, 2, 6, 2, 8))
+    cells = torch.tensor([[3, -1, 6, 2**40, -(2**40)]])
+    options = (0, 2, 3, 0.3, True, 1.5)
+    peak, points, index, weight = op.query_key_matching_fwd(query, key, cells, *options, "triton")
+    expected = op.query_key_matching_fwd(query, key, cells[:, :1], *options, "triton")
+    for x, y in zip((peak, points, index, weight), expected, strict=True):
+        assert torch.equal(x[:, :, :1], y)
+        assert (x[:, :, 1:] == -1).all() if x.dtype == torch.int64 else x[:, :, 1:].isnan().all()
+    cost = op.query_key_cost_fwd(query, key, cells, 0, 0.3, True, "triton")
+    assert cost[:, :, 1:].isnan().all() and cost[:, :, :1].isfinite().all()
+    grads = op.query_key_matching_bwd(peak, points, query, key, cells, index, points, weight, *options, "triton")
+    assert all(x.isnan().any() for x in grads)
+    op.query_key_cost_bwd(cost, query, key, cells, 0, 0.3, True, "triton")
 
 
 def test_other_rows():

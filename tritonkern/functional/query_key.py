@@ -58,7 +58,8 @@ def query_key_matching(
             Under autocast both are cast to its dtype; sums are kept in float32 (float64 for float64).
         grid: (h, w) with h * w = S.
         source: the frame a.
-        cells: ``[B, M]`` int64, the source cells to find; None for all S of them.
+        cells: ``[B, M]`` int64, the source cells to find, from 0 to S - 1; None for all S of them. On a GPU their range is
+            an assertion on the device, as that of PyTorch's own indices, for which nothing waits.
         scale: factor on the scores, from -2**64 to 2**64; ``D ** -0.5`` if None.
         symmetric: False leaves B out, and A counts fully.
         radius: None: `points` are the centres of the best cells. A number: means over the cells strictly closer than
@@ -224,7 +225,9 @@ def _converted(query, key, cells, source, scale, symmetric, backend):
     source = integer("source", source)
     if cells is not None:
         check_strided("cells", cells)
-        op.check_range(cells, query.shape[2:3].numel())
+        # The kernels of CPUs check them, so that batches and traces, which have no numbers, need not.
+        if not cells.is_cpu and cells.dtype == torch.int64:
+            op.check_range(cells, query.shape[2:3].numel())
     if not isinstance(symmetric, bool):
         raise TypeError(f"symmetric must be a bool, got {type(symmetric).__name__}")
     return query, key, source, softmax_scale(scale, query), symmetric

@@ -259,5 +259,7 @@ def _interpolated(features: Tensor, places: Sequence[Tensor], dtype: torch.dtype
         fraction = position - low
         index.append(torch.stack([low, high], -1).view(*t.shape, *pair))
         weight = weight * torch.stack([1 - fraction, fraction], -1).view(*t.shape, *pair)
-    # [B, n, 2, 2, 2]
+    # weight is [B, n, 2, 2, 2]
+    if torch._C._are_functorch_transforms_active():  # they take no function with a backward pass of its own
+        return (weight[..., None] * features[tuple(index)]).sum((2, 3, 4)).to(dtype)
     return _Sample.apply(features, weight, dtype, *index)

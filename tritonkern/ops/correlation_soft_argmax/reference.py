@@ -38,15 +38,17 @@ def backward(
     dtype, query, features = query.dtype, accurate(query), accurate(features)
     unit_query, unit_features = _unit(query, saved.query_inverse_norm), _unit(features, saved.features_inverse_norm)
     cost = _cost(unit_query, unit_features)
-    grad_cost = cost.new_zeros(cost.shape)  # contiguous, so that flatten below is a view
+    rows, columns = cost.shape[-2:]
+    number = torch.arange(rows * columns, device=cost.device).view(rows, columns)
+    grad_cost = torch.zeros_like(cost)
     if grad.points is not None:
         peak = Outputs2d(saved.points, saved.maximum, saved.best, saved.weight)
         grad_cost += soft_argmax_2d_backward(grad.points, cost, peak, temperature, radius)
     if grad.mean is not None:
-        grad_cost += (grad.mean / (cost.shape[-2] * cost.shape[-1]))[..., None, None]
+        grad_cost += (grad.mean / (rows * columns))[..., None, None]
     for grad_extremum, cell in ((grad.maximum, saved.best), (grad.minimum, saved.worst)):
         if grad_extremum is not None:
-            grad_cost.flatten(-2).scatter_add_(-1, cell.long()[..., None], grad_extremum[..., None])
+            grad_cost += torch.where(cell[..., None, None] == number, grad_extremum[..., None, None], 0)
 
     grad_query = torch.einsum("bnthw,bthwc->bnc", grad_cost, unit_features)
     grad_features = torch.einsum("bnthw,bnc->bthwc", grad_cost, unit_query)

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tritonkern import _cpp
 from tritonkern.ops._dtypes import accumulator, adjacent_channels
-from tritonkern.ops.query_key_matching.op import Outputs, allocate, allocate_cost, disc_limit
+from tritonkern.ops.query_key_matching.op import Outputs, allocate, allocate_cost, check_range, disc_limit
 
 
 def _contiguous(x: Tensor | None) -> Tensor | None:
@@ -116,6 +116,7 @@ def frame_local_attention(
 
 
 def _inputs(query: Tensor, key: Tensor, cells: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
+    check_range(cells, query.shape[2])
     return adjacent_channels(query), adjacent_channels(key), _contiguous(cells)
 
 

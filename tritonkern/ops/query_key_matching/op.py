@@ -58,8 +58,11 @@ def _matches(query: Tensor, cells: Tensor | None) -> tuple[int, ...]:
 
 
 def disc_limit(radius: float) -> float:
-    """A squared distance of two cells, a whole number, is below radius**2 exactly if it is below this."""
-    return float(math.ceil(min(radius * radius, 2.0**62)))
+    """A squared distance of two cells, a whole number, is below radius**2 exactly if it is below this.
+
+    0 for a radius of 0, which stands for none; a tiny one, whose square is rounded to 0, still holds the best cell.
+    """
+    return float(max(1, math.ceil(min(radius * radius, 2.0**62)))) if radius else 0.0
 
 
 def check_inputs(query: Tensor, key: Tensor, cells: Tensor | None, source: int, scale: float) -> None:
@@ -88,10 +91,10 @@ def check_inputs(query: Tensor, key: Tensor, cells: Tensor | None, source: int, 
 
 
 def check_range(cells: Tensor | None, count: int) -> None:
-    """Raise ValueError unless all cells exist. On a GPU and in graphs: an assertion on the device, without waiting."""
+    """Raise ValueError unless all cells exist. On a GPU it is an assertion on the device, which waits for nothing."""
     if cells is None or cells.is_meta:
         return
-    if cells.device.type != "cpu" or torch.compiler.is_compiling():
+    if cells.device.type != "cpu":
         torch._assert_async(((cells >= 0) & (cells < count)).all(), "cells must be numbers of cells of a frame")
         return
     if cells.numel() == 0:
@@ -221,6 +224,8 @@ def check_rows(rows: Tensor, key: Tensor, mask: Tensor | None, segments: list[in
     if key.dim() != 4 or (key.shape[0], *key.shape[2:]) != (rows.shape[0], *rows.shape[2:]):
         expected = f"[{rows.shape[0]}, J, {rows.shape[2]}, {rows.shape[3]}]"
         raise ValueError(f"key must be {expected} for these rows, got {tuple(key.shape)}")
+    if len(segments) % 2:
+        raise ValueError(f"segments must be start, stop, start, stop, ..., got {len(segments)} numbers")
     for start, stop in zip(segments[::2], segments[1::2], strict=True):
         if not 0 <= start < stop <= key.shape[1]:
             raise ValueError(

@@ -10,7 +10,7 @@ from einops import rearrange, reduce
 from torch import Tensor
 
 from tritonkern.ops._dtypes import accurate, full_precision
-from tritonkern.ops.query_key_matching.op import Outputs, allocate, allocate_cost, disc_limit
+from tritonkern.ops.query_key_matching.op import Outputs, allocate, allocate_cost, check_range, disc_limit
 
 
 @full_precision
@@ -26,6 +26,7 @@ def forward(
     radius: float,
 ) -> Outputs:
     """As `op.query_key_matching_fwd`."""
+    check_range(cells, query.shape[2])
     outputs = allocate(query, cells)
     for t in range(query.shape[1]):
         if t == source:
@@ -67,7 +68,8 @@ def backward(
             slope = torch.einsum("bmsc,bmc->bms", centres - points[:, t, :, None], grad_points[:, t])
             grad = torch.where(_near(index[:, t], height, width, radius), slope / weight[:, t, :, None], 0.0)
         if grad_peak is not None:
-            grad = grad.scatter_add(-1, index[:, t, :, None].clamp(min=0), grad_peak[:, t, :, None])
+            best = index[:, t, :, None] == torch.arange(height * width, device=index.device)
+            grad = grad + torch.where(best, grad_peak[:, t, :, None], 0.0)
         return grad.masked_fill((index[:, t] < 0)[..., None], torch.nan)
 
     return _gradients(gradient_of_cost, query, key, cells, source, scale, symmetric)
@@ -78,6 +80,7 @@ def cost_forward(
     query: Tensor, key: Tensor, cells: Tensor | None, source: int, scale: float, symmetric: bool
 ) -> Tensor:
     """As `op.query_key_cost_fwd`."""
+    check_range(cells, query.shape[2])
     cost = allocate_cost(query, cells)
     for t in range(query.shape[1]):
         cost[:, t] = _cost(query, key, cells, source, t, scale, symmetric)
@@ -190,6 +193,7 @@ def _locate(cost: Tensor, height: int, width: int, radius: float) -> Outputs:
 
 def _gradients(gradient_of_cost, query, key, cells, a: int, scale: float, symmetric: bool) -> tuple[Tensor, Tensor]:
     """Gradients of query and key from those of C, frame by frame; None for a frame that gives none."""
+    check_range(cells, query.shape[2])
     q, k = accurate(query), accurate(key)
     grad_query, grad_key = torch.zeros_like(q), torch.zeros_like(k)
     every = _all_cells(query, cells)

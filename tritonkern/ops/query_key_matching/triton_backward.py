@@ -46,7 +46,7 @@ def query_key_matching_bwd_kernel_sums(
     place = (b * T + t).to(tl.int64) * H + h
     if OVER_TARGETS:
         m = block * ROWS + tl.arange(0, ROWS)
-        cell, present = source_cells(cells, b, m, M, HAS_CELLS)
+        cell, present = source_cells(cells, b, m, M, S, HAS_CELLS)
         sums = tl.zeros([ROWS], ACC)
         for start in tl.range(0, S, OTHERS, num_stages=1):
             j = start + tl.arange(0, OTHERS)
@@ -60,7 +60,7 @@ def query_key_matching_bwd_kernel_sums(
         sums = tl.zeros([OTHERS], ACC)
         for start in tl.range(0, M, ROWS, num_stages=1):
             m = start + tl.arange(0, ROWS)
-            cell, present = source_cells(cells, b, m, M, HAS_CELLS)
+            cell, present = source_cells(cells, b, m, M, S, HAS_CELLS)
             a = weights_over_sources(
                 query, key, lse, b, t, h, source, cell, present, j, S, H, D, T, scale, BLOCK_C, PRECISION
             )
@@ -91,7 +91,7 @@ def query_key_matching_bwd_kernel_source(
     m = program % blocks * ROWS + tl.arange(0, ROWS)
     h = program // blocks % H
     b = program // blocks // H
-    cell, present = source_cells(cells, b, m, M, HAS_CELLS)
+    cell, present = source_cells(cells, b, m, M, S, HAS_CELLS)
     query = (query, stride_qb, stride_qt, stride_qs, stride_qh)
     key = (key, stride_kb, stride_kt, stride_ks, stride_kh)
     given = (first, second, index, points, weight)
@@ -162,7 +162,7 @@ def query_key_matching_bwd_kernel_target(
             sum_j = tl.load(sums_b + place * S + j, mask=j < S, other=0.0)
         for start in tl.range(0, M, ROWS, num_stages=1):
             m = start + tl.arange(0, ROWS)
-            cell, present = source_cells(cells, b, m, M, HAS_CELLS)
+            cell, present = source_cells(cells, b, m, M, S, HAS_CELLS)
             grad = gradient_of_cost(given, b, t, m, present, j, T, M, S, width, limit, COST)
             a = weights_over_targets(
                 query, key, lse_a, b, t, h, source, cell, m, present, j, M, S, H, D, T, scale, BLOCK_C, PRECISION

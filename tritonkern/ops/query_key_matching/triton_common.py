@@ -42,13 +42,27 @@ def scores(left, left_present, right, right_present, D, scale, BLOCK_C: tl.const
 
 
 @triton.jit
-def source_cells(cells, b, m, M, HAS_CELLS: tl.constexpr):
-    """The source cells number m, and whether there are as many."""
+def source_cells(cells, b, m, M, S, HAS_CELLS: tl.constexpr):
+    """The source cells number m, and whether there are as many.
+
+    Cells that do not exist, which nothing checks without waiting for the GPU, become the nearest ones that do.
+    """
     present = m < M
     if HAS_CELLS:
-        return tl.load(cells + b.to(tl.int64) * M + m, mask=present, other=0).to(tl.int32), present
+        cell = tl.load(cells + b.to(tl.int64) * M + m, mask=present, other=0)
+        return tl.minimum(tl.maximum(cell, 0), S - 1).to(tl.int32), present
     else:
         return tl.where(present, m, 0), present
+
+
+@triton.jit
+def unknown_cells(cells, b, m, M, S, HAS_CELLS: tl.constexpr):
+    """Which of the source cells number m do not exist: their results are NaN."""
+    if HAS_CELLS:
+        cell = tl.load(cells + b.to(tl.int64) * M + m, mask=m < M, other=0)
+        return (cell < 0) | (cell >= S)
+    else:
+        return m < 0
 
 
 @triton.jit

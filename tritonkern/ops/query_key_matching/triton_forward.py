@@ -15,6 +15,7 @@ from tritonkern.ops.query_key_matching.triton_common import (
     scores,
     source_cells,
     squared_distance,
+    unknown_cells,
     weights_over_sources,
     weights_over_targets,
 )
@@ -42,7 +43,7 @@ def query_key_matching_fwd_kernel_lse(
     h = program % H
     t = program // H % T
     b = program // H // T
-    cell, present = source_cells(cells, b, m, M, HAS_CELLS)
+    cell, present = source_cells(cells, b, m, M, J, HAS_CELLS)
     row_frame, other_frame = t, source
     if OF_SOURCE:
         row_frame, other_frame = source, t
@@ -100,14 +101,14 @@ def query_key_matching_fwd_kernel_match(
     m = program % blocks * ROWS + tl.arange(0, ROWS)
     t = program // blocks % T
     b = program // blocks // T
-    cell, present = source_cells(cells, b, m, M, HAS_CELLS)
+    cell, present = source_cells(cells, b, m, M, S, HAS_CELLS)
     query = (query, stride_qb, stride_qt, stride_qs, stride_qh)
     key = (key, stride_kb, stride_kt, stride_ks, stride_kh)
     best = cell
     top = tl.full([ROWS], 1.0, ACC)
     total = top
     x, y = tl.zeros([ROWS], ACC), tl.zeros([ROWS], ACC)
-    broken = tl.zeros([ROWS], tl.int32)
+    broken = unknown_cells(cells, b, m, M, S, HAS_CELLS).to(tl.int32)
     if t != source:  # a cell of the source frame matches itself
         best = tl.zeros([ROWS], tl.int32)
         top = tl.full([ROWS], -1.0, ACC)
@@ -165,10 +166,11 @@ def query_key_matching_fwd_kernel_cost(
     m = program % blocks * ROWS + tl.arange(0, ROWS)
     t = program // blocks % T
     b = program // blocks // T
-    cell, present = source_cells(cells, b, m, M, HAS_CELLS)
+    cell, present = source_cells(cells, b, m, M, S, HAS_CELLS)
     cost = _cost(
         (query, stride_qb, stride_qt, stride_qs, stride_qh), (key, stride_kb, stride_kt, stride_ks, stride_kh),
         lse_a, lse_b, b, t, source, cell, m, present, j, T, M, S, H, D, scale, SYMMETRIC, BLOCK_C, PRECISION,
     )  # fmt: skip
+    cost = tl.where(unknown_cells(cells, b, m, M, S, HAS_CELLS)[:, None], float("nan"), cost)
     row = (b * T + t).to(tl.int64) * M + m
     tl.store(out + row[:, None] * S + j[None, :], cost, mask=present[:, None] & (j < S)[None, :])

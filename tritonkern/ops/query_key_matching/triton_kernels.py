@@ -180,7 +180,7 @@ def _gradients(given, query, key, cells, source, width, scale, symmetric, limit,
 
     found = of_source(call.M, call.has_cells, QUERIES=True, GIVEN=True, SUMS=not call.has_cells)
     if cells is not None:
-        where = cells[..., None, None].expand(-1, -1, call.H, call.D)
+        where = cells.clamp(0, call.S - 1)[..., None, None].expand(-1, -1, call.H, call.D)
         spread = [call.new(call.B, call.S, call.H, call.D).zero_().scatter_add_(1, where, x) for x in found]
         if symmetric:
             spread[1] += of_source(call.S, False, QUERIES=False, GIVEN=False, SUMS=True)[1]
