@@ -1,5 +1,7 @@
 """LocoTrackRefiner: the official model's results from its state dict, and other trackers' tracks refined."""
 
+import copy
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -53,6 +55,23 @@ def test_refines_what_it_is_given(refiner):
     short.load_state_dict(refiner.state_dict())
     halfway = short(video, queries, given)
     torch.testing.assert_close(short(video, queries, halfway).tracks, refined.tracks, atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_hooks_of_the_parts_run_where_features_and_refine_are_called(refiner):
+    """As users call them, and not through the module itself."""
+    model, ran = copy.deepcopy(refiner), set()
+    model.steps = 1
+    parts = {
+        name: part
+        for name, part in model.named_modules()
+        if name and not isinstance(part, nn.ModuleList | nn.ModuleDict)
+    }
+    for name, part in parts.items():
+        part.register_forward_hook(lambda *_, name=name: ran.add(name))
+    video, queries = clip()
+    model.refine(model.features(video[:, :, :64, :64]), queries)
+    assert ran == set(parts)
 
 
 @torch.no_grad()

@@ -3,10 +3,23 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from oracle import growth
 from safetensors.torch import save, save_file
 
-from tritonkern.models import Chrono, ChronoNano, DepthModel, DINOv2, LocoTrackRefiner, build_model
+from tritonkern.models import (
+    TAPIR,
+    Chrono,
+    ChronoNano,
+    DepthModel,
+    DiffTrackNano,
+    DINOv2,
+    LocoTrackRefiner,
+    Nano,
+    TrackerOutput,
+    build_model,
+    insert_tracktention,
+)
 from tritonkern.models.checkpoints import load_strict, read_state_dict
 from tritonkern.models.dinov2 import DINOv2Config
 
@@ -82,11 +95,18 @@ CHECKPOINTS = {
     "Chrono": (tiny_chrono, Chrono.from_checkpoint),
     "ChronoNano": (ChronoNano, ChronoNano.from_checkpoint),
     "LocoTrackRefiner": (lambda: LocoTrackRefiner("small"), LocoTrackRefiner.from_checkpoint),
+    "Nano": (Nano, Nano.from_checkpoint),
+    "TAPIR": (TAPIR, TAPIR.from_checkpoint),
+    "DiffTrackNano": (
+        lambda: DiffTrackNano().transformer,
+        lambda path: DiffTrackNano.from_checkpoint(path).transformer,
+    ),
 }
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name == "ChronoNano")) for name in CHECKPOINTS]
+    "name",
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in ("ChronoNano", "Nano", "TAPIR"))) for name in CHECKPOINTS],
 )
 def test_prefixes_are_removed_and_a_foreign_name_is_told(name, tmp_path):
     make, load = CHECKPOINTS[name]
@@ -206,8 +226,33 @@ def test_chrono_on_the_meta_device_gets_all_it_needs_from_its_state_dict():
         empty = tiny_chrono()
     empty.to_empty(device="cpu").load_state_dict(model.state_dict())
     assert torch.equal(empty(video, queries).tracks, model(video, queries).tracks)
-    for module in (model, DepthModel(TINY, 8, (8,) * 4, levels=[0, 1]), LocoTrackRefiner("small")):
+
+
+def test_no_model_has_a_buffer_that_its_state_dict_lacks():
+    """It would be lost on the meta device."""
+    with torch.device("meta"):
+        models = (
+            *(tiny_chrono(), ChronoNano(), Nano(), TAPIR(extra_convs=True), TAPIR(extra_convs=True, causal=True)),
+            *(DepthModel(TINY, 8, (8,) * 4, levels=[0, 1]), LocoTrackRefiner("small"), DiffTrackNano()),
+            insert_tracktention(DINOv2(TINY), [0], 64, num_heads=2, depth=1),
+        )
+    for module in models:
         assert {name for name, _ in module.named_buffers()} <= set(module.state_dict())
+
+
+@torch.no_grad()
+def test_nano_on_the_meta_device_gets_all_it_needs_from_its_state_dict():
+    model = build_model("nano")
+    with torch.device("meta"):
+        empty = Nano()
+    empty.to_empty(device="cpu").load_state_dict(model.state_dict())
+    maps = [F.normalize(torch.randn(1, 2, size, size, 4), dim=-1) for size in (128, 64, 32)]
+    supports = [grid[:, 0, 8:15, 8:15].reshape(1, 1, 49, 4) for grid in maps]
+    positions = torch.rand(1, 1, 2, 2) * 256
+    guess = TrackerOutput(positions, torch.zeros(1, 1, 2), torch.zeros(1, 1, 2))
+    call = (maps, supports, torch.rand(1, 1, 2, 4), positions, guess)
+    for x, y in zip(empty.refiner(*call).output, model.refiner(*call).output, strict=True):
+        assert torch.equal(x, y)
 
 
 @torch.no_grad()
@@ -220,6 +265,13 @@ def test_chrono_made_in_inference_mode():
         assert torch.equal(model(video, queries).tracks, expected)
 
 
+def refined_nano():
+    torch.manual_seed(0)
+    model = Nano(32, 2, 2, 16, 16).eval()
+    torch.nn.init.normal_(model.refiner.output.weight, std=0.02)
+    return model
+
+
 def small_refiner():
     model = LocoTrackRefiner("small", steps=1).eval()
     model.forward = lambda video, queries: model.refine(model.features(video[:, :, :48, :48]), queries)
@@ -229,8 +281,8 @@ def small_refiner():
 @torch.no_grad()
 @pytest.mark.parametrize(
     "make",
-    [tiny_chrono, *(pytest.param(make, marks=pytest.mark.slow) for make in (small_nano, small_refiner))],
-    ids=["Chrono", "ChronoNano", "LocoTrackRefiner"],
+    [tiny_chrono, *(pytest.param(make, marks=pytest.mark.slow) for make in (small_nano, refined_nano, small_refiner))],
+    ids=["Chrono", "ChronoNano", "Nano", "LocoTrackRefiner"],
 )
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("default", [torch.float32, torch.float64], ids=str)

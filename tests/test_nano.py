@@ -50,6 +50,20 @@ def test_shapes_and_the_query_frame(untrained, features):
     assert output.visible[0, torch.arange(8), queries[0, :, 0].long()].all()
 
 
+@torch.no_grad()
+def test_hooks_of_the_parts_run_where_refine_is_called(features):
+    """As users call it, and not through the module itself."""
+    model, ran = Nano(32, 2, 2, 16, 16).eval(), set()
+    parts = {
+        name: part for name, part in model.named_modules() if name.startswith("refiner") and name != "refiner.blocks"
+    }
+    parts["occ_linear"] = model.occ_linear
+    for name, part in parts.items():
+        part.register_forward_hook(lambda *_, name=name: ran.add(name))
+    model.refine(features, grid())
+    assert ran == set(parts)
+
+
 def test_points_do_not_depend_on_each_other(untrained, features, monkeypatch):
     queries = grid()
     with torch.inference_mode():

@@ -12,7 +12,16 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from tritonkern.models import Chrono, ChronoNano, DepthModel, DINOv2, LocoTrackRefiner, insert_tracktention
+from tritonkern.models import (
+    TAPIR,
+    Chrono,
+    ChronoNano,
+    CogVideoX,
+    DepthModel,
+    DINOv2,
+    LocoTrackRefiner,
+    insert_tracktention,
+)
 from tritonkern.models.chrono_nano import _BLOCK, frames_in_blocks
 from tritonkern.models.dinov2 import DINOv2Config
 from tritonkern.models.nano import RefinerBlock
@@ -58,6 +67,33 @@ class SmallLocoTrack(nn.Module):
         return self.refiner.refine(self.refiner.features(video), queries)
 
 
+class SmallTAPIR(nn.Module):
+    """On frames of 64 x 64 pixels."""
+
+    def __init__(self):
+        super().__init__()
+        self.tapir = TAPIR()
+        self.tapir.steps, self.tapir.torch_pips_mixer.blocks = 1, self.tapir.torch_pips_mixer.blocks[:1]
+
+    def forward(self, video, queries):
+        return self.tapir.track(self.tapir.features(video), queries)
+
+
+class QueriesAndKeys(nn.Module):
+    """Of all heads of one layer, then of one head of another."""
+
+    def __init__(self):
+        super().__init__()
+        sizes = dict(num_attention_heads=2, attention_head_dim=16, in_channels=4, out_channels=4, time_embed_dim=24)
+        sizes |= dict(text_embed_dim=12, num_layers=2, sample_width=8, sample_height=8, max_text_seq_length=5)
+        self.transformer = CogVideoX(**sizes)
+
+    def forward(self, *inputs):
+        (first,) = self.transformer.query_key(*inputs, [0])
+        (second,) = self.transformer.query_key(*inputs, [1], [1])
+        return *first, *second, self.transformer(*inputs)
+
+
 def small_chrono():
     model = Chrono(TINY, hidden=32)
     model.cells = 4
@@ -79,6 +115,11 @@ MODULES = {
     "Chrono": lambda: (small_chrono(), [video(), queries()]),
     "ChronoNano": lambda: (ChronoNano(32, 2, 2, 16, 16), [video(), queries()]),
     "LocoTrackRefiner": lambda: (SmallLocoTrack(), [video()[:, :, :64, :64], queries()]),
+    "TAPIR": lambda: (SmallTAPIR(), [video()[:, :, :64, :64], queries()]),
+    "CogVideoX": lambda: (
+        QueriesAndKeys(),
+        [torch.randn(1, 2, 4, 8, 8), torch.randn(1, 5, 12), torch.tensor([20.0])],
+    ),
     "TracktentionModel": lambda: (
         insert_tracktention(DINOv2(TINY), [0], 64, num_heads=2, depth=1),
         [torch.randn(1, 2, 3, 28, 28), tracks() * 7],
@@ -88,7 +129,7 @@ LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.ConvTranspose2d)
 
 
 # Modules of which a case takes seconds, and the test that runs quickly all the same for the last two.
-SLOW = {"ChronoNano", "DepthModel", "LocoTrackRefiner"}
+SLOW = {"ChronoNano", "DepthModel", "LocoTrackRefiner", "TAPIR"}
 
 
 def pytest_generate_tests(metafunc):
@@ -212,8 +253,10 @@ def test_every_hook_runs(case, backward):
         for name, part in module.named_modules()
         if name and not isinstance(part, nn.ModuleList | nn.ModuleDict) and "refinenet4.resConfUnit1" not in name
     }
-    # The test calls methods of these, not they themselves; no gradient reaches the refiner's first match.
-    silent = ["backbone", "refiner"] + ["refiner.cost_conv", "refiner.occ_linear"] * backward
+    # The test calls methods of these, not they themselves; no gradient reaches the positions of the first match.
+    silent = ["backbone", "refiner", "tapir"]
+    if backward:
+        silent += ["refiner.cost_conv", "refiner.occ_linear", "tapir.torch_cost_volume_track_mods.hid2"]
     for name in silent:
         parts.pop(name, None)
     ran = set()

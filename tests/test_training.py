@@ -166,6 +166,12 @@ def test_a_damaged_checkpoint_says_to_delete_it(tmp_path):
         checkpoint.write_bytes(content)
         with pytest.raises(ValueError, match="nano.checkpoint is damaged, .* delete it"):
             train(small_model(), tmp_path / "nano.safetensors", PLAN)
+    checkpoint.write_bytes(whole)
+    saved = torch.load(checkpoint)
+    for name, other in (("model", {}), ("model", 3), ("optimiser", {"state": {}}), ("schedule", 3), ("step", "2")):
+        torch.save({**saved, name: other}, checkpoint)
+        with pytest.raises(ValueError, match="nano.checkpoint does not fit this training run .*: delete it"):
+            train(small_model(), tmp_path / "nano.safetensors", replace(PLAN, steps=1))
     torch.save(small_model().state_dict(), checkpoint)
     with pytest.raises(ValueError, match="nano.checkpoint is no checkpoint of a training run: delete it"):
         train(small_model(), tmp_path / "nano.safetensors", PLAN)

@@ -58,8 +58,8 @@ def query_key_matching(
             Under autocast both are cast to its dtype; sums are kept in float32 (float64 for float64).
         grid: (h, w) with h * w = S.
         source: the frame a.
-        cells: ``[B, M]`` int64, the source cells to find, from 0 to S - 1; None for all S of them. On a GPU their range is
-            an assertion on the device, as that of PyTorch's own indices, for which nothing waits.
+        cells: ``[B, M]`` int64, the source cells to find, from 0 to S - 1; None for all S of them. On a GPU their
+            range is an assertion on the device, as that of PyTorch's own indices, for which nothing waits.
         scale: factor on the scores, from -2**64 to 2**64; ``D ** -0.5`` if None.
         symmetric: False leaves B out, and A counts fully.
         radius: None: `points` are the centres of the best cells. A number: means over the cells strictly closer than

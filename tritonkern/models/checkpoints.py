@@ -76,7 +76,10 @@ def read_pytorch(path: Path) -> Any:
         # Damaged bytes make torch.load fail with nearly any exception class (KeyError, IndexError, AssertionError).
         except Exception as error:
             if not isinstance(error, pickle.UnpicklingError) or "GLOBAL" not in str(error):
-                raise ValueError(f"{path} is not a readable PyTorch file; was the download cut short?") from error
+                reason = (str(error) or type(error).__name__).partition("\n")[0][:200]
+                raise ValueError(
+                    f"{path} is not a readable PyTorch file ({reason}); was the download cut short?"
+                ) from error
             raise ValueError(
                 f"{path} holds Python objects as well as tensors, which only running its code could load. If you trust "
                 "its origin, write its tensors out once: "

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from tritonkern.functional._full_attention import full_attention
 from tritonkern.models.checkpoints import load_strict, read_state_dict
+from tritonkern.nn._plain import is_plain
 
 _PERIOD = 10000.0
 # Keys of config.json that this class has no use for, or whose only published value it has built in.
@@ -39,6 +40,11 @@ class _PatchEmbed(nn.Module):
         super().__init__()
         self.proj = nn.Conv2d(channels, dim, patch_size, patch_size)
         self.text_proj = nn.Linear(text_dim, dim)
+
+    def forward(self, latents: Tensor, text: Tensor) -> tuple[Tensor, Tensor]:
+        """`[B, T, C, h, w]`, `[B, L, text_dim]` -> the tokens of the cells, `[B, T S, dim]`, and those of the text."""
+        cells = rearrange(self.proj(latents.flatten(0, 1)), "(b t) c h w -> b (t h w) c", b=len(latents))
+        return cells, self.text_proj(text)
 
 
 class _TimeEmbedding(nn.Module):
@@ -77,12 +83,13 @@ class _Attention(nn.Module):
         """`[B, text + video, H, D]` of the given heads, normalised and rotated."""
 
         def project(layer: nn.Linear, norm: nn.LayerNorm) -> Tensor:
-            weight, bias = layer.weight, layer.bias
-            if heads is not None:
-                weight = weight.unflatten(0, (self.num_heads, -1))[heads].flatten(0, 1)
-                bias = bias.unflatten(0, (self.num_heads, -1))[heads].flatten()
-            count = self.num_heads if heads is None else len(heads)
-            y = norm(F.linear(x, weight, bias).unflatten(-1, (count, -1)))
+            if heads is None or not is_plain(layer, nn.Linear) or layer.bias is None:
+                y = layer(x).unflatten(-1, (self.num_heads, -1))
+                y = norm(y if heads is None else y[:, :, heads])
+            else:
+                parameters = (layer.weight, layer.bias)
+                weight, bias = (p.unflatten(0, (self.num_heads, -1))[heads].flatten(0, 1) for p in parameters)
+                y = norm(F.linear(x, weight, bias).unflatten(-1, (len(heads), -1)))
             return y if rotary is None else torch.cat([y[:, :text], _rotate(y[:, text:], rotary)], 1)
 
         return project(self.to_q, self.norm_q), project(self.to_k, self.norm_k)
@@ -277,17 +284,17 @@ class CogVideoX(nn.Module):
     def _embed(self, latents: Tensor, text: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Tokens `[B, L + T S, C]`, time embedding `[B, time_embed_dim]`, angles `[T S, D / 2]` of the rotation."""
         self._check(latents, text, timestep)
-        batch, frames = latents.shape[:2]
+        frames = latents.shape[1]
         angles = timestep.float()[:, None] * _frequencies(self.num_heads * self.head_dim // 2, 1, latents.device)
         time = self.time_embedding(torch.cat([angles.cos(), angles.sin()], -1).to(latents.dtype))
-        cells = rearrange(self.patch_embed.proj(latents.flatten(0, 1)), "(b t) c h w -> b (t h w) c", b=batch)
+        cells, text = self.patch_embed(latents, text)
         grid = self.grid(latents)
         if self.rotary:
             rotary = _rotation(self.head_dim, frames, grid, self.sample, latents.device)
         else:
             table = _sines(cells.shape[-1], frames, grid, self.scales, latents.device)
             cells, rotary = cells + table.to(cells.dtype), None
-        return torch.cat([self.patch_embed.text_proj(text), cells], 1), time, rotary
+        return torch.cat([text, cells], 1), time, rotary
 
     def _check(self, latents: Tensor, text: Tensor, timestep: Tensor) -> None:
         if latents.ndim != 5 or latents.shape[2] != self.in_channels:

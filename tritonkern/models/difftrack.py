@@ -164,7 +164,7 @@ class DiffTrack(Tracker):
         self.scheduler, self.sample, self.noise, self.generator = scheduler, sample, noise, generator
         self.scaled = scaled
         empty = torch.zeros(1, 1, transformer.text_dim) if prompt is None else prompt
-        self.register_buffer("prompt", empty, persistent=False)
+        self.register_buffer("prompt", empty)
 
     @classmethod
     def from_folder(cls, folder: str | Path, official: bool = False, **options: Any) -> DiffTrack:

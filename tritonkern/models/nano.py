@@ -15,7 +15,7 @@ from tritonkern.functional import correlation_soft_argmax, local_correlation_lin
 from tritonkern.models.checkpoints import load_strict, read_state_dict
 from tritonkern.models.chrono_nano import ChronoNano, frames_in_blocks
 from tritonkern.nn import TemporalWindowAttention
-from tritonkern.nn._plain import is_plain
+from tritonkern.nn._plain import input_dtype, is_plain
 from tritonkern.nn.correlation import TrackerOutput, put_queries, sample_features
 
 _RADIUS = 3
@@ -95,8 +95,9 @@ class Nano(ChronoNano):
 
         Raises `FileNotFoundError` if there is no such file, `ValueError` if it does not hold this model's weights.
         """
-        model = cls()
-        load_strict(model, {name: tensor.float() for name, tensor in read_state_dict(path).items()}, str(path))
+        with torch.device("meta"):
+            model = cls()
+        load_strict(model, read_state_dict(path), str(path))
         return model.eval()
 
     def cells(self, video: Tensor) -> Tensor:
@@ -163,11 +164,12 @@ class FineFeatures(nn.Module):
         self.head = nn.Linear(2 * dim, dim)
 
     def forward(self, video: Tensor) -> Tensor:
-        images = rearrange(video, "b t h w c -> (b t) c h w")
+        images = rearrange(video.to(input_dtype(self, video.dtype)), "b t h w c -> (b t) c h w")
         edges = F.relu(self.norm1(self.conv1(images)))
         shapes = F.relu(self.norm2(self.conv2(edges)))
         features = self.head(torch.cat([edges, shapes], 1).movedim(1, -1))
-        return F.normalize(features.float(), dim=-1).unflatten(0, video.shape[:2])
+        features = features.to(torch.promote_types(features.dtype, torch.float32))
+        return F.normalize(features, dim=-1).unflatten(0, video.shape[:2])
 
 
 def make_maps(fine: Tensor, cells: Tensor) -> Maps:
@@ -183,21 +185,10 @@ class Refiner(nn.Module):
     `[B, N, T, 2]` in pixels, `guess` the present positions and logits.
     """
 
-    pairs: Tensor
-    offsets: Tensor
-
     def __init__(self, dim: int = 128, depth: int = 2, codes: int = 96, rank: int = 16):
         super().__init__()
         scales = len(_STRIDES)
-        # Which pairs (sample p, support s) belong to displacement d: p = s + d. [49, 49, 49]
-        along = torch.arange(-_RADIUS, _RADIUS + 1)
-        line = along[:, None, None] == along[None, :, None] - along[None, None, :]
-        pairs = line[:, None, :, None, :, None] & line[None, :, None, :, None, :]
-        self.register_buffer("pairs", pairs.reshape(_CELLS, _CELLS, _CELLS).float(), persistent=False)
-        y, x = torch.meshgrid(along, along, indexing="ij")
-        self.register_buffer("offsets", torch.stack([x, y], -1).flatten(0, 1).float(), persistent=False)
-
-        distance = (self.offsets.square().sum(-1) / (2 * 1.5**2)).expand(scales, -1)
+        distance = (_offsets(torch.zeros(0)).square().sum(-1) / (2 * 1.5**2)).expand(scales, -1)
         self.window = nn.Parameter(-distance.clone())
         self.sharpness = nn.Parameter(torch.full((scales,), 3.0))
         self.support_code = nn.Parameter(torch.randn(rank, _CELLS) / _SIDE)
@@ -215,7 +206,8 @@ class Refiner(nn.Module):
 
     def first_logits(self, evidence: Tensor) -> tuple[Tensor, Tensor]:
         """Logits `[B, N, T]` of the global match: hidden, and far off."""
-        occlusion, expected_distance = self.first(evidence).unbind(-1)
+        logits = self.first(evidence.to(input_dtype(self.first, evidence.dtype))).to(evidence.dtype)
+        occlusion, expected_distance = logits.unbind(-1)
         return occlusion, expected_distance
 
     def forward(
@@ -224,10 +216,11 @@ class Refiner(nn.Module):
         tracks, occlusion, expected_distance = guess
         pair_weights = torch.einsum("kpr,rs->kps", self.pair_code, self.support_code)
         sharpness = self.sharpness.exp()
+        pairs, offsets = _pairs(self.window), _offsets(self.window)
         confidence = ((1 - occlusion.sigmoid()) * (1 - expected_distance.sigmoid())).square()
         logits, inputs, proposals = [], [], []
         for level, (grid, support, stride) in enumerate(zip(maps, supports, _STRIDES, strict=True)):
-            window = self.pairs * self.window[level].exp()
+            window = pairs * self.window[level].exp()
             window = window / window.sum((1, 2), keepdim=True)
             weight = torch.cat([window, pair_weights]).flatten(1)
             read = (
@@ -248,7 +241,7 @@ class Refiner(nn.Module):
             cost, code = read.split([_CELLS, read.shape[-1] - _CELLS], -1)
             logits.append(sharpness[level] * cost)
             chance = logits[-1].softmax(-1)
-            ahead = chance @ self.offsets
+            ahead = chance @ offsets.to(chance.dtype)
             proposals.append(stride * ahead)
             inputs += [cost, F.gelu(code + self.code_bias[level]), ahead, chance.amax(-1, keepdim=True)]
 
@@ -266,10 +259,11 @@ class Refiner(nn.Module):
             (motion / 32).tanh(),
             (tracks / 128 - 1).clamp(-1.5, 1.5),
         ]
-        hidden = self.input(torch.cat(inputs, -1)).flatten(0, 1)
+        hidden = torch.cat([x.to(tracks.dtype) for x in inputs], -1)
+        hidden = self.input(hidden.to(input_dtype(self, hidden.dtype))).flatten(0, 1)
         for block in self.blocks:
             hidden = block(hidden)
-        update = self.output(self.norm(hidden)).unflatten(0, tracks.shape[:2])
+        update = self.output(self.norm(hidden)).unflatten(0, tracks.shape[:2]).to(tracks.dtype)
 
         shares = update[..., 4:].softmax(-1)[..., 1:]
         moved = tracks + 2 * update[..., :2] + (torch.stack(proposals, -2) * shares[..., None]).sum(-2)
@@ -300,14 +294,31 @@ class RefinerBlock(nn.Module):
     def _mix(self, x: Tensor) -> Tensor:
         """`temporal_mixer`, or what it computes by calls of the convolutions where these are not plain."""
         conv1, conv2, dim = self.conv1, self.conv2, len(self.mix_norm)
-        if is_plain(conv1, nn.Conv1d, groups=dim, **_ALONG_TIME) and is_plain(
+        plain = is_plain(conv1, nn.Conv1d, groups=dim, **_ALONG_TIME) and is_plain(
             conv2, nn.Conv1d, groups=4 * dim, **_ALONG_TIME
-        ):
-            bias1, bias2 = cast(Tensor, conv1.bias), cast(Tensor, conv2.bias)
-            return cast(Tensor, temporal_mixer(x, self.mix_norm, conv1.weight, bias1, conv2.weight, bias2))
+        )
+        if plain and conv1.bias is not None and conv2.bias is not None:
+            parameters = (self.mix_norm, conv1.weight, conv1.bias, conv2.weight, conv2.bias)
+            return cast(Tensor, temporal_mixer(x, *parameters))
         normed = F.layer_norm(x, (dim,), self.mix_norm)
         hidden = F.gelu(conv1(F.pad(normed.mT, (1, 1))), approximate="tanh")
         return x + reduce(conv2(F.pad(hidden, (1, 1))), "m (c j) t -> m t c", "sum", j=4)
+
+
+# Made at every call: a checkpoint does not hold them, so as buffers they would be lost on the meta device.
+def _pairs(like: Tensor) -> Tensor:
+    """`[49, 49, 49]`, 1 where the pair (sample p, support s) belongs to displacement d: p = s + d."""
+    along = torch.arange(-_RADIUS, _RADIUS + 1, device=like.device)
+    line = along[:, None, None] == along[None, :, None] - along[None, None, :]
+    pairs = line[:, None, :, None, :, None] & line[None, :, None, :, None, :]
+    return pairs.reshape(_CELLS, _CELLS, _CELLS).to(like.dtype)
+
+
+def _offsets(like: Tensor) -> Tensor:
+    """`[49, 2]` (x, y), the displacements d."""
+    along = torch.arange(-_RADIUS, _RADIUS + 1, device=like.device)
+    y, x = torch.meshgrid(along, along, indexing="ij")
+    return torch.stack([x, y], -1).flatten(0, 1).to(like.dtype)
 
 
 def _from_neighbours(tracks: Tensor, confidence: Tensor, reach: float) -> tuple[Tensor, Tensor]:

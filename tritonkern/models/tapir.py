@@ -73,6 +73,9 @@ class TAPIR(Tracker):
                 "occ_out": nn.Linear(16, 2),
             }
         )
+        # As in the official code no gradient reaches it (`match_filtered`). DistributedDataParallel refuses trainable
+        # parameters without one.
+        self.torch_cost_volume_track_mods["hid2"].requires_grad_(False)
         outputs = 4 + _FINE + _COARSE
         self.torch_pips_mixer = _Mixer(outputs + 49 * (2 + pyramid_level), outputs, causal)
         self.extra_convs = _ExtraConvs() if extra_convs else None

@@ -75,8 +75,8 @@ def track_in_spans(
     # The same queries in the clip that consists of the queries' frames.
     local = torch.cat([index[:, None].to(queries), queries[:, 1:]], 1).to(device)
 
-    tracks = torch.empty(len(queries), len(raster), 2)
-    confidence = torch.empty(len(queries), len(raster))
+    tracks = torch.empty(len(queries), len(raster), 2, dtype=torch.float32)
+    confidence = torch.empty(len(queries), len(raster), dtype=torch.float32)
     matcher = model if isinstance(model, MatchingTracker) and type(model).track is MatchingTracker.track else None
     for done, span in enumerate(spans, start=len(wanted) + 1):
         for rows in _chunks(index, _CHUNK if matcher else _CHUNK_OWN_TRACK):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from tritonkern.files import atomic_path
 from tritonkern.models.cogvideox import CogVideoX
 from tritonkern.models.difftrack_nano import CONTRAST, FRAMES, PIXELS
-from tritonkern.training.loop import read_checkpoint, write_weights
+from tritonkern.training.loop import fitting, read_checkpoint, write_weights
 from tritonkern.training.synthetic import generate_clip
 
 # Clips are rendered at twice the size, and motion is given in pixels of 256 x 256.
@@ -117,9 +118,10 @@ def train_denoiser(
     done = 0
     if checkpoint.exists():
         saved = read_checkpoint(checkpoint, {"plan", "step", "model", "optimiser"}, plan, free=("steps",))
-        transformer.load_state_dict(saved["model"])
-        optimiser.load_state_dict(saved["optimiser"])
-        done = saved["step"]
+        with fitting(checkpoint):
+            transformer.load_state_dict(saved["model"])
+            optimiser.load_state_dict(saved["optimiser"])
+            done = operator.index(saved["step"])
         if done > plan.steps:
             raise ValueError(f"steps must be {done} or more, which {checkpoint} has behind it, got {plan.steps}")
 

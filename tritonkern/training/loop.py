@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,10 +93,11 @@ def train(
     first = 0
     if checkpoint.exists():
         saved = read_checkpoint(checkpoint, {"plan", "step", "model", "optimiser", "schedule"}, plan)
-        model.load_state_dict(saved["model"])
-        optimiser.load_state_dict(saved["optimiser"])
-        schedule.load_state_dict(saved["schedule"])
-        first = saved["step"]
+        with fitting(checkpoint):
+            model.load_state_dict(saved["model"])
+            optimiser.load_state_dict(saved["optimiser"])
+            schedule.load_state_dict(saved["schedule"])
+            first = operator.index(saved["step"])
 
     def save(step: int) -> None:
         state = {
@@ -148,6 +151,20 @@ def read_checkpoint(path: Path, keys: set[str], plan: Any = None, free: Sequence
         raise ValueError(f"{path} is damaged, so that the run cannot continue: delete it to start again") from error
     if not isinstance(saved, dict) or not saved.keys() >= keys:
         raise ValueError(f"{path} is no checkpoint of a training run: delete it, or give another --out")
-    if plan is not None and saved["plan"] | {name: getattr(plan, name) for name in free} != asdict(plan):
+    kept = saved["plan"] if isinstance(saved["plan"], dict) else {}
+    if plan is not None and kept | {name: getattr(plan, name) for name in free} != asdict(plan):
         raise ValueError(f"{path} belongs to another plan ({saved['plan']}); delete it or give another --out")
     return saved
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """Raise `ValueError` where the contents of a checkpoint do not fit the model or its optimiser."""
+    try:
+        yield
+    # Foreign contents make `load_state_dict` fail with nearly any exception class.
+    except Exception as error:
+        reason = (str(error) or type(error).__name__).partition("\n")[0]
+        raise ValueError(
+            f"{path} does not fit this training run ({reason}): delete it, or give another --out"
+        ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import operator
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from tritonkern.files import atomic_path
 from tritonkern.models.nano import Nano, Step, make_maps
 from tritonkern.training.cache import CLIP_FRAMES, ClipCache
-from tritonkern.training.loop import read_checkpoint, write_weights
+from tritonkern.training.loop import fitting, read_checkpoint, write_weights
 from tritonkern.training.losses import cell_targets
 
 
@@ -189,9 +190,12 @@ def train_nano(
     if checkpoint.exists():
         saved = read_checkpoint(checkpoint, {"plan", "step", "model", "average", "optimiser"})
         _check_same_plan(saved, plan, checkpoint)
-        model.load_state_dict(saved["model"])
-        optimiser.load_state_dict(saved["optimiser"])
-        average, done = saved["average"], saved["step"]
+        with fitting(checkpoint):
+            model.load_state_dict(saved["model"])
+            optimiser.load_state_dict(saved["optimiser"])
+            if {name: x.shape for name, x in average.items()} != {n: x.shape for n, x in saved["average"].items()}:
+                raise ValueError("the average belongs to other parameters")
+            average, done = saved["average"], operator.index(saved["step"])
 
     def save(step: int) -> None:
         state = {
