@@ -10,9 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from clips import ColourTracker, square_clip, write_clip, write_cut_clip, write_sound
+from typer.testing import CliRunner
 
 from tritonkern import tracking
-from tritonkern.cli import main
+from tritonkern.cli import app, main
 from tritonkern.models import build_model
 from tritonkern.ops import _backends
 from tritonkern.tracking import PointTracks, VideoReader, predictor
@@ -259,6 +260,15 @@ class TestErrors:
         result = call("track", video, "--out", tmp_path / "out", "--grid", 1_000_000_000)
         assert_one_line_error(result, "grid must be at most 96 for a frame of 96x64")
 
+    @pytest.mark.parametrize("number", ["1_0", "\u0661", "0x10", "2.0", "1e400", "nan", "", "-1", "9" * 30])
+    def test_numbers_are_decimal(self, tmp_path, video, number):
+        for option in ("--grid", "--max-frames", "--stride", "--query-frame", "--resize"):
+            result = CliRunner().invoke(
+                app, ["track", str(video), "--out", str(tmp_path / "out"), f"{option}={number}"]
+            )
+            assert result.exit_code == 2 and f"{number!r} is not a whole number" in result.stderr
+        assert not (tmp_path / "out").exists()
+
     def test_a_url(self, call, tmp_path):
         result = call("track", "https://example.org/a.mp4", "--out", tmp_path / "out")
         assert_one_line_error(result, "https://example.org/a.mp4 is a URL: download the video first")
@@ -289,6 +299,7 @@ class TestErrors:
             ("tracking", "slow_model", signal.SIGINT, 130, "interrupted"),
             ("writing", "slow_drawing", signal.SIGINT, 130, "interrupted"),
             ("writing", "slow_drawing", signal.SIGTERM, 143, "terminated"),
+            ("writing", "slow_drawing", signal.SIGHUP, 129, "terminated"),
         ],
     )
     def test_signals(self, tmp_path, video, stage, slow, number, code, word):

@@ -1,7 +1,10 @@
 """Input that is easily read wrongly: image sequences, deep samples, edit lists, pixel shapes, file objects."""
 
 import io
+import os
+import struct
 import warnings
+import zlib
 from fractions import Fraction
 
 import av
@@ -9,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from clips import ColourTracker, square_clip, write_clip
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from tritonkern.tracking import PointTracker, VideoReader, write_overlay
 
@@ -89,6 +92,27 @@ class TestSequences:
         with pytest.raises(ValueError, match="1.webp holds 4 frames: every file of a folder must hold one"):
             list(VideoReader(tmp_path).frames())
 
+    @pytest.mark.parametrize("name", ["stack", "stack.bin", "large.tif"])
+    def test_the_contents_decide_not_the_name(self, tmp_path, name):
+        first, *rest = pictures()
+        first.save(tmp_path / name, format="TIFF", save_all=True, append_images=rest, big_tiff=name == "large.tif")
+        for source in (tmp_path / name, io.BytesIO((tmp_path / name).read_bytes())):
+            assert len(list(VideoReader(source).frames())) == 1 + len(rest)
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    @pytest.mark.parametrize("name", ["a.tif", "a.png", "a.webp"])
+    def test_every_orientation(self, tmp_path, name, orientation):
+        samples = np.arange(24, dtype=np.uint8).reshape(4, 6) * 10
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        Image.fromarray(samples).save(tmp_path / name, exif=exif, **({"lossless": True} if "webp" in name else {}))
+        turned = Image.fromarray(samples)
+        turned.getexif()[ExifTags.Base.Orientation] = orientation
+        expected = np.asarray(ImageOps.exif_transpose(turned))
+        for source in (tmp_path / name, io.BytesIO((tmp_path / name).read_bytes())):
+            (frame,) = VideoReader(source).frames()
+            np.testing.assert_array_equal(frame[..., 1], expected)
+
     def test_pages_of_other_sizes(self, tmp_path):
         first = Image.new("RGB", (48, 32))
         first.save(tmp_path / "a.tif", save_all=True, append_images=[Image.new("RGB", (24, 16))])
@@ -100,6 +124,15 @@ def stack(path, *arrays):
     first, *rest = [Image.fromarray(array) for array in arrays]
     first.save(path, save_all=True, append_images=rest)
     return path
+
+
+def write_deep_png(path, colours):
+    with av.open(str(path), "w", format="image2", options={"update": "1"}) as container:
+        stream = container.add_stream("png")
+        stream.height, stream.width, stream.pix_fmt = *colours.shape[:2], "rgb48be"
+        frame = av.VideoFrame.from_ndarray(colours, format="rgb48le").reformat(format="rgb48be")
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
 
 
 class TestDeepSamples:
@@ -154,16 +187,47 @@ class TestDeepSamples:
     def test_16_bit_colours(self, tmp_path, largest):
         colours = np.random.default_rng(0).integers(0, largest, (32, 48, 3), dtype=np.uint16, endpoint=True)
         colours[0, 0] = largest
-        with av.open(str(tmp_path / "a.png"), "w", format="image2", options={"update": "1"}) as container:
-            stream = container.add_stream("png")
-            stream.width, stream.height, stream.pix_fmt = 48, 32, "rgb48be"
-            frame = av.VideoFrame.from_ndarray(colours, format="rgb48le").reformat(format="rgb48be")
-            container.mux(stream.encode(frame))
-            container.mux(stream.encode(None))
+        write_deep_png(tmp_path / "a.png", colours)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             (frame,) = VideoReader(tmp_path / "a.png").frames()
         np.testing.assert_array_equal(frame, colours >> (8 if largest == 65535 else 4))
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    def test_16_bit_colours_are_turned(self, tmp_path, orientation):
+        colours = np.random.default_rng(0).integers(0, 65535, (4, 6, 3), dtype=np.uint16)
+        write_deep_png(tmp_path / "a.png", colours)
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = orientation
+        body = b"eXIf" + exif.tobytes()[6:]
+        chunk = struct.pack(">I", len(body) - 4) + body + struct.pack(">I", zlib.crc32(body))
+        data = (tmp_path / "a.png").read_bytes()
+        place = data.index(b"IDAT") - 4
+        (tmp_path / "a.png").write_bytes(data[:place] + chunk + data[place:])
+        (frame,) = VideoReader(tmp_path / "a.png").frames()
+        image = Image.fromarray((colours >> 8).astype(np.uint8))
+        image.getexif()[ExifTags.Base.Orientation] = orientation
+        np.testing.assert_array_equal(frame, np.asarray(ImageOps.exif_transpose(image)))
+
+    @pytest.mark.parametrize(("pix_fmt", "codec"), [("gray16le", "ffv1"), ("rgb48le", "ffv1"), ("gray16le", "png")])
+    def test_16_bit_videos(self, tmp_path, pix_fmt, codec):
+        """Of which FFmpeg would drop eight bits, whatever they hold."""
+        path = tmp_path / ("a.mov" if codec == "png" else "a.mkv")
+        shape = (64, 64) if pix_fmt.startswith("gray") else (64, 64, 3)
+        dark, full = (
+            np.zeros(shape, np.uint16) + (x if len(shape) == 2 else x[..., None]) for x in (self.ramp // 8, self.ramp)
+        )
+        with av.open(str(path), "w") as container:
+            stream = container.add_stream(codec, rate=10)
+            stream.width, stream.height, stream.pix_fmt = 64, 64, "gray16be" if codec == "png" else pix_fmt
+            for samples in (dark, full):
+                frame = av.VideoFrame.from_ndarray(samples, format=pix_fmt).reformat(format=stream.pix_fmt)
+                container.mux(stream.encode(frame))
+            container.mux(stream.encode(None))
+        with pytest.warns(UserWarning, match="a.m.. has samples .* largest is 4095: they are read as 12-bit samples"):
+            frames = list(VideoReader(path).frames())
+        for frame, samples in zip(frames, (self.ramp // 8, self.ramp), strict=True):
+            np.testing.assert_array_equal(frame, np.repeat((samples >> 4)[..., None], 3, -1))
 
     def test_float_and_integer_pages(self, tmp_path):
         Image.fromarray(self.ramp).save(tmp_path / "0.tif")
@@ -236,6 +300,17 @@ class TestInMemory:
             (np.zeros((8, 64, 96, 3)), r"got float64 of shape \[8, 64, 96, 3\]; convert with \(video \* 255\)"),
             (torch.zeros(1, 8, 3, 64, 96, dtype=torch.uint8), r"one video, .* give video\[0\]"),
             (np.zeros((8, 64, 96), np.uint8), r"got uint8 of shape \[8, 64, 96\]"),
+            (np.zeros((8, 0, 96, 3), np.uint8), r"got uint8 of shape \[8, 0, 96, 3\]"),
+            ([np.zeros((64, 0, 3), np.uint8)], r"got uint8 of shape \[64, 0, 3\]"),
+            (
+                torch.zeros(8, 64, 96, 3, dtype=torch.uint8, device="meta"),
+                "dense and with data, got torch.strided on meta",
+            ),
+            (
+                torch.zeros(8, 64, 96, 3, dtype=torch.uint8).to_sparse(),
+                "dense and with data, got torch.sparse_coo on cpu",
+            ),
+            ([torch.zeros(64, 96, 3, device="meta")], "frame 0 of the list `video` is a Tensor: give arrays"),
             ([np.zeros((64, 96), np.uint8)], r"frame 0 of the list `video` must be uint8 RGB .* got uint8 of shape"),
             (["0.png", "1.png"], "frame 0 of the list `video` is a str: give arrays, .* or the path of a folder"),
             ([], "the list `video` holds no video frame"),
@@ -246,6 +321,24 @@ class TestInMemory:
     def test_what_is_refused(self, video, message):
         with pytest.raises(ValueError, match=message):
             VideoReader(video)
+
+    def test_images_in_memory_are_those_of_files(self):
+        """Turned, and black where they are transparent; of more than 8 bits they are refused."""
+        image = Image.fromarray(np.dstack([self.clip[0], np.zeros((64, 96), np.uint8)]))
+        assert not next(VideoReader([image]).frames()).any()
+        image = Image.fromarray(self.clip[0])
+        image.getexif()[ExifTags.Base.Orientation] = 6
+        np.testing.assert_array_equal(next(VideoReader([image]).frames()), np.rot90(self.clip[0], -1))
+        for mode in ("I;16", "I", "F"):
+            with pytest.raises(ValueError, match=f"frame 0 of the list `video` is an image of mode {mode}: convert it"):
+                VideoReader([Image.new(mode, (4, 4))])
+
+    @pytest.mark.parametrize("name", ["pipe.mp4", "/dev/zero"])
+    def test_pipes_and_devices_are_refused(self, tmp_path, name):
+        if name == "pipe.mp4":
+            os.mkfifo(tmp_path / name)
+        with pytest.raises(ValueError, match="is a pipe or a device, which cannot be read twice"):
+            VideoReader(tmp_path / name)
 
     def test_other_objects(self):
         with pytest.raises(TypeError, match="video must be a path, .* got int"):

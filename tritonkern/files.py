@@ -11,6 +11,8 @@ from os import PathLike
 from pathlib import Path
 from types import FrameType
 
+ENDING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+"""Signals that end a program in an orderly way, beside Ctrl-C. Windows does not have all."""
 _numbers = itertools.count()
 
 
@@ -78,7 +80,7 @@ def _sync(path: Path) -> None:
 
 @contextmanager
 def _signals_wait() -> Iterator[None]:
-    """Deliver SIGINT and SIGTERM after the block. Python handles signals in its main thread only."""
+    """Deliver SIGINT, SIGTERM and SIGHUP after the block. Python handles signals in its main thread only."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -87,7 +89,7 @@ def _signals_wait() -> Iterator[None]:
     def note(number: int, frame: FrameType | None) -> None:
         arrived.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, *ENDING)}
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import signal
 import sys
 import threading
@@ -11,12 +12,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 
 from tritonkern._optional import how_to_install
+from tritonkern.files import ENDING
 
 _REMEDIES = {
     errno.ENOSPC: "free some space, or give another folder to --out",
@@ -30,21 +33,22 @@ _REMEDIES = {
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM arrived. It unwinds like Ctrl-C, so that unfinished files are removed."""
+    """SIGTERM or SIGHUP arrived. It unwinds like Ctrl-C, so that unfinished files are removed."""
 
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
     """Report errors that a user can cause as one line on stderr with exit code 2.
 
-    Ctrl-C ends with exit code 130 and SIGTERM with 143, both after the cleaning up. A warning is one line, too.
+    Ctrl-C ends with exit code 130, SIGTERM with 143 and SIGHUP (a closed terminal) with 129, all after the cleaning up.
+    A warning is one line, too.
     """
     try:
-        with warnings.catch_warnings(), _sigterm_raises():
+        with warnings.catch_warnings(), _signals_raise():
             warnings.showwarning = _show_warning
             yield
-    except Terminated:
-        fail("terminated: nothing unfinished was kept", 143)
+    except Terminated as error:
+        fail("terminated: nothing unfinished was kept", 128 + error.args[0])
     except KeyboardInterrupt:
         fail("interrupted: nothing unfinished was kept", 130)
     except ModuleNotFoundError as error:
@@ -67,19 +71,22 @@ def one_line_errors() -> Iterator[None]:
 
 
 @contextmanager
-def _sigterm_raises() -> Iterator[None]:
+def _signals_raise() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
     def stop(number: int, frame: FrameType | None) -> None:
-        raise Terminated
+        raise Terminated(number)
 
-    before = signal.signal(signal.SIGTERM, stop)
+    # Not those that `nohup` or a parent process have switched off.
+    numbers = [n for n in ENDING if signal.getsignal(n) not in (signal.SIG_IGN, None)]
+    before = {number: signal.signal(number, stop) for number in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
@@ -127,6 +134,19 @@ class Stages:
 
     def __exit__(self, *_: object) -> None:
         self._bars.stop()
+
+
+def whole(least: int, most: int | None = None) -> Any:
+    """Arguments of `typer.Option` for a whole number in ASCII digits; `int` takes 1_0 and digits of any script."""
+    allowed = f"a whole number of {least} or more" if most is None else f"a whole number from {least} to {most}"
+
+    def parse(text: str) -> int:
+        number = int(text) if re.fullmatch(r"\s*[+-]?[0-9]{1,18}\s*", str(text)) else None
+        if number is None or number < least or (most is not None and number > most):
+            raise typer.BadParameter(f"{text!r} is not {allowed}")
+        return number
+
+    return {"parser": parse, "metavar": "INTEGER"}
 
 
 def output_path(option: str, value: str) -> Path:

@@ -4,14 +4,14 @@ from typing import Annotated
 
 import typer
 
-from tritonkern.commands._terminal import one_line_errors, output_path, print_path, writable_folder
+from tritonkern.commands._terminal import one_line_errors, output_path, print_path, whole, writable_folder
 
 
 def pick(
     video: Annotated[str, typer.Argument(help="Video file, or folder of images.", show_default=False)],
     out: Annotated[str, typer.Option(help="File to write, for --queries of `tritonkern track`.")] = "queries.csv",
-    frame: Annotated[int, typer.Option(help="Frame to show.", min=0)] = 0,
-    port: Annotated[int, typer.Option(help="Port of the page; 0 takes a free one.", min=0, max=65535)] = 0,
+    frame: Annotated[int, typer.Option(help="Frame to show.", **whole(0))] = 0,
+    port: Annotated[int, typer.Option(help="Port of the page; 0 takes a free one.", **whole(0, 65535))] = 0,
     browser: Annotated[bool, typer.Option(help="Open the page in a browser, or only print its address.")] = True,
 ) -> None:
     """Click points in one frame of a video, in a page that only this machine can open."""

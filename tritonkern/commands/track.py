@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tritonkern.commands._terminal import Stages, one_line_errors, output_path, print_path, writable_folder
+from tritonkern.commands._terminal import Stages, one_line_errors, output_path, print_path, whole, writable_folder
 
 _RESULTS = ("tracks.npz", "tracks.csv", "overlay.mp4", "report.html")
 _OVERLAYS = ("none", "tails", "dots")
@@ -23,11 +23,13 @@ def track(
             "[default: the name of VIDEO and -tracks, in the current folder]"
         ),
     ] = None,
-    grid: Annotated[int | None, typer.Option(help="Points per side of a regular grid.  [default: 10]", min=1)] = None,
+    grid: Annotated[
+        int | None, typer.Option(help="Points per side of a regular grid.  [default: 10]", **whole(1))
+    ] = None,
     queries: Annotated[
         Path | None, typer.Option(help="Points to track instead: .csv or .npz with t,x,y in pixels.")
     ] = None,
-    query_frame: Annotated[int, typer.Option(help="Frame in which the grid is placed.", min=0)] = 0,
+    query_frame: Annotated[int, typer.Option(help="Frame in which the grid is placed.", **whole(0))] = 0,
     model: Annotated[
         str, typer.Option(help="Name of the model, such as nano or bootstapir; docs/tracking.md lists them.")
     ] = "chrono-nano",
@@ -35,9 +37,9 @@ def track(
         list[Path] | None,
         typer.Option(help="Checkpoint of a model that ships without weights; chrono-locotrack needs both."),
     ] = None,
-    max_frames: Annotated[int | None, typer.Option(help="Read at most this many frames.", min=1)] = None,
+    max_frames: Annotated[int | None, typer.Option(help="Read at most this many frames.", **whole(1))] = None,
     stride: Annotated[
-        int, typer.Option(help="Read every so many-th frame; t counts the frames that are read.", min=1)
+        int, typer.Option(help="Read every so many-th frame; t counts the frames that are read.", **whole(1))
     ] = 1,
     min_confidence: Annotated[
         float, typer.Option(help="A point is visible from this confidence on.", min=0, max=1)
@@ -47,7 +49,7 @@ def track(
     ] = "tails",
     resize: Annotated[
         int | None,
-        typer.Option(help="Longer side of overlay.mp4 in pixels; tracks stay in pixels of VIDEO.", min=16),
+        typer.Option(help="Longer side of overlay.mp4 in pixels; tracks stay in pixels of VIDEO.", **whole(16)),
     ] = None,
     report: Annotated[bool, typer.Option(help="Write report.html, or do not.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda if there is one]")] = None,

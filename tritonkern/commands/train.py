@@ -5,7 +5,7 @@ from typing import Annotated, Any
 
 import typer
 
-from tritonkern.commands._terminal import Stages, one_line_errors, output_path, print_path, writable_folder
+from tritonkern.commands._terminal import Stages, one_line_errors, output_path, print_path, whole, writable_folder
 
 
 def train(
@@ -19,11 +19,11 @@ def train(
     steps: Annotated[
         int | None,
         typer.Option(
-            help="Number of steps.  [default: 2400 of chrono-nano, 4000 of nano, 6000 of difftrack-nano]", min=1
+            help="Number of steps.  [default: 2400 of chrono-nano, 4000 of nano, 6000 of difftrack-nano]", **whole(1)
         ),
     ] = None,
     seed: Annotated[
-        int | None, typer.Option(help="Seed of the clips and initial weights.  [default: 0, of nano 1]", min=0)
+        int | None, typer.Option(help="Seed of the clips and initial weights.  [default: 0, of nano 1]", **whole(0))
     ] = None,
     clips: Annotated[
         Path | None, typer.Option(help="Folder for rendered clips of nano, 28 MB each.  [default: clips, beside --out]")

@@ -7,17 +7,19 @@ smallest of 8, 10, 12, 14 and 16 that holds every sample of the clip. Where b is
 
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import av
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image
 
 SUFFIXES = frozenset({".apng", ".avif", ".bmp", ".jpeg", ".jpg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"})
-_MAGIC = re.compile(rb"\x89PNG|II\*\0|MM\0\*|BM|\xff\xd8\xff|RIFF....WEBP|....ftypavi[fs]|P[1-6]\s", re.DOTALL)
+# Formats of which FFmpeg reads the first frame alone, or not all bits: PNG, TIFF (also of more than 4 GB), WebP, AVIF.
+_SEQUENCE = re.compile(rb"\x89PNG|II[*+]\0|MM\0[*+]|RIFF....WEBP|....ftypavi[fs]", re.DOTALL)
+_STILL = re.compile(rb"BM|\xff\xd8\xff|P[1-6]\s")
 _BITS = (8, 10, 12, 14, 16)
 
 
@@ -121,20 +123,31 @@ class ImageFiles:
             raise _Refused(
                 f"{self.name} has integer samples from {low:g} to {high:g}: convert them to 8 or 16 bits without sign"
             )
-        bits = next(b for b in _BITS if high < 1 << b)
-        if bits < 16:
-            warnings.warn(
-                f"{self.name} has samples of more than 8 bits whose largest is {high:g}: they are read as {bits}-bit "
-                f"samples, so that {(1 << bits) - 1} becomes 255",
-                UserWarning,
-                stacklevel=2,
-            )
-        return bits
+        return bits_of(self.name, int(high))
+
+
+def bits_of(name: str, largest: int) -> int:
+    """The bits per sample of a clip whose largest sample is this; a warning states them where they are not 16."""
+    bits = next(b for b in _BITS if largest < 1 << b)
+    if bits < 16:
+        warnings.warn(
+            f"{name} has samples of more than 8 bits whose largest is {largest}: they are read as {bits}-bit samples, "
+            f"so that {(1 << bits) - 1} becomes 255",
+            UserWarning,
+            stacklevel=3,
+        )
+    return bits
 
 
 def is_image(head: bytes) -> bool:
     """Whether a file that starts with `head` (12 bytes or more) is an image for `ImageFiles`."""
-    return _MAGIC.match(head) is not None
+    return bool(_SEQUENCE.match(head) or _STILL.match(head))
+
+
+def is_sequence(path: Path) -> bool:
+    """Whether the contents, whatever the name, are in a format that must be read by `ImageFiles`."""
+    with open(path, "rb") as file:
+        return _SEQUENCE.match(file.read(16)) is not None
 
 
 class _readable:
@@ -144,17 +157,22 @@ class _readable:
         self._name, self._file = name, file
 
     def __enter__(self) -> Image.Image:
+        self._opened: Any = None
         try:
-            if not isinstance(self._file, Path):
-                self._file.seek(0)
-            self._image = Image.open(self._file)
+            # Given a path, Pillow maps uncompressed TIFF files, and shears those that EXIF data turn by 90 degrees.
+            self._opened = open(self._file, "rb") if isinstance(self._file, Path) else self._file
+            self._opened.seek(0)
+            return Image.open(self._opened)
         except Exception as error:
+            self._close()
             raise self._unreadable(error) from error
-        return self._image
+
+    def _close(self) -> None:
+        if isinstance(self._file, Path) and self._opened is not None:
+            self._opened.close()
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        if isinstance(self._file, Path):
-            self._image.close()
+        self._close()
         # Damaged bytes make Pillow fail with nearly any exception class (SyntaxError, struct.error, OSError).
         if isinstance(error, Exception) and not isinstance(error, _Refused):
             raise self._unreadable(error) from error
@@ -182,24 +200,45 @@ def _decode(image: Any, file: Path | BinaryIO, name: str, *, alone: bool) -> np.
         # Pillow drops the low byte of 16-bit colours.
         if not alone:
             raise _Refused(f"{name} holds several pages of 16-bit colours: convert them to 8 bits")
-        return _decode_deep_colours(file)
-    image = ImageOps.exif_transpose(image)
+        return turned(_decode_deep_colours(file), image)
+    return samples_of(image)
+
+
+def samples_of(image: Image.Image) -> np.ndarray:
+    """uint8 RGB `[H, W, 3]` of an image, turned as its EXIF data say; the samples `[H, W]` of one of more bits."""
     if image.mode == "F" or image.mode.startswith("I"):
-        return np.asarray(image)
+        return turned(np.asarray(image), image)
     if image.has_transparency_data:
-        return over_black(np.asarray(image.convert("RGBA")))
-    return np.asarray(image.convert("RGB"))
+        return turned(over_black(np.asarray(image.convert("RGBA"))), image)
+    return turned(np.asarray(image.convert("RGB")), image)
+
+
+_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: np.fliplr,
+    3: lambda x: np.rot90(x, 2),
+    4: np.flipud,
+    5: lambda x: x.swapaxes(0, 1),
+    6: lambda x: np.rot90(x, 3),
+    7: lambda x: np.rot90(x, 2).swapaxes(0, 1),
+    8: np.rot90,
+}
+"""What the EXIF orientations ask for."""
+
+
+def turned(samples: np.ndarray, image: Image.Image) -> np.ndarray:
+    """Samples `[H, W, ...]` of `image`, turned as its EXIF data say."""
+    turn = _TURNS.get(image.getexif().get(ExifTags.Base.Orientation, 1))
+    return samples if turn is None else turn(samples)
 
 
 def _decode_deep_colours(file: Path | BinaryIO) -> np.ndarray:
-    """uint16 RGB `[H, W, 3]`."""
+    """uint16 RGB `[H, W, 3]`, as stored."""
     opened = open(file, "rb") if isinstance(file, Path) else file
     try:
         opened.seek(0)
         with av.open(opened, "r") as container:
             frame = next(container.decode(video=0))
-            samples = over_black(frame.to_ndarray(format="rgba64le"))
-            return np.rot90(samples, round(frame.rotation / 90) % 4)
+            return over_black(frame.to_ndarray(format="rgba64le"))
     finally:
         if opened is not file:
             opened.close()

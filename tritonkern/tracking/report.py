@@ -65,9 +65,10 @@ def write_report(
     count = len(tracks.tracks)
     shown = f"{count} points" if count <= _MOST_POINTS else f"the worst {_MOST_POINTS} of {count} points"
     page = (resources.files("tritonkern.tracking") / "report.html").read_text(encoding="utf-8")
-    page = page.replace("{{title}}", html.escape(f"{name}: {shown}, {data['frames']} frames"))
     # In a script element, "</" could end it.
     page = page.replace("{{data}}", json.dumps(data).replace("</", "<\\/"))
+    # Last, as a name may be "{{data}}".
+    page = page.replace("{{title}}", html.escape(f"{name}: {shown}, {data['frames']} frames"))
     with atomic_path(path) as part:
         part.write_text(page, encoding="utf-8")
 

@@ -139,7 +139,9 @@ def _open_path(name: str) -> _Source:
         raise FileNotFoundError(f"{path} does not exist: give the path of a video or of a folder of images")
     if path.is_dir():
         return ImageFiles.in_folder(path)
-    if path.suffix.lower() in image_files.SUFFIXES:
+    if not path.is_file():
+        raise ValueError(f"{name} is a pipe or a device, which cannot be read twice: save the video to a file")
+    if path.suffix.lower() in image_files.SUFFIXES or image_files.is_sequence(path):
         return ImageFiles(name, [path])
     return VideoFile(name, path)
 

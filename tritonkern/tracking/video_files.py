@@ -1,8 +1,12 @@
-"""Frames of a video file that FFmpeg reads, decoded one at a time."""
+"""Frames of a video file that FFmpeg reads, decoded one at a time.
+
+Frames are 8-bit RGB. Grey and RGB samples of 16 bits are converted as those of image files, with one scale for the
+whole clip (`tritonkern.tracking.image_files`). FFmpeg converts all others, whose formats state their bits.
+"""
 
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from fractions import Fraction
 from pathlib import Path
 from typing import BinaryIO
@@ -10,7 +14,7 @@ from typing import BinaryIO
 import av
 import numpy as np
 
-from tritonkern.tracking.image_files import over_black
+from tritonkern.tracking.image_files import bits_of, over_black
 
 
 class VideoFile:
@@ -37,6 +41,7 @@ class VideoFile:
             aspect = stream.sample_aspect_ratio
             self.pixel_aspect = Fraction(aspect) if aspect else Fraction(1)
         self._turned = False
+        self._bits: int | None = None
 
     @property
     def fps(self) -> float | None:
@@ -128,7 +133,11 @@ class VideoFile:
         return name
 
     def _rgb(self, frame: av.VideoFrame) -> np.ndarray:
-        if any(component.is_alpha for component in frame.format.components):
+        if _is_deep(frame):
+            if self._bits is None:
+                self._bits = bits_of(self.name, self._largest_sample())
+            image: np.ndarray = (_deep_samples(frame) >> (self._bits - 8)).astype(np.uint8)
+        elif any(component.is_alpha for component in frame.format.components):
             image = over_black(frame.to_ndarray(format="rgba"))
         else:
             image = frame.to_ndarray(format="rgb24")
@@ -137,6 +146,33 @@ class VideoFile:
         if quarters % 2 and not self._turned:
             self.pixel_aspect, self._turned = 1 / self.pixel_aspect, True
         return np.rot90(image, quarters)
+
+    def _largest_sample(self) -> int:
+        """Read the clip once; a frame that cannot be decoded ends it, which `frames` reports."""
+        largest = 0
+        with self._open() as (container, stream), suppress(av.FFmpegError):
+            stream.thread_type = "AUTO"
+            for frame in container.decode(stream):
+                if _is_deep(frame):
+                    largest = max(largest, int(_deep_samples(frame).max()))
+        return largest
+
+
+def _is_deep(frame: av.VideoFrame) -> bool:
+    """Whether it is grey or RGB of 16 bits: the format of whatever has more than 8, scaled or not."""
+    components = frame.format.components
+    integers = "f16" not in frame.format.name
+    return integers and components[0].bits == 16 and (frame.format.is_rgb or len(components) < 3)
+
+
+def _deep_samples(frame: av.VideoFrame) -> np.ndarray:
+    """uint16 RGB `[H, W, 3]`."""
+    components = frame.format.components
+    if len(components) == 1:
+        return np.repeat(frame.to_ndarray(format="gray16le")[..., None], 3, axis=-1)
+    if len(components) == 3:
+        return frame.to_ndarray(format="rgb48le")
+    return over_black(frame.to_ndarray(format="rgba64le"))
 
 
 def _announced_frames(stream: av.VideoStream) -> int | None:
