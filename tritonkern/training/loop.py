@@ -151,7 +151,7 @@ def read_checkpoint(path: Path, keys: set[str], plan: Any = None, free: Sequence
         raise ValueError(f"{path} is damaged, so that the run cannot continue: delete it to start again") from error
     if not isinstance(saved, dict) or not saved.keys() >= keys:
         raise ValueError(f"{path} is no checkpoint of a training run: delete it, or give another --out")
-    kept = saved["plan"] if isinstance(saved["plan"], dict) else {}
+    kept = saved["plan"] if isinstance(saved.get("plan"), dict) else {}
     if plan is not None and kept | {name: getattr(plan, name) for name in free} != asdict(plan):
         raise ValueError(f"{path} belongs to another plan ({saved['plan']}); delete it or give another --out")
     return saved
