@@ -30,7 +30,7 @@ class HunyuanVideo(nn.Module):
         self.model, self.patch_size = model, model.config.patch_size
         self.num_heads, self.text_dim = model.config.num_attention_heads, model.config.text_embed_dim
         pooled = torch.zeros(1, model.config.pooled_projection_dim) if pooled is None else pooled
-        self.register_buffer("pooled", pooled, persistent=False)
+        self.register_buffer("pooled", pooled)
 
     @classmethod
     def from_folder(cls, folder: Path, pooled: Tensor | None) -> HunyuanVideo:
