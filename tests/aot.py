@@ -92,6 +92,10 @@ def compile_only(operation, target, tf32=False):
     compiled = []
     modules = [module for name, module in sys.modules.items() if name.startswith(f"{folder}.triton_")]
     kernels = {x for module in modules for name, x in vars(module).items() if re.search("_kernel(_|$)", name)}
+    for module in modules:
+        for x in vars(module).values():
+            if hasattr(x, "cache_clear"):  # launches of another target
+                x.cache_clear()
 
     def compile_and_note(kernel, run, *arguments, **options):
         start = time.perf_counter()

@@ -94,8 +94,8 @@ def test_rehearsal(tmp_path):
 
 BREAK_THE_SCALE = """
 from tritonkern.ops.temporal_window_attention import triton_kernels
-launch = triton_kernels._launch
-triton_kernels._launch = lambda *arguments: launch(*arguments[:-1], 1.01 * arguments[-1])
+run = triton_kernels._run
+triton_kernels._run = lambda *arguments: run(*arguments[:-1], 1.01 * arguments[-1])
 """
 ONE_CASE = """
 import parts

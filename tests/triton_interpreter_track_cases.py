@@ -136,7 +136,7 @@ def test_many_far_columns_matter_together(splat):
 
 
 def meetings(this, culling=True):
-    """Scene, tiles and which blocks meet, as the forward launcher has them."""
+    """Scene, tiles and which blocks meet, as the launchers have them; the lists of rows and of columns agree."""
     from tritonkern.ops.track_attention import triton_geometry
 
     query, key, _, tracks, sigma = this.tensors
@@ -146,7 +146,17 @@ def meetings(this, culling=True):
     tiles = configs.forward_tiles(query.shape[-1], query.dtype)
     (query, q), (key, k) = map(triton_geometry.readable, (query, key))
     eps = torch.finfo(query.dtype).eps if culling else 0.0
-    return scene, tiles, triton_culling.visits(query, key, q, k, scene, this.scale, eps, tiles)
+    met = triton_culling.meetings(query, key, q, k, scene, this.scale, eps, tiles, True)
+    of_rows, of_columns = (visits_of(*lists) for lists in ((met.lists, met.counts), met.of_columns))
+    assert torch.equal(of_rows, of_columns.mT)
+    return scene, tiles, of_rows
+
+
+def visits_of(lists, counts):
+    """Whether each pair of blocks meets, from lists whose entries beyond `counts` are anything."""
+    listed = torch.arange(lists.shape[-1]) < counts[..., None]
+    result = torch.zeros(*lists.shape[:-1], lists.shape[-1] + 1, dtype=torch.bool)
+    return result.scatter_(-1, torch.where(listed, lists, lists.shape[-1]).long(), True)[..., :-1]
 
 
 @BOTH
@@ -183,7 +193,7 @@ def test_most_blocks_of_a_large_grid_are_skipped(splat):
 def test_lists_are_complete_and_small(others):
     visits = (torch.rand(2, 3, others) < 0.3).byte()
     visits[0, 1], visits[1, 2] = 0, 1
-    numbers, counts = triton_culling.lists(visits)
+    numbers, counts = triton_culling.listed(visits)
     # In float64 the lists are most of the memory: those of a sort would take twice as much.
     assert numbers.dtype == torch.int32
     for met, listed, count in zip(visits.flatten(0, 1), numbers.flatten(0, 1), counts.flatten(), strict=True):

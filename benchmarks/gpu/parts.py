@@ -213,10 +213,19 @@ def _with_tile(configs, table: str, tile: tuple, case: Case) -> dict:
     widths = getattr(configs, table)
     kept = widths[64]
     widths[64] = tile
+    _forget_launches()
     try:
         return _timed(case, BF16, table == "_BACKWARD")
     finally:
         widths[64] = kept
+        _forget_launches()
+
+
+def _forget_launches() -> None:
+    """Launches of window attention are kept, with the tiles that were chosen first."""
+    kernels = sys.modules.get("tritonkern.ops.temporal_window_attention.triton_kernels")
+    if kernels is not None:
+        kernels._launch.cache_clear()
 
 
 def memcheck(part: Part) -> None:

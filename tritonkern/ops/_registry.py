@@ -77,10 +77,16 @@ def operator(operation: str, kernel: str) -> Callable[[Callable], torch._ops.OpO
             return [next(it) if group is None else group(*itertools.islice(it, size)) for group, size in groups]
 
         call_of = grouped if flattened else itemgetter(slice(count))
+        signature_of = _signature([kind for _, kind in flat])
+        right: set[tuple] = set()  # signatures of calls that have passed the checks
 
         def implementation(*given):
-            call = call_of(given)
-            declaration(*call)
+            call, signature = call_of(given), signature_of(given)
+            if signature not in right:
+                declaration(*call)
+                if len(right) == _SIGNATURES:
+                    right.clear()
+                right.add(signature)
             module = _backends.load(operation, given[where].device, given[count] if len(given) > count else None)
             return getattr(module, kernel)(*call)
 
@@ -93,7 +99,7 @@ def operator(operation: str, kernel: str) -> Callable[[Callable], torch._ops.OpO
         )
         overload = getattr(torch.ops.tritonkern, name).default
         _library.impl(name, implementation, "CompositeExplicitAutograd")
-        _library.impl(name, _on_its_device(implementation), "CUDA")
+        _library.impl(name, _on_its_device(implementation, where), "CUDA")
         _library.impl(name, _differentiation(overload, count), "Autograd")
         torch.library.register_fake(f"tritonkern::{name}", fake, lib=_library)
         return overload
@@ -109,13 +115,42 @@ def _schema_of_results(annotation: Any) -> str:
     return f"({', '.join('Tensor' for _ in fields)})"
 
 
-def _on_its_device(implementation: Callable) -> Callable:
-    """Triton launches on the current device, which need not be that of the tensors."""
+# Signatures of calls that each operator remembers.
+_SIGNATURES = 1024
+
+
+def _signature(kinds: list[Any]) -> Callable[[Sequence], tuple]:
+    """A function that finds what decides whether arguments of these types are right: everything but tensors' numbers.
+
+    The function that declares an operator looks at nothing else, and takes longer than to look a signature up.
+    """
+    tensors = [i for i, kind in enumerate(kinds) if kind in (Tensor, Tensor | None)]
+    lists = [i for i, kind in enumerate(kinds) if kind in (list[bool], list[int])]
+
+    def signature(given):
+        found = list(given)
+        for i in lists:
+            found[i] = tuple(given[i])
+        for i in tensors:
+            x = given[i]
+            if x is not None:
+                # A nested tensor has no shape, and is refused.
+                found[i] = (None if x.is_nested else x.shape, x.dtype, x.device, x.layout)
+        return tuple(found)
+
+    return signature
+
+
+def _on_its_device(implementation: Callable, where: int) -> Callable:
+    """Triton launches on the current device, which need not be that of the tensors (of which `where` is the first)."""
 
     @functools.wraps(implementation)
-    def run(*arguments, **options):
-        with torch.cuda.device_of(next(x for x in arguments if isinstance(x, torch.Tensor))):
-            return implementation(*arguments, **options)
+    def run(*arguments):
+        device = arguments[where].device
+        if device.index == torch.cuda.current_device():
+            return implementation(*arguments)
+        with torch.cuda.device(device):
+            return implementation(*arguments)
 
     return run
 

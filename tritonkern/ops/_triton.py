@@ -6,6 +6,7 @@ the hardware load them in whole. Strides are passed in UNITs, so that 32 bits re
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -40,8 +41,8 @@ def kernel(function: Callable) -> Any:
 
 # Of every `kernel`: how many of its first arguments are tensors (or None), and the names of its constants.
 _signatures: dict[Callable, tuple[int, list[str]]] = {}
-# What `launch` has compiled, and the values of its constants in order.
-_compiled: dict[tuple, tuple[Any, list]] = {}
+# What Triton has compiled, by kernel, device, types of the tensors, and constants.
+_compiled: dict[tuple, Any] = {}
 
 
 @triton.jit
@@ -51,6 +52,23 @@ def product(a, b, total, PRECISION: tl.constexpr):
         return total + tl.sum(a[:, :, None] * b[None, :, :], 1)
     else:
         return tl.dot(a.to(b.dtype), b, total, input_precision=PRECISION)
+
+
+@triton.jit
+def whole_vectors(addresses, LENGTH: tl.constexpr):
+    """The addresses `[rows, columns]`, where rows begin any number of times LENGTH numbers after 16 bytes.
+
+    This lets the hardware move several numbers at a time, if LENGTH does.
+    """
+    BYTES: tl.constexpr = LENGTH * (addresses.dtype.element_ty.primitive_bitwidth // 8)
+    if BYTES % 16 == 0:
+        return tl.multiple_of(addresses, (1, 16))
+    elif BYTES % 8 == 0:
+        return tl.multiple_of(addresses, (1, 8))
+    elif BYTES % 4 == 0:
+        return tl.multiple_of(addresses, (1, 4))
+    else:
+        return addresses
 
 
 def block_size(count: int, least: int = 16) -> int:
@@ -69,49 +87,73 @@ def precision(dtype: torch.dtype) -> str:
     return "tf32" if (half or tf32_allowed()) and not on_amd() else "ieee"
 
 
-def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
-    """Start the programs of a kernel; `num_warps` and `num_stages` are among the constants.
+class Launch:
+    """A `kernel` and all that it is given but tensors; `num_warps` and `num_stages` are among the constants.
 
-    Triton finds the compiled kernel by a description of every argument, which takes longer than all else that a small
-    call does. A `kernel` depends on its constants, the types of its tensors and the device alone, so its second launch
-    goes straight to what the first one returned (nothing in Triton's interpreter).
+    A launcher keeps these by shapes, strides, dtypes and options (`functools.lru_cache`), so that another call like one
+    before makes tensors and passes them on, and nothing else. Triton finds a compiled kernel by a description of every
+    argument, which takes longer than all else that a small call does. A `kernel` depends on its constants, the types
+    of its tensors and the device alone, so the second launch goes straight to what the first one returned (nothing in
+    Triton's interpreter).
     """
-    if programs >= 2**31:
-        raise ValueError(f"too much work for one launch of the triton backend ({programs} programs); split the batch")
-    if not programs:
-        return
-    tensors, names = _signatures.get(kernel.fn, (0, []))
-    if not tensors:
-        kernel[(programs,)](*arguments, **constants)
-        return
-    types = [None if x is None else x.dtype for x in arguments[:tensors]]
-    key = (kernel.fn, arguments[0].device.index, *types, *constants.values())
-    known = _compiled.get(key)
-    if known is not None:
-        known[0][programs, 1, 1](*arguments, *known[1])
-        return
-    compiled = kernel[(programs,)](*arguments, **constants)
-    if compiled is not None:
-        _compiled[key] = compiled, [constants[name] for name in names]
+
+    def __init__(self, kernel: Any, programs: int, *numbers: Any, **constants: Any) -> None:
+        if programs >= 2**31:
+            raise ValueError(
+                f"too much work for one launch of the triton backend ({programs} programs); split the batch"
+            )
+        self._kernel, self._programs, self._numbers, self._constants = kernel, programs, numbers, constants
+        self._others = (*numbers, *(constants[name] for name in _signatures[kernel.fn][1]))
+        self._on_device: dict[int | None, Callable] = {}
+
+    def __call__(self, *tensors: Any) -> None:
+        """Start the programs. Tensors of other types, or None in another place, need a `Launch` of their own."""
+        device = tensors[0].device.index
+        if device in self._on_device:
+            self._on_device[device](*tensors, *self._others)
+        elif self._programs:
+            types = [None if x is None else x.dtype for x in tensors]
+            key = (self._kernel.fn, device, *types, *self._constants.items())
+            if key in _compiled:
+                self._on_device[device] = _compiled[key][self._programs, 1, 1]
+                self._on_device[device](*tensors, *self._others)
+                return
+            compiled = self._kernel[(self._programs,)](*tensors, *self._numbers, **self._constants)
+            if compiled is not None:
+                _compiled[key] = compiled
+                self._on_device[device] = compiled[self._programs, 1, 1]
 
 
-def readable(x: Tensor, reach: int | None = None) -> tuple[Tensor, list[int]]:
+def launch(kernel: Any, programs: int, *arguments: Any, **constants: Any) -> None:
+    """Start the programs of a kernel once, without keeping the `Launch`."""
+    count, _ = _signatures[kernel.fn]
+    Launch(kernel, programs, *arguments[count:], **constants)(*arguments[:count])
+
+
+def readable(x: Tensor, reach: int | None = None) -> tuple[Tensor, tuple[int, ...]]:
     """`[..., C]` and the strides in UNITs of all axes but the last.
 
     The tensor is copied, with zeros up to a multiple of UNIT channels, where channels are not adjacent, vectors do not
     start on 16 bytes, or addresses span `reach` numbers or more.
     """
-    whole = x.is_contiguous() and not x.shape[-1] % UNIT.value and starts_on_16_bytes(x)
-    if whole and (reach is None or x.numel() <= reach):  # almost always, and much faster
-        return x, [0 if n == 1 else stride // UNIT.value for n, stride in zip(x.shape, x.stride(), strict=True)][:-1]
-    strides = [0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True)]
-    span = sum((size - 1) * stride for size, stride in zip(x.shape, strides, strict=True))
-    missing = -x.shape[-1] % UNIT.value
-    adjacent = strides[-1] == 1 and not any(stride % UNIT.value for stride in strides[:-1])
-    if missing or not adjacent or not starts_on_16_bytes(x) or (reach is not None and span >= reach):
+    strides = _unit_strides(x.shape, x.stride(), reach)
+    if strides is None or not starts_on_16_bytes(x):
+        missing = -x.shape[-1] % UNIT.value
         x = aligned(torch.nn.functional.pad(x, (0, missing))) if missing else _copy(x)
-        strides = list(x.stride())
-    return x, [stride // UNIT.value for stride in strides[:-1]]
+        strides = _unit_strides(x.shape, x.stride(), None)
+        assert strides is not None
+    return x, strides
+
+
+@functools.lru_cache(maxsize=1024)
+def _unit_strides(shape: torch.Size, strides: tuple[int, ...], reach: int | None) -> tuple[int, ...] | None:
+    """What `readable` returns, or None where the tensor must be copied wherever it starts."""
+    strides = tuple(0 if size == 1 else stride for size, stride in zip(shape, strides, strict=True))
+    span = sum((size - 1) * stride for size, stride in zip(shape, strides, strict=True))
+    adjacent = strides[-1] == 1 and not any(stride % UNIT.value for stride in strides[:-1])
+    if shape[-1] % UNIT.value or not adjacent or (reach is not None and span >= reach):
+        return None
+    return tuple(stride // UNIT.value for stride in strides[:-1])
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -25,6 +25,60 @@ from tritonkern.ops.correlation_soft_argmax.triton_common import (
 
 
 @triton.jit
+def key(cell, w, BAND: tl.constexpr):
+    """What queries are sorted by: band, then column, of their cell."""
+    row = cell // w
+    return row // BAND * w + cell - row * w
+
+
+# keys[0, b, t, n] = key of best[b, n, t],   keys[1, b, t, n] = key of worst[b, n, t]
+@kernel
+def correlation_soft_argmax_bwd_kernel_keys(
+    best, worst, keys, T: tl.int32, N: tl.int32, w: tl.int32, pairs: tl.int64, BAND: tl.constexpr, BLOCK: tl.constexpr
+):
+    """`pairs` is B T N; there is one group of keys where worst is None."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    in_range = at < pairs
+    frame = at // N
+    b = frame // T
+    pair = (b * N + at - frame * N) * T + frame - b * T
+    tl.store(keys + at, key(tl.load(best + pair, mask=in_range, other=0), w, BAND), mask=in_range)
+    if worst is not None:
+        tl.store(keys + pairs + at, key(tl.load(worst + pair, mask=in_range, other=0), w, BAND), mask=in_range)
+
+
+# centres[g, b, t, i] = best or worst[b, order[g, b, t, i], t],   starts[g, b, t, k] = how many keys are below k
+@kernel
+def correlation_soft_argmax_bwd_kernel_starts(
+    keys, order, best, worst, centres, starts,
+    frames: tl.int32, T: tl.int32, N: tl.int32, boundaries: tl.int32, blocks: tl.int32, steps: tl.int32,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Of sorted `keys [groups, B, T, N]`; `frames` is B T, and `steps` the steps that a binary search needs."""
+    place = tl.program_id(0) // blocks
+    at = (tl.program_id(0) - place * blocks) * BLOCK + tl.arange(0, BLOCK)
+    group = place // frames
+    frame = place - group * frames
+    b = frame // T
+    keys += place.to(tl.int64) * N
+    n = tl.load(order + place.to(tl.int64) * N + at, mask=at < N, other=0)
+    pair = (b.to(tl.int64) * N + n) * T + frame - b * T
+    centre = tl.load(best + pair, mask=(at < N) & (group == 0), other=0)
+    if worst is not None:
+        centre += tl.load(worst + pair, mask=(at < N) & (group == 1), other=0)
+    tl.store(centres + place.to(tl.int64) * N + at, centre, mask=at < N)
+    low = at * 0
+    high = low + N
+    for _ in tl.range(0, steps, num_stages=1):  # the keys before `low` are below `at`, those from `high` on are not
+        middle = (low + high) // 2
+        searching = low < high
+        below = searching & (tl.load(keys + middle, mask=searching, other=0) < at)
+        low = tl.where(below, middle + 1, low)
+        high = tl.where(below, high, middle)
+    tl.store(starts + place.to(tl.int64) * boundaries + at, low, mask=at < boundaries)
+
+
+@triton.jit
 def entries(order, centres, frame, b, t, first, N, T, w, BLOCK_N: tl.constexpr):
     """Query, place in a `[B, N, T]`, row and column of the centre of a block of entries; the last one is repeated."""
     entry = tl.minimum(first + tl.arange(0, BLOCK_N), N - 1)

@@ -1,10 +1,18 @@
-"""Triton kernels of `soft_argmax_2d`: a program reads one frame of the cost volume once, and its disc again."""
+"""Triton kernels of `soft_argmax_2d`, and their launchers.
+
+A program reads one frame of the cost volume once, and its disc again.
+"""
+
+import functools
 
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from tritonkern.ops._triton import kernel
-from tritonkern.ops.correlation_soft_argmax.triton_common import distance_squared
+from tritonkern.ops._triton import UNIT, Launch, kernel, starts_on_16_bytes
+from tritonkern.ops.correlation_soft_argmax import configs
+from tritonkern.ops.correlation_soft_argmax.op import Outputs2d, allocate_2d
+from tritonkern.ops.correlation_soft_argmax.triton_common import disc, distance_squared
 
 
 @triton.jit
@@ -121,3 +129,48 @@ def soft_argmax_2d_bwd_kernel(
             grad = here * ((x.to(ACC) + 0.5 - point_x) * grad_x + (y.to(ACC) + 0.5 - point_y) * grad_y)
             at = _addresses(grad_cost, y, x, w, 1, ALIGNED)
             tl.store(at, tl.where(inside, grad, 0.0).to(grad_cost.dtype.element_ty), mask=exists)
+
+
+def soft_argmax_2d_forward(cost: Tensor, temperature: float, radius: float) -> Outputs2d:
+    """cost `[..., h, w]`; see `op.Outputs2d`."""
+    outputs = allocate_2d(cost)
+    cost, launch, _ = _soft_argmax_2d(cost, temperature, radius)
+    launch(cost, *outputs)
+    return outputs
+
+
+def soft_argmax_2d_backward(
+    grad_points: Tensor, cost: Tensor, saved: Outputs2d, temperature: float, radius: float
+) -> Tensor:
+    """Gradient of the cost volume, zero outside of the disc."""
+    grad_cost = cost.new_empty(cost.shape)
+    cost, _, launch = _soft_argmax_2d(cost, temperature, radius)
+    launch(grad_points.contiguous(), cost, *[x.contiguous() for x in saved], grad_cost)
+    return grad_cost
+
+
+def _soft_argmax_2d(cost: Tensor, temperature: float, radius: float) -> tuple[Tensor, Launch, Launch]:
+    """`[frames, h, w]`, forward and backward."""
+    h, w = cost.shape[-2:]
+    cost = cost.reshape(-1, h, w)
+    launches = _soft_argmax_2d_launches(
+        cost.shape, cost.dtype, cost.stride(), starts_on_16_bytes(cost), temperature, radius
+    )
+    return cost, *launches
+
+
+@functools.lru_cache(maxsize=1024)
+def _soft_argmax_2d_launches(
+    shape, dtype, strides, starts_aligned: bool, temperature: float, radius: float
+) -> tuple[Launch, Launch]:
+    frames, h, w = shape
+    limit, reach = disc(radius, h, w)
+    # Whether every row starts on 16 bytes and holds whole vectors of eight adjacent numbers.
+    aligned = starts_aligned and strides[2] == 1 and not (strides[0] | strides[1] | w) % UNIT.value
+    constants = dict(ALIGNED=aligned, **configs.SOFT_ARGMAX_TILES)
+    forward = Launch(
+        soft_argmax_2d_fwd_kernel, frames, h, w, *reach, limit, temperature, *strides,
+        **constants, **configs.DISC_TILES,
+    )  # fmt: skip
+    backward = Launch(soft_argmax_2d_bwd_kernel, frames, h, w, reach[0], limit, temperature, *strides, **constants)
+    return forward, backward

@@ -9,6 +9,7 @@ import triton.language as tl
 
 from tritonkern.ops._triton import UNIT, kernel
 from tritonkern.ops.correlation_soft_argmax.triton_common import cell_addresses, inner_products, load_channels
+from tritonkern.ops.correlation_soft_argmax.triton_discs import key
 
 
 # inverse_norm[b, t, y, x] = 1 / sqrt(max(sum over c of vectors[b, t, y, x, c]^2, eps))
@@ -37,37 +38,6 @@ def correlation_soft_argmax_fwd_kernel_inverse_norms(
     eps = tl.full([], eps, ACC)
     square = tl.where(square < eps, eps, square)
     tl.store(inverse_norm + place, 1.0 / tl.sqrt(square), mask=in_range)
-
-
-# total[b, t, c] = sum over the cells i of features[b, t, i, c], times inverse_norm[b, t, i] if COSINE
-@kernel
-def correlation_soft_argmax_bwd_kernel_sum(
-    features, inverse_norm, total,
-    T: tl.int32, cells: tl.int32, w: tl.int32, C: tl.int32,
-    stride_b: tl.int64, stride_t: tl.int64, stride_y: tl.int64, stride_x: tl.int64,
-    COSINE: tl.constexpr, BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
-):  # fmt: skip
-    """For BLOCK_C channels of one frame."""
-    ACC: tl.constexpr = total.dtype.element_ty
-    C = C * UNIT
-    blocks = tl.cdiv(C, BLOCK_C)
-    frame = tl.program_id(0) // blocks
-    start = (tl.program_id(0) - frame * blocks) * BLOCK_C
-    b = (frame // T).to(tl.int64)
-    features += (b * stride_b + (frame - b * T) * stride_t) * UNIT
-    sums = tl.zeros([BLOCK, BLOCK_C], ACC)
-    for first in tl.range(0, cells, BLOCK):  # sums: over the cells below first, BLOCK of them
-        cell = first + tl.arange(0, BLOCK)
-        exists = cell < cells
-        cell = tl.minimum(cell, cells - 1)
-        y = cell // w
-        addresses = cell_addresses(features, y, cell - y * w, stride_y, stride_x)
-        tile = load_channels(addresses, start, C, BLOCK_C).to(ACC)
-        if COSINE:
-            tile = tile * tl.load(inverse_norm + frame.to(tl.int64) * cells + cell)[:, None]
-        sums += tl.where(exists[:, None], tile, 0.0)
-    channel = start + tl.arange(0, BLOCK_C)
-    tl.store(total + frame.to(tl.int64) * C + channel, tl.sum(sums, 0), mask=channel < C)
 
 
 @triton.jit
@@ -181,11 +151,11 @@ def correlation_soft_argmax_fwd_kernel_statistics(
 # worst alike
 @kernel
 def correlation_soft_argmax_fwd_kernel_merge(
-    total, highest, lowest, high_cells, low_cells, mean, maximum, minimum, best, worst,
-    T: tl.int32, N: tl.int32, cells: tl.int32, runs: tl.int32, pairs: tl.int64,
-    BLOCK: tl.constexpr,
+    total, highest, lowest, high_cells, low_cells, mean, maximum, minimum, best, worst, keys,
+    T: tl.int32, N: tl.int32, w: tl.int32, cells: tl.int32, runs: tl.int32, pairs: tl.int64,
+    BAND: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """`[runs, B, T, N]` -> `[B, N, T]`; `pairs` is B T N."""
+    """`[runs, B, T, N]` -> `[B, N, T]`, and `[B, T, N]` keys of the best cells; `pairs` is B T N."""
     ACC: tl.constexpr = mean.dtype.element_ty
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     in_range = at < pairs
@@ -214,3 +184,4 @@ def correlation_soft_argmax_fwd_kernel_merge(
     tl.store(minimum + out, low, mask=in_range)
     tl.store(best + out, high_cell, mask=in_range)
     tl.store(worst + out, low_cell, mask=in_range)
+    tl.store(keys + at, key(high_cell, w, BAND), mask=in_range)

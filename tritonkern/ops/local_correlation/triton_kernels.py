@@ -4,7 +4,7 @@ A program computes one point in one frame (for the supports' gradient: one point
 made in registers from the four cells around each, most of which are in the first-level cache by then, and multiplied
 with the supports. Nothing is multiplied with cells, samples or positions of other points, so a NaN does not spread.
 
-Kernels are specialised for the alignment of tensors, which makes loads of channels wide, and for no other argument.
+Tensors are contiguous and start on 16 bytes, which makes loads of channels wide.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonkern.ops._triton import launch, product
+from tritonkern.ops._triton import Launch, aligned, kernel, product, whole_vectors
 from tritonkern.ops.local_correlation import blocks, configs, reference
 from tritonkern.ops.local_correlation.op import Samples
 
@@ -55,7 +55,7 @@ def _corner(
 def _cells(frame, index, exists, c, C: tl.constexpr, ACC: tl.constexpr):
     """Channels c of the cells, `[p, c]`; zeros where there is no cell."""
     mask = exists[:, None] & (c < C)[None, :]
-    return tl.load(frame + index[:, None] * C + c[None, :], mask=mask, other=0.0).to(ACC)
+    return tl.load(whole_vectors(frame + index[:, None] * C + c[None, :], C), mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
@@ -73,7 +73,7 @@ def _samples(
     return total
 
 
-@triton.jit(do_not_specialize=["frames", "points", "height", "width"])
+@kernel
 def local_correlation_fwd_kernel(
     features, support, position, out, frames: tl.int64, points: tl.int64, height: tl.int32, width: tl.int32,
     C: tl.constexpr, S: tl.constexpr, RADIUS: tl.constexpr, ZEROS: tl.constexpr, Y_FIRST: tl.constexpr,
@@ -102,15 +102,15 @@ def local_correlation_fwd_kernel(
                 sample = _samples(
                     frame, cell_x, cell_y, fraction_x, fraction_y, p, c, height, width, C, RADIUS, ZEROS, Y_FIRST, ACC
                 )
-                mask = (c < C)[:, None] & (s < S)[None, :]
-                vector = tl.load(vectors + s[None, :] * C + c[:, None], mask=mask, other=0.0)
-                total = product(sample, vector, total, PRECISION)
+                mask = (s < S)[:, None] & (c < C)[None, :]
+                vector = tl.load(whole_vectors(vectors + s[:, None] * C + c[None, :], C), mask=mask, other=0.0)
+                total = product(sample, tl.trans(vector), total, PRECISION)
             total = tl.where(known, total, float("nan"))
-            target = out + row * P * S + p[:, None] * S + s[None, :]
+            target = whole_vectors(out + row * P * S + p[:, None] * S + s[None, :], S)
             tl.store(target, total.to(out.dtype.element_ty), mask=(p < P)[:, None] & (s < S)[None, :])
 
 
-@triton.jit(do_not_specialize=["frames", "points", "height", "width"])
+@kernel
 def local_correlation_bwd_kernel_features(
     grad_out, features, support, position, grad_features, grad_position, frames: tl.int64, points: tl.int64,
     height: tl.int32, width: tl.int32,
@@ -144,9 +144,10 @@ def local_correlation_bwd_kernel_features(
             for first_s in range(0, S, BLOCK_S):  # grad: products of the supports before first_s
                 s = first_s + tl.arange(0, BLOCK_S)
                 mask = (p < P)[:, None] & (s < S)[None, :]
-                arriving = tl.load(grad_out + row * P * S + p[:, None] * S + s[None, :], mask=mask, other=0.0)
+                at = whole_vectors(grad_out + row * P * S + p[:, None] * S + s[None, :], S)
+                arriving = tl.load(at, mask=mask, other=0.0)
                 mask = (s < S)[:, None] & (c < C)[None, :]
-                vector = tl.load(vectors + s[:, None] * C + c[None, :], mask=mask, other=0.0)
+                vector = tl.load(whole_vectors(vectors + s[:, None] * C + c[None, :], C), mask=mask, other=0.0)
                 grad = product(arriving, vector.to(ACC), grad, PRECISION)
             for corner in tl.static_range(4):
                 index, exists, along_x, along_y = _corner(
@@ -154,7 +155,7 @@ def local_correlation_bwd_kernel_features(
                     Y_FIRST,
                 )  # fmt: skip
                 if grad_features is not None:
-                    target = grad_features + start + index[:, None] * C + c[None, :]
+                    target = whole_vectors(grad_features + start + index[:, None] * C + c[None, :], C)
                     mask = exists[:, None] & (c < C)[None, :]
                     tl.atomic_add(target, along_x * along_y * grad, mask=mask, sem="relaxed")
                 if grad_position is not None:
@@ -166,7 +167,7 @@ def local_correlation_bwd_kernel_features(
         tl.store(grad_position + 2 * row + 1, tl.where(known, tl.sum(grad_y, 0), float("nan")))
 
 
-@triton.jit(do_not_specialize=["frames", "points", "height", "width"])
+@kernel
 def local_correlation_bwd_kernel_support(
     grad_out, features, position, grad_support, frames: tl.int64, points: tl.int64, height: tl.int32, width: tl.int32,
     C: tl.constexpr, S: tl.constexpr, RADIUS: tl.constexpr, ZEROS: tl.constexpr, Y_FIRST: tl.constexpr,
@@ -202,19 +203,19 @@ def local_correlation_bwd_kernel_support(
             sample = _samples(
                 frame, cell_x, cell_y, fraction_x, fraction_y, p, c, height, width, C, RADIUS, ZEROS, Y_FIRST, ACC
             )
-            mask = (p < P)[None, :] & (s < S)[:, None]
-            arriving = tl.load(grad_out + row * P * S + p[None, :] * S + s[:, None], mask=mask, other=0.0)
-            total = product(arriving, sample, total, PRECISION)
+            mask = (p < P)[:, None] & (s < S)[None, :]
+            at = whole_vectors(grad_out + row * P * S + p[:, None] * S + s[None, :], S)
+            arriving = tl.load(at, mask=mask, other=0.0)
+            total = product(tl.trans(arriving), sample, total, PRECISION)
         total = tl.where(known, total, float("nan"))
-    target = grad_support + owner * S * C + s[:, None] * C + c[None, :]
+    target = whole_vectors(grad_support + owner * S * C + s[:, None] * C + c[None, :], C)
     tl.store(target, total, mask=(s < S)[:, None] & (c < C)[None, :])
 
 
 def _correlate_into(out: Tensor, features: Tensor, support: Tensor, position: Tensor, samples: Samples) -> None:
-    inputs = [x.contiguous() for x in (features, support, position)]
-    arguments, constants = _arguments(features, support, position, samples)
-    rows = position.shape[:3].numel()
-    launch(local_correlation_fwd_kernel, rows, *inputs, out, *arguments, **constants)
+    shapes = (features.shape, support.shape, position.shape)
+    correlate, _, _ = _launches(*shapes, features.dtype, out.dtype, samples, configs.tf32_allowed(), (False, False))
+    correlate(aligned(features), aligned(support), aligned(position), out)
 
 
 def _add_gradients(
@@ -232,23 +233,18 @@ def _add_gradients(
         grad = grad_out.unflatten(-1, (samples.total, -1))
         grad_features += reference.backward(grad, features, support, position, samples, [True, False, False])[0]
         grad_features = None
-    grad_out, *inputs = [x.contiguous() for x in (grad_out, features, support, position)]
-    arguments, constants = _arguments(features, support, position, samples)
-    if grad_features is not None or grad_position is not None:
-        slopes = None if grad_position is None else torch.empty_like(inputs[2])
-        results = (grad_features, slopes)
-        rows = position.shape[:3].numel()
-        launch(local_correlation_bwd_kernel_features, rows, grad_out, *inputs, *results, *arguments, **constants)
+    grad_out, features, support, position = [aligned(x) for x in (grad_out, features, support, position)]
+    needs_grad = (grad_features is not None, grad_position is not None)
+    shapes, dtypes = (features.shape, support.shape, position.shape), (features.dtype, grad_out.dtype)
+    _, of_features, of_support = _launches(*shapes, *dtypes, samples, configs.tf32_allowed(), needs_grad)
+    if True in needs_grad:
+        slopes = None if grad_position is None else position.new_empty(position.shape)
+        of_features(grad_out, features, support, position, grad_features, slopes)
         if grad_position is not None and slopes is not None:
             grad_position += slopes
     if grad_support is not None:
-        sums = torch.empty(support.shape, dtype=position.dtype, device=support.device)
-        tiles = triton.cdiv(support.shape[-1], constants["BLOCK_C"]) * triton.cdiv(
-            support.shape[-2], constants["BLOCK_S"]
-        )
-        programs = support.shape[:-2].numel() * tiles
-        tensors = (grad_out, inputs[0], inputs[2], sums)
-        launch(local_correlation_bwd_kernel_support, programs, *tensors, *arguments, **constants)
+        sums = position.new_empty(support.shape)
+        of_support(grad_out, features, position, sums)
         grad_support += sums
 
 
@@ -256,32 +252,41 @@ def _multiply_into(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
     out.addmm_(left, right, beta=int(add))
 
 
-def _arguments(
-    features: Tensor, support: Tensor, position: Tensor, samples: Samples
-) -> tuple[tuple[int, ...], dict[str, int | bool | str]]:
-    """Sizes and constants of the kernels."""
-    height, width, channels = features.shape[2:]
-    supports = support.shape[-2]
-    tile = configs.tile(samples.total, supports, channels, features.dtype)
+@functools.lru_cache(maxsize=1024)
+def _launches(
+    features, support, position, dtype, dtype_of_out, samples: Samples, tf32: bool, needs_grad: tuple[bool, bool]
+) -> tuple[Launch, Launch, Launch]:
+    """Forward, and the gradients of features and positions, and of supports, by shapes and types. `needs_grad`: which
+    of features and positions have one."""
+    height, width, channels = features[2:]
+    supports = support[-2]
+    tile = configs.tile(samples.total, supports, channels, dtype)
     constants = {
         "C": channels,
         "S": supports,
         "RADIUS": samples.radius,
         "ZEROS": samples.zeros,
         "Y_FIRST": samples.y_first,
-        "OWN": support.dim() == 5,
+        "OWN": len(support) == 5,
         "BLOCK_P": tile.samples,
         "BLOCK_S": tile.supports,
         "BLOCK_C": tile.channels,
-        "PRECISION": "tf32" if configs.tf32_allowed() else "ieee",
+        "PRECISION": "tf32" if tf32 else "ieee",
         "num_warps": tile.num_warps,
         "num_stages": 2,
     }
-    return (position.shape[1], position.shape[2], height, width), constants
+    numbers = (position[1], position[2], height, width)
+    rows = position[:3].numel()
+    tiles = triton.cdiv(channels, tile.channels) * triton.cdiv(supports, tile.supports)
+    return (
+        Launch(local_correlation_fwd_kernel, rows, *numbers, **constants),
+        Launch(local_correlation_bwd_kernel_features, rows, *numbers, **constants),
+        Launch(local_correlation_bwd_kernel_support, support[:-2].numel() * tiles, *numbers, **constants),
+    )
 
 
 # Every cell is read many times, so features are made contiguous once.
-_KERNELS = blocks.Kernels(Tensor.contiguous, _correlate_into, _add_gradients, _multiply_into)
+_KERNELS = blocks.Kernels(aligned, _correlate_into, _add_gradients, _multiply_into)
 forward = functools.partial(blocks.forward, _KERNELS)
 backward = functools.partial(blocks.backward, _KERNELS)
 linear_forward = functools.partial(blocks.linear_forward, _KERNELS)

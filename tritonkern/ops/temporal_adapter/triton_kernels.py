@@ -5,12 +5,15 @@ Convolutions take and return channels-last images without a bias, which PyTorch 
 
 from __future__ import annotations
 
+import functools
+import math
+
 import torch
 import triton
 from torch import Tensor
 
-from tritonkern.ops._dtypes import accumulator, adjacent_channels, full_precision
-from tritonkern.ops._triton import register_limit
+from tritonkern.ops._dtypes import accumulator, full_precision
+from tritonkern.ops._triton import Launch, aligned, readable, register_limit
 from tritonkern.ops.temporal_adapter import configs, triton_norm, triton_pixels
 from tritonkern.ops.temporal_adapter.op import Conv, Grid, Norm, hidden_dtype, hidden_shape
 
@@ -25,7 +28,6 @@ def adapter_in_forward(
         hidden = tokens.new_empty(hidden_shape(tokens, grid, len(conv.weight)), dtype=compute)
         mean, rstd = (tokens.new_zeros(len(tokens), dtype=torch.float64) for _ in range(2))
         return hidden, mean, rstd
-    tokens = adjacent_channels(tokens)
     mean, rstd = _statistics(tokens, grid.rows * grid.columns, norm.eps)
     image = _convolved(_normalised(tokens, norm, mean, rstd, grid, compute), conv.weight)
     return _to_hidden(image, tokens, grid, conv.bias), mean, rstd
@@ -52,8 +54,7 @@ def adapter_in_backward(
     grad_weight = conv_weight.new_zeros(conv_weight.shape if of_conv else 0)
     grad_bias = conv_weight.new_zeros(len(conv_weight) if of_conv else 0)
     if tokens.numel() and any(needs_grad):
-        tokens = adjacent_channels(tokens)
-        grad = _from_hidden(grad_hidden, grid, hidden.contiguous())
+        grad = _from_hidden(grad_hidden, grid, aligned(hidden))
         if of_conv:
             normed = _normalised(tokens, norm, mean, rstd, grid, hidden.dtype)
             sums = _sums(grad.view(batch, frames, pixels, len(conv_weight)), pixels)
@@ -70,11 +71,10 @@ def adapter_in_backward(
             grad_norm_weight = sums[:, 1].sum(0).to(norm.weight.dtype)
         if of_tokens:
             averages = (sums * norm.weight.double()).sum(2) / (frames * pixels * channels)
-            tile, programs, tiles = _programs(batch * frames, length, channels, tokens.dtype)
-            triton_norm.temporal_adapter_bwd_kernel_tokens[programs](
-                grad, tokens, norm.weight.contiguous(), mean, rstd, averages, grad_tokens, frames, length - pixels,
-                pixels, tiles, *tokens.stride()[:3], channels, tile.block, tile.rows, num_warps=configs.NUM_WARPS,
-            )  # fmt: skip
+            tokens, strides = readable(tokens)
+            given = (grad, tokens, norm.weight.contiguous(), mean, rstd, averages.contiguous(), grad_tokens)
+            sizes = (frames, length - pixels, pixels)
+            _launch("tokens", _types(given), batch * frames, length, sizes, strides, channels, tokens.dtype)(*given)
     return grad_tokens, grad_norm_weight, grad_norm_bias, grad_weight, grad_bias
 
 
@@ -85,18 +85,14 @@ def adapter_out_forward(hidden: Tensor, conv: Conv, tokens: Tensor | None, grid:
     if tokens is None:
         result = hidden.new_empty((batch, frames, pixels, channels), dtype=dtype)
     else:
-        tokens = adjacent_channels(tokens)
         result = tokens.new_empty(tokens.shape)
     if hidden.numel():
         update = _convolved(_from_hidden(hidden, grid), conv.weight)
         length = result.shape[2]
-        tile, programs, tiles = _programs(batch * frames, length, channels, update.dtype)
-        strides = (0, 0, 0) if tokens is None else tokens.stride()[:3]
-        bias = None if conv.bias is None else conv.bias.contiguous()
-        triton_pixels.temporal_adapter_fwd_kernel_add[programs](
-            update, bias, tokens, result, frames, length - pixels, pixels, tiles, *strides, channels, tile.block,
-            tile.rows, num_warps=configs.NUM_WARPS,
-        )  # fmt: skip
+        tokens, strides = (None, (0, 0, 0)) if tokens is None else readable(tokens)
+        given = (update, None if conv.bias is None else conv.bias.contiguous(), tokens, result)
+        sizes = (frames, length - pixels, pixels)
+        _launch("add", _types(given), batch * frames, length, sizes, strides, channels, update.dtype)(*given)
     return result
 
 
@@ -111,7 +107,7 @@ def adapter_out_backward(
     grad_weight = conv_weight.new_zeros(conv_weight.shape if of_conv else 0)
     grad_bias = conv_weight.new_zeros(channels if of_conv else 0)
     if hidden.numel() and any(needs_grad):
-        hidden, grad_out = hidden.contiguous(), adjacent_channels(grad_out)
+        hidden = aligned(hidden)
         patches = grad_out[:, :, grad_out.shape[2] - pixels :]
         if of_conv:
             copied = patches.dtype != hidden.dtype or not patches.is_contiguous()
@@ -131,30 +127,60 @@ def adapter_out_backward(
     return grad_hidden, grad_weight, grad_bias
 
 
-def _programs(
-    frames: int, rows: int, channels: int, dtype: torch.dtype, each: int = 1
-) -> tuple[configs.Tile, tuple[int], int]:
-    """The tile, the grid, and the programs along the `rows` of a frame, each of which walks `each` tiles."""
+_KERNELS = {
+    "statistics": triton_norm.temporal_adapter_fwd_kernel_statistics,
+    "normalise": triton_norm.temporal_adapter_fwd_kernel_normalise,
+    "sums": triton_norm.temporal_adapter_bwd_kernel_sums,
+    "tokens": triton_norm.temporal_adapter_bwd_kernel_tokens,
+    "rectify": triton_pixels.temporal_adapter_kernel_rectify,
+    "add": triton_pixels.temporal_adapter_fwd_kernel_add,
+}
+
+
+def _types(tensors: tuple) -> tuple:
+    return tuple([None if x is None else x.dtype for x in tensors])
+
+
+@functools.lru_cache(maxsize=1024)
+def _launch(
+    kernel: str, types: tuple, frames: int, rows: int, sizes: tuple, strides: tuple, channels: int, dtype: torch.dtype,
+    each: int = 0, **constants: int
+) -> Launch:  # fmt: skip
+    """Of a kernel over the `rows` of `frames` frames, on tensors of `types`. Each program walks `each` tiles, or has
+    one. The numbers of a kernel are `sizes`, the programs along the rows of a frame, and `strides`."""
     tile = configs.tile(channels, dtype)
-    along = triton.cdiv(rows, tile.rows * each)
-    return tile, (frames * along * triton.cdiv(channels, tile.block),), along
+    along = triton.cdiv(rows, tile.rows * (each or 1))
+    walk = {"EACH": each} if each else {}
+    return Launch(
+        _KERNELS[kernel], frames * along * triton.cdiv(channels, tile.block), *sizes, along, *strides,
+        **constants, C=channels, BLOCK=tile.block, ROWS=tile.rows, **walk, num_warps=configs.NUM_WARPS,
+        **register_limit(),
+    )  # fmt: skip
+
+
+def _chunks(pixels: int, channels: int, dtype: torch.dtype) -> tuple[int, int]:
+    """Programs of a kernel that sums: along the rows of a frame, and along its channels."""
+    tile = configs.tile(channels, dtype)
+    return triton.cdiv(pixels, tile.rows * configs.EACH), triton.cdiv(channels, tile.block)
 
 
 def _statistics(tokens: Tensor, pixels: int, eps: float) -> tuple[Tensor, Tensor]:
     """Mean and 1 / deviation `[B]` of the patches, float64."""
     batch, frames, length, channels = tokens.shape
-    tile, programs, chunks = _programs(batch * frames, pixels, channels, tokens.dtype, configs.EACH)
-    partial = tokens.new_empty((*programs, 3), dtype=torch.float64)
-    triton_norm.temporal_adapter_fwd_kernel_statistics[programs](
-        tokens, partial, frames, length - pixels, pixels, chunks, *tokens.stride()[:3], channels, tile.block, tile.rows,
-        configs.EACH, num_warps=configs.NUM_WARPS,
-    )  # fmt: skip
-    # Two tensors, not halves of one: where the second began would depend on B, and Triton compiles by alignment.
+    dtype, programs = tokens.dtype, frames * math.prod(_chunks(pixels, channels, tokens.dtype))
+    partial = tokens.new_empty((batch * programs, 3), dtype=torch.float64)
+    tokens, strides = readable(tokens)
+    sizes = (frames, length - pixels, pixels)
+    launch = _launch("statistics", (dtype,), batch * frames, pixels, sizes, strides, channels, dtype, configs.EACH)
+    launch(tokens, partial)
     mean, rstd = (tokens.new_empty(batch, dtype=torch.float64) for _ in range(2))
-    triton_norm.temporal_adapter_fwd_kernel_moments[(batch,)](
-        partial, mean, rstd, len(partial) // batch, eps, 256, num_warps=4
-    )
+    _moments_launch(batch, programs, eps)(partial, mean, rstd)
     return mean, rstd
+
+
+@functools.lru_cache(maxsize=1024)
+def _moments_launch(batch: int, programs: int, eps: float) -> Launch:
+    return Launch(triton_norm.temporal_adapter_fwd_kernel_moments, batch, programs, eps, BLOCK=256, num_warps=4)
 
 
 def _sums(
@@ -168,15 +194,19 @@ def _sums(
     """Sums over the pixels of grad `[B, T, prefix + h * w, C]` and, with tokens, of grad * their normalised patches:
     `[B, 1 or 2, C]`, float64. The patches of grad are copied to `copy` in passing."""
     batch, frames, length, channels = grad.shape
-    tile, programs, chunks = _programs(batch * frames, pixels, channels, grad.dtype, configs.EACH)
-    partial = grad.new_empty(
-        (batch, frames * chunks, 1 if tokens is None else 2, channels), dtype=accumulator(grad.dtype)
+    dtype, (chunks, _) = grad.dtype, _chunks(pixels, channels, grad.dtype)
+    kinds = 1 if tokens is None else 2
+    partial = grad.new_empty((batch, frames * chunks, kinds, channels), dtype=accumulator(dtype))
+    prefix, strides = 0, (0, 0, 0)
+    if tokens is not None:
+        prefix, (tokens, strides) = tokens.shape[2] - pixels, readable(tokens)
+    grad, grad_strides = readable(grad)
+    given = (grad, tokens, mean, rstd, copy, partial)
+    sizes = (frames, length - pixels, prefix, pixels)
+    launch = _launch(
+        "sums", _types(given), batch * frames, pixels, sizes, grad_strides + strides, channels, dtype, configs.EACH
     )
-    prefix, strides = (0, (0, 0, 0)) if tokens is None else (tokens.shape[2] - pixels, tokens.stride()[:3])
-    triton_norm.temporal_adapter_bwd_kernel_sums[programs](
-        grad, tokens, mean, rstd, copy, partial, frames, length - pixels, prefix, pixels, chunks, *grad.stride()[:3],
-        *strides, channels, tile.block, tile.rows, configs.EACH, num_warps=configs.NUM_WARPS, **register_limit(),
-    )  # fmt: skip
+    launch(*given)
     return partial.sum(1, dtype=torch.float64)
 
 
@@ -184,11 +214,10 @@ def _normalised(tokens: Tensor, norm: Norm, mean: Tensor, rstd: Tensor, grid: Gr
     """The normalised patches as an image `[B * T, h, w, C]`."""
     (batch, frames, length, channels), pixels = tokens.shape, grid.rows * grid.columns
     normed = tokens.new_empty((batch * frames, grid.rows, grid.columns, channels), dtype=dtype)
-    tile, programs, tiles = _programs(batch * frames, pixels, channels, tokens.dtype)
-    triton_norm.temporal_adapter_fwd_kernel_normalise[programs](
-        tokens, norm.weight.contiguous(), norm.bias.contiguous(), mean, rstd, normed, frames, length - pixels, pixels,
-        tiles, *tokens.stride()[:3], channels, tile.block, tile.rows, num_warps=configs.NUM_WARPS,
-    )  # fmt: skip
+    tokens, strides = readable(tokens)
+    given = (tokens, norm.weight.contiguous(), norm.bias.contiguous(), mean, rstd, normed)
+    sizes = (frames, length - pixels, pixels)
+    _launch("normalise", _types(given), batch * frames, pixels, sizes, strides, channels, tokens.dtype)(*given)
     return normed
 
 
@@ -205,7 +234,7 @@ def _from_hidden(hidden: Tensor, grid: Grid, gate: Tensor | None = None) -> Tens
     """`[B, T, h/p * w/p, p * p * O]` -> `[B * T, h, w, O]`, zero where it or `gate` is not positive."""
     batch, frames, _, width = hidden.shape
     image = hidden.new_empty((batch * frames, grid.rows, grid.columns, width // grid.pool**2))
-    _rectify(hidden.contiguous(), None, gate, image, grid, False)
+    _rectify(aligned(hidden), None, gate, image, grid, False)
     return image
 
 
@@ -213,11 +242,12 @@ def _rectify(
     source: Tensor, bias: Tensor | None, gate: Tensor | None, result: Tensor, grid: Grid, to_hidden: bool
 ) -> None:
     channels, pixels = (source if to_hidden else result).shape[-1], grid.rows * grid.columns
-    tile, programs, tiles = _programs(source.numel() // (pixels * channels), pixels, channels, source.dtype)
-    triton_pixels.temporal_adapter_kernel_rectify[programs](
-        source, None if bias is None else bias.contiguous(), gate, result, grid.columns, pixels, tiles, grid.pool,
-        to_hidden, channels, tile.block, tile.rows, num_warps=configs.NUM_WARPS,
-    )  # fmt: skip
+    given = (source, None if bias is None else bias.contiguous(), gate, result)
+    frames = source.numel() // (pixels * channels)
+    _launch(
+        "rectify", _types(given), frames, pixels, (grid.columns, pixels), (), channels, source.dtype,
+        POOL=grid.pool, TO_HIDDEN=to_hidden,
+    )(*given)  # fmt: skip
 
 
 def _convolved(image: Tensor, weight: Tensor) -> Tensor:

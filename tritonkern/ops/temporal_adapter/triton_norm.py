@@ -9,6 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tritonkern.ops._triton import UNIT, kernel, whole_vectors
+
 
 @triton.jit
 def place(tiles, C: tl.constexpr, BLOCK: tl.constexpr):
@@ -21,14 +23,20 @@ def place(tiles, C: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def frame_start(frame, T, prefix, stride_b, stride_t, stride_l):
-    """Offset of a frame's first patch in tokens `[B, T, prefix + h * w, C]`."""
-    return frame // T * stride_b + frame % T * stride_t + prefix * stride_l
+    """Offset of a frame's first patch in tokens `[B, T, prefix + h * w, C]`; strides in UNITs."""
+    return (frame // T * stride_b + frame % T * stride_t + prefix * stride_l) * UNIT
 
 
 @triton.jit
-def rows_at(row, stride, channel):
-    """Offsets `[rows, channels]`, 64-bit."""
-    return row.to(tl.int64)[:, None] * stride + channel[None, :]
+def tokens_at(frame, row, stride, channel):
+    """Addresses `[rows, channels]` of tokens, whose rows start on 16 bytes."""
+    return whole_vectors(frame + row.to(tl.int64)[:, None] * (stride * UNIT) + channel[None, :], UNIT)
+
+
+@triton.jit
+def pixels_at(frame, row, channel, C: tl.constexpr):
+    """Addresses `[rows, channels]` in a contiguous image."""
+    return whole_vectors(frame + row.to(tl.int64)[:, None] * C + channel[None, :], C)
 
 
 @triton.jit
@@ -37,7 +45,7 @@ def _standardised(x, mean, rstd, ACC: tl.constexpr):
     return (x - tl.load(mean).to(ACC)) * tl.load(rstd).to(ACC)
 
 
-@triton.jit(do_not_specialize=["T", "prefix", "pixels", "chunks"])
+@kernel
 def temporal_adapter_fwd_kernel_statistics(
     tokens, partial, T: tl.int32, prefix: tl.int32, pixels: tl.int32, chunks: tl.int32, stride_b: tl.int64,
     stride_t: tl.int64, stride_l: tl.int64, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -54,14 +62,14 @@ def temporal_adapter_fwd_kernel_statistics(
     last = tl.minimum(first + EACH * ROWS, pixels)
     row = first + tl.arange(0, ROWS)
     mask = (row < last)[:, None] & (channel < C)[None, :]
-    value = tl.load(tokens + rows_at(row, stride_l, channel), mask=mask, other=0.0).to(ACC)
+    value = tl.load(tokens_at(tokens, row, stride_l, channel), mask=mask, other=0.0).to(ACC)
     shift = tl.sum(value) / tl.sum(mask.to(ACC))
     total = tl.zeros([ROWS, BLOCK], ACC)
     squares = tl.zeros([ROWS, BLOCK], ACC)
     for begin in tl.range(first, last, ROWS, num_stages=1):
         row = begin + tl.arange(0, ROWS)
         mask = (row < last)[:, None] & (channel < C)[None, :]
-        value = tl.load(tokens + rows_at(row, stride_l, channel), mask=mask, other=0.0).to(ACC)
+        value = tl.load(tokens_at(tokens, row, stride_l, channel), mask=mask, other=0.0).to(ACC)
         deviation = tl.where(mask, value - shift, 0.0)
         total += deviation
         squares += deviation * deviation
@@ -73,7 +81,7 @@ def temporal_adapter_fwd_kernel_statistics(
     tl.store(to + 2, tl.sum(squares.to(tl.float64)) - count * off * off)
 
 
-@triton.jit(do_not_specialize=["programs"])
+@kernel
 def temporal_adapter_fwd_kernel_moments(partial, mean, rstd, programs: tl.int64, eps: tl.float64, BLOCK: tl.constexpr):
     """Mean and 1 / deviation of each batch entry `[B]`, from the `programs` that had a part of it."""
     entry = tl.program_id(0).to(tl.int64)
@@ -99,7 +107,7 @@ def temporal_adapter_fwd_kernel_moments(partial, mean, rstd, programs: tl.int64,
     tl.store(rstd + entry, 1.0 / tl.sqrt(tl.sum(squares) / all_count + tl.full([], eps, tl.float64)))
 
 
-@triton.jit(do_not_specialize=["T", "prefix", "pixels", "tiles"])
+@kernel
 def temporal_adapter_fwd_kernel_normalise(
     tokens, norm_weight, norm_bias, mean, rstd, normed, T: tl.int32, prefix: tl.int32, pixels: tl.int32,
     tiles: tl.int32, stride_b: tl.int64, stride_t: tl.int64, stride_l: tl.int64, C: tl.constexpr, BLOCK: tl.constexpr,
@@ -111,15 +119,15 @@ def temporal_adapter_fwd_kernel_normalise(
     tokens += frame_start(frame, T, prefix, stride_b, stride_t, stride_l)
     row = tile * ROWS + tl.arange(0, ROWS)
     mask = (row < pixels)[:, None] & (channel < C)[None, :]
-    value = tl.load(tokens + rows_at(row, stride_l, channel), mask=mask, other=0.0).to(ACC)
+    value = tl.load(tokens_at(tokens, row, stride_l, channel), mask=mask, other=0.0).to(ACC)
     value = _standardised(value, mean + frame // T, rstd + frame // T, ACC)
     weight = tl.load(norm_weight + channel, mask=channel < C, other=0.0).to(ACC)[None, :]
     bias = tl.load(norm_bias + channel, mask=channel < C, other=0.0).to(ACC)[None, :]
-    to = normed + frame * pixels * C + rows_at(row, C, channel)
+    to = pixels_at(normed + frame * pixels * C, row, channel, C)
     tl.store(to, (value * weight + bias).to(normed.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "prefix", "grad_prefix", "pixels", "chunks"])
+@kernel
 def temporal_adapter_bwd_kernel_sums(
     grad, tokens, mean, rstd, image, partial, T: tl.int32, grad_prefix: tl.int32, prefix: tl.int32, pixels: tl.int32,
     chunks: tl.int32, grad_stride_b: tl.int64, grad_stride_t: tl.int64, grad_stride_l: tl.int64, stride_b: tl.int64,
@@ -145,13 +153,13 @@ def temporal_adapter_bwd_kernel_sums(
     for begin in tl.range(first, last, ROWS, num_stages=1):
         row = begin + tl.arange(0, ROWS)
         mask = (row < last)[:, None] & (channel < C)[None, :]
-        value = tl.load(grad + rows_at(row, grad_stride_l, channel), mask=mask, other=0.0)
+        value = tl.load(tokens_at(grad, row, grad_stride_l, channel), mask=mask, other=0.0)
         if image is not None:
-            tl.store(image + rows_at(row, C, channel), value.to(image.dtype.element_ty), mask=mask)
+            tl.store(pixels_at(image, row, channel, C), value.to(image.dtype.element_ty), mask=mask)
         value = value.to(ACC)
         total += value
         if tokens is not None:
-            patches = tl.load(tokens + rows_at(row, stride_l, channel), mask=mask, other=0.0).to(ACC)
+            patches = tl.load(tokens_at(tokens, row, stride_l, channel), mask=mask, other=0.0).to(ACC)
             moment += value * _standardised(patches, mean, rstd, ACC)
     to = partial + (frame * chunks + chunk) * (KINDS * C) + channel
     tl.store(to, tl.sum(total, 0), mask=channel < C)
@@ -159,7 +167,7 @@ def temporal_adapter_bwd_kernel_sums(
         tl.store(to + C, tl.sum(moment, 0), mask=channel < C)
 
 
-@triton.jit(do_not_specialize=["T", "prefix", "pixels", "tiles"])
+@kernel
 def temporal_adapter_bwd_kernel_tokens(
     grad, tokens, norm_weight, mean, rstd, averages, result, T: tl.int32, prefix: tl.int32, pixels: tl.int32,
     tiles: tl.int32, stride_b: tl.int64, stride_t: tl.int64, stride_l: tl.int64, C: tl.constexpr, BLOCK: tl.constexpr,
@@ -177,10 +185,12 @@ def temporal_adapter_bwd_kernel_tokens(
     length = prefix + pixels
     mask = (row < length)[:, None] & (channel < C)[None, :]
     patch = mask & (row >= prefix)[:, None]
-    value = tl.load(tokens + rows_at(row, stride_l, channel), mask=patch, other=0.0).to(ACC)
+    value = tl.load(tokens_at(tokens, row, stride_l, channel), mask=patch, other=0.0).to(ACC)
     standard = _standardised(value, mean + entry, rstd + entry, ACC)
-    value = tl.load(grad + frame * pixels * C + rows_at(row - prefix, C, channel), mask=patch, other=0.0).to(ACC)
+    at = pixels_at(grad + frame * pixels * C, row - prefix, channel, C)
+    value = tl.load(at, mask=patch, other=0.0).to(ACC)
     value *= tl.load(norm_weight + channel, mask=channel < C, other=0.0).to(ACC)[None, :]
     value -= tl.load(averages + entry * 2).to(ACC) + standard * tl.load(averages + entry * 2 + 1).to(ACC)
     value = tl.where(patch, value * tl.load(rstd + entry).to(ACC), 0.0)
-    tl.store(result + frame * length * C + rows_at(row, C, channel), value.to(result.dtype.element_ty), mask=mask)
+    to = pixels_at(result + frame * length * C, row, channel, C)
+    tl.store(to, value.to(result.dtype.element_ty), mask=mask)

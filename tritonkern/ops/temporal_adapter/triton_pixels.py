@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import triton
 import triton.language as tl
 
-from tritonkern.ops.temporal_adapter.triton_norm import frame_start, place, rows_at
+from tritonkern.ops._triton import kernel
+from tritonkern.ops.temporal_adapter.triton_norm import frame_start, pixels_at, place, tokens_at
 
 
-@triton.jit(do_not_specialize=["columns", "pixels", "tiles"])
+@kernel
 def temporal_adapter_kernel_rectify(
     source, bias, gate, result, columns: tl.int32, pixels: tl.int32, tiles: tl.int32, POOL: tl.constexpr,
     TO_HIDDEN: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -24,19 +24,21 @@ def temporal_adapter_kernel_rectify(
     patch, inner = row // (POOL * POOL), row % (POOL * POOL)
     across = columns // POOL
     y, x = patch // across * POOL + inner // POOL, patch % across * POOL + inner % POOL
-    hidden_at = frame * pixels * C + rows_at(row, C, channel)
-    image_at = frame * pixels * C + rows_at(y * columns + x, C, channel)
-    value = tl.load(source + (image_at if TO_HIDDEN else hidden_at), mask=mask, other=0.0).to(ACC)
+    start, in_image = frame * pixels * C, y * columns + x
+    at = pixels_at(source + start, in_image if TO_HIDDEN else row, channel, C)
+    value = tl.load(at, mask=mask, other=0.0).to(ACC)
     if bias is not None:
         value += tl.load(bias + channel, mask=channel < C, other=0.0).to(ACC)[None, :]
     if gate is not None:
-        value = tl.where(tl.load(gate + hidden_at, mask=mask, other=0.0) <= 0, 0.0, value)
+        open_or_not = tl.load(pixels_at(gate + start, row, channel, C), mask=mask, other=0.0)
+        value = tl.where(open_or_not <= 0, 0.0, value)
     else:
         value = tl.where(value <= 0, 0.0, value)
-    tl.store(result + (hidden_at if TO_HIDDEN else image_at), value.to(result.dtype.element_ty), mask=mask)
+    to = pixels_at(result + start, row if TO_HIDDEN else in_image, channel, C)
+    tl.store(to, value.to(result.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["T", "prefix", "pixels", "tiles"])
+@kernel
 def temporal_adapter_fwd_kernel_add(
     update, bias, tokens, result, T: tl.int32, prefix: tl.int32, pixels: tl.int32, tiles: tl.int32, stride_b: tl.int64,
     stride_t: tl.int64, stride_l: tl.int64, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -51,11 +53,13 @@ def temporal_adapter_fwd_kernel_add(
     length = prefix + pixels
     mask = (row < length)[:, None] & (channel < C)[None, :]
     patch = mask & (row >= prefix)[:, None]
-    value = tl.load(update + frame * pixels * C + rows_at(row - prefix, C, channel), mask=patch, other=0.0).to(ACC)
+    at = pixels_at(update + frame * pixels * C, row - prefix, channel, C)
+    value = tl.load(at, mask=patch, other=0.0).to(ACC)
     if bias is not None:
         value += tl.load(bias + channel, mask=channel < C, other=0.0).to(ACC)[None, :]
     if tokens is not None:
         tokens += frame_start(frame, T, 0, stride_b, stride_t, stride_l)
-        residual = tl.load(tokens + rows_at(row, stride_l, channel), mask=mask, other=0.0).to(ACC)
+        residual = tl.load(tokens_at(tokens, row, stride_l, channel), mask=mask, other=0.0).to(ACC)
         value = tl.where(patch, residual + value, residual)
-    tl.store(result + frame * length * C + rows_at(row, C, channel), value.to(result.dtype.element_ty), mask=mask)
+    to = pixels_at(result + frame * length * C, row, channel, C)
+    tl.store(to, value.to(result.dtype.element_ty), mask=mask)

@@ -18,6 +18,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tritonkern.ops._triton import UNIT, kernel
 from tritonkern.ops.temporal_mixer.triton_norm import offset
 
 
@@ -32,7 +33,7 @@ def _inside(t, T, channel, mask):
 def _standard(x, mean, rstd, start, row, t, T, stride_t, channel, mask):
     """(x - mean) rstd of frame t; zeros where there is no frame."""
     exists = _inside(t, T, channel, mask)
-    value = tl.load(x + start + t * stride_t + channel, mask=exists, other=0.0).to(mean.dtype.element_ty)
+    value = tl.load(x + start + t * stride_t * UNIT + channel, mask=exists, other=0.0).to(mean.dtype.element_ty)
     average = tl.load(mean + row + t + channel * 0, mask=exists, other=0.0)
     factor = tl.load(rstd + row + t + channel * 0, mask=exists, other=0.0)
     return (value - average) * factor
@@ -89,7 +90,7 @@ def _gelu(u):
     return u / (1.0 + _power(u, u * u))
 
 
-@triton.jit(do_not_specialize=["N", "T"])
+@kernel
 def temporal_mixer_fwd_kernel(
     x, norm_weight, conv1_weight, conv1_bias, conv2_weight, conv2_bias, mean, rstd, normed_state, hidden_state, out,
     new_normed, new_hidden, N: tl.int64, T: tl.int64, stride_b: tl.int64, stride_n: tl.int64, stride_t: tl.int64,
@@ -141,7 +142,7 @@ def temporal_mixer_fwd_kernel(
         h0, h1 = h1, h2
         done = frame - 2 + BEFORE
         ready = _inside(done, T, channel, mask)
-        residual = tl.load(x + start + done * stride_t + channel, mask=ready, other=0.0).to(ACC)
+        residual = tl.load(x + start + done * stride_t * UNIT + channel, mask=ready, other=0.0).to(ACC)
         tl.store(out + (row + done) * C + channel, (residual + result).to(out.dtype.element_ty), mask=ready)
     if hidden_state is not None:
         tl.store(new_normed + track * 2 * C + channel, h0, mask=mask)
@@ -160,7 +161,7 @@ def _through_gelu(u, grad):
     return v, grad * slope
 
 
-@triton.jit(do_not_specialize=["tracks", "each", "N", "T"])
+@kernel
 def temporal_mixer_bwd_kernel_convolutions(
     grad_out, x, norm_weight, conv1_weight, conv1_bias, conv2_weight, mean, rstd, grad_normed, partial,
     tracks: tl.int64, each: tl.int64, N: tl.int64, T: tl.int64, stride_b: tl.int64, stride_n: tl.int64,
@@ -196,7 +197,7 @@ def temporal_mixer_bwd_kernel_convolutions(
             frame = tl.cast(step, tl.int64)  # the interpreter's ranges have numbers of Python
             n2 = _standard(x, mean, rstd, start, row, frame - BEFORE + 2, T, stride_t, channel, mask)
             ahead = frame + BEFORE
-            at = grad_start + ahead * grad_stride_t + channel
+            at = grad_start + ahead * grad_stride_t * UNIT + channel
             g0 = tl.load(grad_out + at, mask=_inside(ahead, T, channel, mask), other=0.0).to(ACC)
             exists = _inside(frame, T, channel, mask)
             u = bias + a0 * (n0 * norm) + a1 * (n1 * norm) + a2 * (n2 * norm)

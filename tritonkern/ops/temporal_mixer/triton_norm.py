@@ -5,14 +5,16 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from tritonkern.ops._triton import UNIT, kernel, whole_vectors
+
 
 @triton.jit
 def offset(track, N, stride_b, stride_n):
-    """Offset of the first frame of a track."""
-    return track // N * stride_b + track % N * stride_n
+    """Offset of the first frame of a track; strides in UNITs."""
+    return (track // N * stride_b + track % N * stride_n) * UNIT
 
 
-@triton.jit(do_not_specialize=["rows", "N", "T"])
+@kernel
 def temporal_mixer_fwd_kernel_statistics(
     x, mean, rstd, rows: tl.int64, N: tl.int64, T: tl.int64, stride_b: tl.int64, stride_n: tl.int64,
     stride_t: tl.int64, eps: tl.float64, C: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr,
@@ -22,8 +24,9 @@ def temporal_mixer_fwd_kernel_statistics(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (channel < C)[None, :]
-    start = offset(row // T, N, stride_b, stride_n) + row % T * stride_t
-    value = tl.load(x + start[:, None] + channel[None, :], mask=mask, other=0.0).to(ACC)
+    start = offset(row // T, N, stride_b, stride_n) + row % T * stride_t * UNIT
+    x_at = whole_vectors(x + start[:, None] + channel[None, :], UNIT)
+    value = tl.load(x_at, mask=mask, other=0.0).to(ACC)
     average = tl.sum(value, 1) / C
     centred = tl.where(mask, value - average[:, None], 0.0)
     variance = tl.sum(centred * centred, 1) / C
@@ -31,7 +34,7 @@ def temporal_mixer_fwd_kernel_statistics(
     tl.store(rstd + row, 1.0 / tl.sqrt(variance + tl.full([], eps, ACC)), mask=row < rows)
 
 
-@triton.jit(do_not_specialize=["rows", "N", "T"])
+@kernel
 def temporal_mixer_bwd_kernel_norm(
     grad_out, x, norm_weight, mean, rstd, grad_normed, grad_x, rows: tl.int64, N: tl.int64, T: tl.int64,
     stride_b: tl.int64, stride_n: tl.int64, stride_t: tl.int64, grad_stride_b: tl.int64, grad_stride_n: tl.int64,
@@ -42,17 +45,19 @@ def temporal_mixer_bwd_kernel_norm(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     channel = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (channel < C)[None, :]
-    start = offset(row // T, N, stride_b, stride_n) + row % T * stride_t
-    grad_start = offset(row // T, N, grad_stride_b, grad_stride_n) + row % T * grad_stride_t
+    start = offset(row // T, N, stride_b, stride_n) + row % T * stride_t * UNIT
+    grad_start = offset(row // T, N, grad_stride_b, grad_stride_n) + row % T * grad_stride_t * UNIT
     average = tl.load(mean + row, mask=row < rows, other=0.0)[:, None]
     factor = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
-    value = tl.load(x + start[:, None] + channel[None, :], mask=mask, other=0.0).to(ACC)
+    x_at = whole_vectors(x + start[:, None] + channel[None, :], UNIT)
+    value = tl.load(x_at, mask=mask, other=0.0).to(ACC)
     standard = tl.where(mask, (value - average) * factor, 0.0)
     weight = tl.load(norm_weight + channel, mask=channel < C, other=0.0).to(ACC)[None, :]
     at = row[:, None] * C + channel[None, :]
-    weighted = tl.load(grad_normed + at, mask=mask, other=0.0) * weight
+    weighted = tl.load(whole_vectors(grad_normed + at, C), mask=mask, other=0.0) * weight
     of_mean = (tl.sum(weighted, 1) / C)[:, None]
     slope = (tl.sum(weighted * standard, 1) / C)[:, None]
-    grad = tl.load(grad_out + grad_start[:, None] + channel[None, :], mask=mask, other=0.0).to(ACC)
+    grad_at = whole_vectors(grad_out + grad_start[:, None] + channel[None, :], UNIT)
+    grad = tl.load(grad_at, mask=mask, other=0.0).to(ACC)
     grad += factor * (weighted - of_mean - standard * slope)
-    tl.store(grad_x + at, grad.to(grad_x.dtype.element_ty), mask=mask)
+    tl.store(whole_vectors(grad_x + at, C), grad.to(grad_x.dtype.element_ty), mask=mask)

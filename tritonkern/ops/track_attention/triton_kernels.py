@@ -15,12 +15,14 @@ that the same inputs give the same bits.
 16-bit tiles and TF32 tiles are held whole. Exact float32 goes through products of a few channels at a time.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonkern.ops._triton import aligned, block_size, kernel, launch, product, register_limit
+from tritonkern.ops._triton import Launch, aligned, block_size, kernel, product, register_limit
 from tritonkern.ops.track_attention import configs
 from tritonkern.ops.track_attention import triton_culling as culled
 from tritonkern.ops.track_attention import triton_geometry as geometry
@@ -355,15 +357,40 @@ def forward(
         return out.zero_()
     (query, q), (key, k), (value, v) = map(geometry.readable, (query, key, value))
     scene = culled.scene(points, H, (query if splat else key).shape[2:4], splat)
-    tiles = configs.forward_tiles(D, query.dtype)
     eps = torch.finfo(query.dtype).eps if culling else 0.0
-    visits = culled.visits(query, key, q, k, scene, scale, eps, tiles)
-    launch(
-        track_attention_fwd_kernel, visits.shape[0] * visits.shape[1], query, key, value, out, *scene.arguments(),
-        scene.inverse_variance, *culled.lists(visits), *scene.sizes, *visits.shape[1:], scale, *q, *k, *v,
-        **_constants(tiles, splat, D, query.dtype),
-    )  # fmt: skip
+    tf32 = query.dtype == torch.float32 and configs.tf32_allowed()
+    tiles, attend = _forward_launch(scene.sizes, splat, scene.frames, D, query.dtype, tf32, (q, k, v), scale)
+    met = culled.meetings(query, key, q, k, scene, scale, eps, tiles, False)
+    attend(query, key, value, out, *scene.arguments(), scene.inverse_variance, met.lists, met.counts)
     return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _forward_launch(
+    sizes, splat: bool, frames: int, head_dim: int, dtype, tf32: bool, strides, scale: float
+) -> tuple[configs.Tiles, Launch]:
+    tiles = configs.forward_tiles(head_dim, dtype)
+    row_blocks, column_blocks = culled.blocks(sizes, splat, tiles)
+    (q, k, v), heads = strides, sizes[1]
+    return tiles, Launch(
+        track_attention_fwd_kernel, frames * heads * row_blocks,
+        *sizes, row_blocks, column_blocks, scale, *q, *k, *v, **_constants(tiles, splat, head_dim, dtype),
+    )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=1024)
+def _backward_launches(
+    sizes, splat: bool, frames: int, head_dim: int, dtype, tf32: bool, strides, scale: float, points: bool
+) -> tuple[configs.Tiles, Launch, Launch]:
+    """Of the gradients of queries, and of keys and values."""
+    tiles = configs.backward_tiles(head_dim, dtype)
+    row_blocks, column_blocks = culled.blocks(sizes, splat, tiles)
+    (q, k, v), heads = strides, sizes[1]
+    numbers = (*sizes, row_blocks, column_blocks, scale, *q, *k, *v)
+    constants = dict(POINTS=points, **_constants(tiles, splat, head_dim, dtype))
+    of_query = Launch(track_attention_bwd_kernel_query, frames * heads * row_blocks, *numbers, **constants)
+    of_key = Launch(track_attention_bwd_kernel_key_value, frames * heads * column_blocks, *numbers, **constants)
+    return tiles, of_query, of_key
 
 
 def backward(
@@ -388,26 +415,25 @@ def backward(
     grad_out = aligned(grad_out)
     (query, q), (key, k), (value, v) = map(geometry.readable, (query, key, value))
     scene = culled.scene(points, H, (query if splat else key).shape[2:4], splat)
-    tiles = configs.backward_tiles(D, query.dtype)
+    of_points = True in needs_grad
     # The gradients of positions are in the accumulator's type.
-    eps = torch.finfo((points.tracks if any(needs_grad) else query).dtype).eps if culling else 0.0
-    visits = culled.visits(query, key, q, k, scene, scale, eps, tiles)
-    rows = query.shape[2:4].numel()
+    eps = torch.finfo((points.tracks if of_points else query).dtype).eps if culling else 0.0
+    tf32 = query.dtype == torch.float32 and configs.tf32_allowed()
+    tiles, query_gradient, key_value_gradient = _backward_launches(
+        scene.sizes, splat, scene.frames, D, query.dtype, tf32, (q, k, v), scale, of_points
+    )
+    met = culled.meetings(query, key, q, k, scene, scale, eps, tiles, True)
+    rows = query.shape[2] * query.shape[3]
     statistics = scene.positions.new_empty((B * T, H, rows, 3))
-    offset_sums = scene.positions.new_empty((B * T, H, M, 2) if any(needs_grad) else 0)
-    distance_sums = scene.positions.new_empty((B * T, H, rows) if any(needs_grad) else 0)
-    sizes, strides = (*scene.sizes, *visits.shape[1:], scale), (*q, *k, *v)
-    constants = dict(POINTS=any(needs_grad), **_constants(tiles, splat, D, query.dtype))
-    launch(
-        track_attention_bwd_kernel_query, visits.shape[0] * visits.shape[1], grad_out, query, key, value, grad_query,
-        statistics, offset_sums, distance_sums, *scene.arguments(), scene.inverse_variance, *culled.lists(visits),
-        *sizes, *strides, **constants,
-    )  # fmt: skip
-    launch(
-        track_attention_bwd_kernel_key_value, visits.shape[0] * visits.shape[2], grad_out, query, key, value, grad_key,
-        grad_value, statistics, offset_sums, *scene.arguments(), scene.inverse_variance,
-        *culled.lists(visits.mT.contiguous()), *sizes, *strides, **constants,
-    )  # fmt: skip
+    offset_sums = scene.positions.new_empty((B * T, H, M, 2) if of_points else 0)
+    distance_sums = scene.positions.new_empty((B * T, H, rows) if of_points else 0)
+    where = (*scene.arguments(), scene.inverse_variance)
+    query_gradient(
+        grad_out, query, key, value, grad_query, statistics, offset_sums, distance_sums, *where, met.lists, met.counts
+    )
+    key_value_gradient(
+        grad_out, query, key, value, grad_key, grad_value, statistics, offset_sums, *where, *met.of_columns
+    )
     if needs_grad[0]:
         slope = (2 if splat else -2) * points.inverse_variance
         grad_tracks.copy_(slope * offset_sums.sum(1).view(points.tracks.shape))
