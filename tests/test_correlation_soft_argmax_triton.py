@@ -136,7 +136,7 @@ def variants(target):
 def test_nothing_but_channels_dtype_and_cosine_recompiles(pool, target):  # noqa: F811
     hashes, names, launches = pool.submit(variants, target).result()
     # soft_argmax_2d has kernels of its own for rows that start on 16 bytes.
-    assert launches > 200 and names == 9 and hashes == names + 2
+    assert launches > 200 and names == 13 and hashes == names + 2
 
 
 def measure_rows(target, dtype):

@@ -147,8 +147,9 @@ def meetings(this, culling=True):
     (query, q), (key, k) = map(triton_geometry.readable, (query, key))
     eps = torch.finfo(query.dtype).eps if culling else 0.0
     met = triton_culling.meetings(query, key, q, k, scene, this.scale, eps, tiles, True)
-    of_rows, of_columns = (visits_of(*lists) for lists in ((met.lists, met.counts), met.of_columns))
-    assert torch.equal(of_rows, of_columns.mT)
+    of_rows = visits_of(met.lists, met.counts)
+    assert torch.equal(of_rows, met.visits.mT.bool())
+    assert torch.equal(of_rows, visits_of(*triton_culling.listed(met.visits, met.list_visits)).mT)
     return scene, tiles, of_rows
 
 
@@ -193,11 +194,37 @@ def test_most_blocks_of_a_large_grid_are_skipped(splat):
 def test_lists_are_complete_and_small(others):
     visits = (torch.rand(2, 3, others) < 0.3).byte()
     visits[0, 1], visits[1, 2] = 0, 1
-    numbers, counts = triton_culling.listed(visits)
+    numbers, counts = triton_culling.listed(visits, triton_culling.lists_launch(6, others))
     # In float64 the lists are most of the memory: those of a sort would take twice as much.
     assert numbers.dtype == torch.int32
     for met, listed, count in zip(visits.flatten(0, 1), numbers.flatten(0, 1), counts.flatten(), strict=True):
         assert listed[:count].tolist() == met.nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("M", [1, 40, 200])
+def test_nearest_track_of_each_cell(dtype, M):
+    """Against all distances, with ties, tracks far outside, invisible ones, and a frame without any."""
+    generator = torch.Generator().manual_seed(M)
+    tracks = torch.rand(1, 3, M, 2, generator=generator, dtype=dtype) * torch.tensor([19.0, 11.0], dtype=dtype)
+    tracks[:, 0] = (2 * tracks[:, 0]).round() / 2
+    tracks[:, 1, ::3] *= 1e6
+    visible = torch.rand(1, 3, M, generator=generator) < 0.7
+    visible[:, 2] = False
+    visible[:, :2, 0] = True
+    points = Points(tracks, visible, tracks.new_ones(()))
+    scene = triton_culling.scene(points, 1, (11, 19), True)
+    assert scene.num_visible.tolist() == visible.sum(-1)[0].tolist()
+    y, x = torch.meshgrid(torch.arange(11), torch.arange(19), indexing="ij")
+    cells = torch.stack([x, y], -1).flatten(0, 1).to(dtype) + 0.5
+    for frame in range(2):
+        count = int(scene.num_visible[frame])
+        order = scene.order[frame, :count]
+        assert torch.equal(order.sort().values, visible[0, frame].nonzero()[:, 0])
+        assert torch.equal(scene.positions[frame, :count], tracks[0, frame, order])
+        distance = (cells[:, None] - tracks[0, frame, order]).square().sum(-1)
+        assert torch.equal(scene.nearest[frame].long(), distance.argmin(-1))
+    assert (scene.nearest[2] == 0).all()
 
 
 @BOTH

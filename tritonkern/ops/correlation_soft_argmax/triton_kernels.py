@@ -182,8 +182,8 @@ def _backward_launches(
         triton_queries.correlation_soft_argmax_bwd_kernel_mean, B * T * along, T, N, h * w, w, C, *strides,
         COSINE=cosine, **tile,
     )  # fmt: skip
-    mean_query = Launch(
-        triton_queries.correlation_soft_argmax_bwd_kernel_mean_query, triton.cdiv(B * N, tile["BLOCK"]) * along,
+    share = Launch(
+        triton_queries.correlation_soft_argmax_bwd_kernel_share, triton.cdiv(B * N, tile["BLOCK"]) * along,
         T, N, h * w, C, B * N, **tile,
     )  # fmt: skip
     norm = Launch(
@@ -220,7 +220,7 @@ def _backward_launches(
             **sizes.constants(by_cell), BAND=configs.BAND, TILE_H=by_cell.tile_h, TILE_W=by_cell.tile_w,
         )  # fmt: skip
         spans.append((numbers, of_groups, of_cells))
-    return _Backward(keys, starts, (mean, mean_query), norm, spans, first_group, boundaries)
+    return _Backward(keys, starts, (mean, share), norm, spans, first_group, boundaries)
 
 
 def backward(

@@ -54,7 +54,7 @@ def correlation_soft_argmax_bwd_kernel_mean(
 
 # grad_query[b, n, c] = sum over t of grad_mean[b, n, t] / cells * total[b, t, c]
 @kernel
-def correlation_soft_argmax_bwd_kernel_mean_query(
+def correlation_soft_argmax_bwd_kernel_share(
     grad_mean, total, grad_query, T: tl.int32, N: tl.int32, cells: tl.int32, C: tl.int32, queries: tl.int64,
     BLOCK: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip

@@ -213,11 +213,13 @@ def row_statistics(
         rows, key, rows, mask, lse, 1, N, J, H, D, 0, scale, *row_strides, *key_strides,
         OF_SOURCE=True, HAS_CELLS=False, **sizes,
     )  # fmt: skip
-    bounds = torch.tensor(segments, dtype=torch.int64, device=rows.device)
-    launch(
-        attention_row_statistics_fwd_kernel, B * blocks * G,
-        rows, key, mask, lse, bounds, *results, N, J, H, D, G, scale, *row_strides, *key_strides, **sizes,
-    )  # fmt: skip
+    for first in range(0, G, 4):
+        count, bounds = min(4, G - first), segments[2 * first : 2 * first + 8]
+        launch(
+            attention_row_statistics_fwd_kernel, B * blocks * count,
+            rows, key, mask, lse, *results, N, J, H, D, G, first, count, *bounds, *[0] * (8 - len(bounds)), scale,
+            *row_strides, *key_strides, **sizes,
+        )  # fmt: skip
     return results
 
 

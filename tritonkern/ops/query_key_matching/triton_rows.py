@@ -7,24 +7,35 @@ from tritonkern.ops._triton import kernel, product
 from tritonkern.ops.query_key_matching.triton_common import load_rows, rows_of, scores
 
 
+@triton.jit
+def _chosen(g, of_0, of_1, of_2, of_3):
+    return tl.where(g == 0, of_0, tl.where(g == 1, of_1, tl.where(g == 2, of_2, of_3)))
+
+
 @kernel
 def attention_row_statistics_fwd_kernel(
-    rows, key, mask, lse, segments, maximum, total,
-    N: tl.int32, J: tl.int32, H: tl.int32, D: tl.int32, G: tl.int32, scale: tl.float64,
+    rows, key, mask, lse, maximum, total,
+    N: tl.int32, J: tl.int32, H: tl.int32, D: tl.int32, G: tl.int32, first: tl.int32, count: tl.int32,
+    begin_0: tl.int32, stop_0: tl.int32, begin_1: tl.int32, stop_1: tl.int32, begin_2: tl.int32, stop_2: tl.int32,
+    begin_3: tl.int32, stop_3: tl.int32, scale: tl.float64,
     stride_rb: tl.int32, stride_rt: tl.int32, stride_rs: tl.int32, stride_rh: tl.int32,  # in UNITs
     stride_kb: tl.int32, stride_kt: tl.int32, stride_ks: tl.int32, stride_kh: tl.int32,
     HAS_MASK: tl.constexpr,
     ROWS: tl.constexpr, OTHERS: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Maximum and sum, of one segment and ROWS rows, of P[i, j] = mean_n exp(scale <row_i, key_j> - lse_i)."""
+    """Maximum and sum, of one segment and ROWS rows, of P[i, j] = mean_n exp(scale <row_i, key_j> - lse_i).
+
+    A launch has the `count` segments from `first` on, at most four of G. Their bounds are numbers and not a tensor,
+    which would have to be copied from the host, and no CUDA graph could hold that.
+    """
     ACC: tl.constexpr = lse.dtype.element_ty
     blocks = tl.cdiv(N, ROWS)
     program = tl.program_id(0)
-    g = program % G
-    i = program // G % blocks * ROWS + tl.arange(0, ROWS)
-    b = program // G // blocks
-    begin = tl.load(segments + 2 * g).to(tl.int32)
-    stop = tl.load(segments + 2 * g + 1).to(tl.int32)
+    g = program % count
+    i = program // count % blocks * ROWS + tl.arange(0, ROWS)
+    b = program // count // blocks
+    begin = _chosen(g, begin_0, begin_1, begin_2, begin_3)
+    stop = _chosen(g, stop_0, stop_1, stop_2, stop_3)
     highest = tl.zeros([ROWS], ACC)
     sums = tl.zeros([ROWS], ACC)
     for start in tl.range(begin, stop, OTHERS, num_stages=1):
@@ -46,7 +57,7 @@ def attention_row_statistics_fwd_kernel(
         mean = mean / tl.full([], H, ACC)
         highest = tl.maximum(highest, tl.max(tl.where(mean == mean, mean, 0.0), 1))
         sums += tl.sum(mean, 1)
-    to = (b.to(tl.int64) * N + i) * G + g
+    to = (b.to(tl.int64) * N + i) * G + first + g
     tl.store(maximum + to, tl.where(sums == sums, highest, sums), mask=i < N)
     tl.store(total + to, sums, mask=i < N)
 

@@ -28,6 +28,8 @@ MAX_ELEMENTS = 2**34
 # Row numbers count from the start of a clip and go a window and a tile beyond it.
 MAX_FRAMES = 2**29
 NARROW = 64  # frames
+# Row numbers are divided by multiplying with the reciprocals of the sizes. The first run on a GPU times both ways.
+MAGIC_DIVISION = True
 
 
 class Tiles(NamedTuple):

@@ -276,7 +276,8 @@ class Meetings(NamedTuple):
 
     lists: Tensor  # [B * T * H, row blocks, column blocks], int32
     counts: Tensor  # [B * T * H, row blocks], int32
-    of_columns: tuple[Tensor, Tensor] | None  # the same for each block of columns
+    visits: Tensor | None  # whether they meet, [B * T * H, column blocks, row blocks]
+    list_visits: Launch  # what makes of `visits` the lists of the blocks of columns; see `listed`
 
 
 def blocks(sizes: tuple[int, int, int, int, int], splat: bool, tiles: configs.Tiles) -> tuple[int, int]:
@@ -330,7 +331,7 @@ def scene(points: Points, heads: int, grid: Sequence[int], splat: bool) -> Scene
 
 @functools.lru_cache(maxsize=1024)
 def _visits_launches(
-    sizes, splat: bool, places: int, D: int, dtype, real, strides, scale: float, eps: float, tiles, both: bool
+    sizes, splat: bool, places: int, D: int, dtype, real, strides, scale: float, eps: float, tiles, noted: bool
 ) -> tuple[Launch, Launch, Launch, tuple[int, int]]:
     """Columns, visits and lists of columns, and the numbers of blocks."""
     M, h, w = sizes[2:]
@@ -350,7 +351,11 @@ def _visits_launches(
         track_attention_kernel_visits, places * row_blocks, *sizes, row_blocks, column_blocks, scale, negligible,
         *strides[0], *strides[1], ROWS=rows, CHUNK=32, **constants,
     )  # fmt: skip
-    return of_columns, visits, _lists_launch(places * column_blocks, row_blocks), (row_blocks, column_blocks)
+    return of_columns, visits, lists_launch(places * column_blocks, row_blocks), (row_blocks, column_blocks)
+
+
+def lists_launch(count: int, others: int) -> Launch:
+    return Launch(track_attention_kernel_lists, count, others, CHUNK=128, num_warps=1)
 
 
 def meetings(
@@ -362,14 +367,14 @@ def meetings(
     scale: float,
     eps: float,
     tiles: configs.Tiles,
-    both: bool,
+    noted: bool,
 ) -> Meetings:
-    """Which blocks meet; all of them if `eps` is 0. `both`: also as lists of the blocks of columns."""
+    """Which blocks meet; all of them if `eps` is 0. `noted`: whether `visits` are wanted."""
     heads, D = query.shape[-2:]
     places, positions = scene.frames * heads, scene.positions
     dtypes, strides = (query.dtype, positions.dtype), (q_strides, k_strides)
-    find_boxes, find_visits, list_columns, (row_blocks, column_blocks) = _visits_launches(
-        scene.sizes, scene.splat, places, D, *dtypes, strides, scale, eps, tiles, both
+    find_boxes, find_visits, list_visits, (row_blocks, column_blocks) = _visits_launches(
+        scene.sizes, scene.splat, places, D, *dtypes, strides, scale, eps, tiles, noted
     )
     boxes = positions.new_empty((places, column_blocks, 4))
     norms = positions.new_empty((places, column_blocks))
@@ -377,22 +382,17 @@ def meetings(
     find_boxes(key, boxes, norms, *arguments)
     lists = scene.num_visible.new_empty((places, row_blocks, column_blocks))
     counts = scene.num_visible.new_empty((places, row_blocks))
-    visits = query.new_empty((places, column_blocks, row_blocks), dtype=torch.uint8) if both else None
+    visits = query.new_empty((places, column_blocks, row_blocks), dtype=torch.uint8) if noted else None
     find_visits(query, key, boxes, norms, lists, counts, visits, *arguments, scene.inverse_variance)
-    return Meetings(lists, counts, None if visits is None else listed(visits, list_columns))
+    return Meetings(lists, counts, visits, list_visits)
 
 
-def _lists_launch(count: int, others: int) -> Launch:
-    return Launch(track_attention_kernel_lists, count, others, CHUNK=128, num_warps=1)
-
-
-def listed(visits: Tensor, launch: Launch | None = None) -> tuple[Tensor, Tensor]:
+def listed(visits: Tensor, launch: Launch) -> tuple[Tensor, Tensor]:
     """For each block of axis 1 the numbers of the blocks of axis 2 that it meets, those first, and how many.
 
     Not by sorting, whose 8 bytes per number were most of the memory in float64, where a block has few members.
     """
     numbers = visits.new_empty(visits.shape, dtype=torch.int32)
     counts = visits.new_empty(visits.shape[:2], dtype=torch.int32)
-    launch = _lists_launch(counts.numel(), visits.shape[2]) if launch is None else launch
     launch(visits, numbers, counts)
     return numbers, counts

@@ -422,18 +422,20 @@ def backward(
     tiles, query_gradient, key_value_gradient = _backward_launches(
         scene.sizes, splat, scene.frames, D, query.dtype, tf32, (q, k, v), scale, of_points
     )
-    met = culled.meetings(query, key, q, k, scene, scale, eps, tiles, True)
+    lists, counts, visits, list_visits = culled.meetings(query, key, q, k, scene, scale, eps, tiles, True)
     rows = query.shape[2] * query.shape[3]
     statistics = scene.positions.new_empty((B * T, H, rows, 3))
     offset_sums = scene.positions.new_empty((B * T, H, M, 2) if of_points else 0)
     distance_sums = scene.positions.new_empty((B * T, H, rows) if of_points else 0)
     where = (*scene.arguments(), scene.inverse_variance)
     query_gradient(
-        grad_out, query, key, value, grad_query, statistics, offset_sums, distance_sums, *where, met.lists, met.counts
+        grad_out, query, key, value, grad_query, statistics, offset_sums, distance_sums, *where, lists, counts
     )
+    del lists, counts  # in float64 they are most of the memory
     key_value_gradient(
-        grad_out, query, key, value, grad_key, grad_value, statistics, offset_sums, *where, *met.of_columns
-    )
+        grad_out, query, key, value, grad_key, grad_value, statistics, offset_sums, *where,
+        *culled.listed(visits, list_visits),
+    )  # fmt: skip
     if needs_grad[0]:
         slope = (2 if splat else -2) * points.inverse_variance
         grad_tracks.copy_(slope * offset_sums.sum(1).view(points.tracks.shape))
