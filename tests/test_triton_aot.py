@@ -93,6 +93,39 @@ def test_no_kernel_spills_or_overflows_shared_memory(pool):  # noqa: F811
     assert not faults, "\n".join(faults)
 
 
+def measure_descriptors(target, head_dim, frames, dtype):
+    kernels, compiled = compile_only("temporal_window_attention", target)
+    kernels.configs.DESCRIPTORS, kernels.configs.has_descriptors = True, lambda: True
+    kernels.tma.programs_of = lambda device: 528
+    try:
+        launch(kernels, "forward", [torch.zeros(2, frames, 3, 2, head_dim, dtype=dtype)] * 3, NARROW)
+    finally:
+        kernels.configs.DESCRIPTORS = False
+    (kernel,) = compiled
+    assert kernel.metadata.name.endswith("_tma")
+    return resources(kernel, target)
+
+
+@pytest.mark.slow
+def test_tensor_descriptors(pool):  # noqa: F811
+    choices = [(64, 64, torch.bfloat16), (64, 200, torch.bfloat16), (32, 24, torch.bfloat16)]
+    if EVERYTHING:
+        choices += [(d, t, torch.float16) for d in (8, 16, 24, 32, 64, 96, 128) for t in (5, 24, 40, 64, 200)]
+    futures = {
+        (target, *choice): pool.submit(measure_descriptors, target, *choice)
+        for target in ("sm_90", "sm_100", "sm_120")
+        for choice in choices
+    }
+    faults = []
+    for (target, *choice), future in futures.items():
+        used = future.result()
+        row = f"{target} {choice}: {used.registers} registers, {used.shared} bytes shared, {used.spilled} spilled"
+        print(row)
+        if used.spilled or used.shared > SHARED_KIB[target] * 1024 or "cp.async.bulk.tensor" not in used.assembly:
+            faults.append(row)
+    assert not faults, "\n".join(faults)
+
+
 def variants(direction, target):
     """Names of all kernels compiled for one head dim and dtype while every other size changes."""
     kernels, compiled = compile_only("temporal_window_attention", target)

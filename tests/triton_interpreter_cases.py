@@ -84,6 +84,52 @@ def test_plain_division(monkeypatch):
         assert torch.equal(x, y)
 
 
+@pytest.fixture
+def descriptors(monkeypatch):
+    """The forward kernel that loads tiles by descriptors; three programs share the tiles."""
+    from tritonkern.ops.temporal_window_attention import triton_tma
+
+    used = []
+    forward = triton_tma.forward
+    monkeypatch.setattr(configs, "DESCRIPTORS", True)
+    monkeypatch.setattr(configs, "has_descriptors", lambda: True)
+    monkeypatch.setattr(triton_tma, "programs_of", lambda device: 3)
+    monkeypatch.setattr(triton_tma, "forward", lambda *arguments: used.append(1) or forward(*arguments))
+    return used
+
+
+@pytest.mark.parametrize(
+    ("shape", "window"),
+    [
+        ((2, 24, 3, 3, 32), 13),  # two heads in a tile, of three
+        ((1, 8, 1, 5, 24), (2, 0)),  # four heads in a tile, of five; a head that is no power of two
+        ((1, 150, 1, 2, 16), 13),  # clips of several tiles
+        ((2, 64, 1, 1, 64), 91),  # a clip in a tile, and a window beyond it
+        ((1, 70, 2, 1, 8), (32, 32)),
+        ((3, 1, 2, 1, 128), 3),
+    ],
+    ids=str,
+)
+def test_tensor_descriptors(descriptors, shape, window):
+    check(WHERE, random_inputs(*shape, dtype=torch.float16), window)
+    assert descriptors
+
+
+def test_tensor_descriptors_keep_a_bad_frame_in_its_window(descriptors):
+    query, key, value, _ = random_inputs(1, 70, 2, 2, 16, dtype=torch.float16)
+    key[:, 20], value[:, 50, 0] = float("nan"), float("inf")
+    out = run(WHERE, [query, key, value, query], 5)[0]
+    bad = torch.zeros_like(out, dtype=torch.bool)
+    bad[:, 18:23], bad[:, 48:53, 0] = True, True
+    assert descriptors and torch.equal(~out.isfinite(), bad)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_tensor_descriptors_and_strides(descriptors, layout):
+    tensors = [x[:1, :5] for x in random_inputs(2, 21, 3, 2, 24, dtype=torch.float16)]
+    check(WHERE, [LAYOUTS[layout](x) for x in tensors], (3, 2))
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_strides(layout):
     tensors = random_inputs(2, 21, 3, 2, 24, dtype=torch.float16)

@@ -210,6 +210,10 @@ def sweep(part: Part) -> None:
         "_BACKWARD": [(64, 32, 4, 1), (64, 16, 4, 1), (32, 32, 4, 1), (32, 16, 4, 1), (64, 32, 4, 2), (64, 32, 8, 1)],
         "_FORWARD": [(64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 1), (128, 32, 8, 2), (32, 32, 4, 2), (64, 16, 4, 3)],
     }
+    for name in ("window gpu", "window rgb", "window long"):
+        part.item(
+            f"{name} forward with tensor descriptors", functools.partial(_with_descriptors, configs, cases[name]), 6
+        )
     for table, tiles in choices.items():
         for tile in tiles:
             part.item(f"window {table} {tile}", functools.partial(_with_tile, configs, table, tile, case), 6)
@@ -223,6 +227,18 @@ def _with_division(configs, case: Case, backward: bool) -> dict:
     finally:
         configs.MAGIC_DIVISION = True
         _forget_launches()
+
+
+def _with_descriptors(configs, case: Case) -> dict:
+    """Whether the results agree, and times."""
+    tensors, call = case.make(case.shape, BF16, BACKEND)
+    expected = outputs(call(*tensors))[0]
+    configs.DESCRIPTORS = True
+    try:
+        torch.testing.assert_close(outputs(call(*tensors))[0], expected, rtol=2e-2, atol=2e-2)
+        return _timed(case, BF16, False)
+    finally:
+        configs.DESCRIPTORS = False
 
 
 def _with_tile(configs, table: str, tile: tuple, case: Case) -> dict:

@@ -30,6 +30,10 @@ MAX_FRAMES = 2**29
 NARROW = 64  # frames
 # Row numbers are divided by multiplying with the reciprocals of the sizes. The first run on a GPU times both ways.
 MAGIC_DIVISION = True
+# Whether forward uses the kernel of triton_tma.py where it can; off until a GPU has timed both. Its tiles have this many
+# rows, and see this many frames on each side of them.
+DESCRIPTORS = False
+TMA_FRAMES, TMA_HALO = 64, 32
 
 
 class Tiles(NamedTuple):
@@ -68,6 +72,12 @@ def backward_tiles(head_dim: int, window: int, dtype: torch.dtype) -> Tiles:
 def on_sm120() -> bool:
     """Whether the GPU is an RTX Blackwell."""
     return torch.cuda.is_available() and torch.cuda.get_device_capability()[0] == 12
+
+
+@functools.cache
+def has_descriptors() -> bool:
+    """Whether the GPU loads tiles by descriptors: Hopper and Blackwell."""
+    return not on_amd() and torch.cuda.is_available() and torch.cuda.get_device_capability()[0] >= 9
 
 
 def _choose(half: dict, single: dict, head_dim: int, dtype: torch.dtype) -> Tiles:

@@ -23,6 +23,7 @@ from tritonkern.ops._dtypes import accumulator
 from tritonkern.ops._triton import Launch, aligned, block_size, readable
 from tritonkern.ops.temporal_window_attention import configs
 from tritonkern.ops.temporal_window_attention import triton_rows as flat
+from tritonkern.ops.temporal_window_attention import triton_tma as tma
 from tritonkern.ops.temporal_window_attention.triton_backward import temporal_window_attention_bwd_kernel
 from tritonkern.ops.temporal_window_attention.triton_forward import temporal_window_attention_fwd_kernel
 
@@ -55,6 +56,9 @@ def _run(backward: bool, inputs, saved, outputs, left: int, right: int, scale: f
     if not like.numel():
         return
     inputs, strides = zip(*[readable(x, configs.MAX_ELEMENTS) for x in inputs], strict=True)
+    if configs.DESCRIPTORS and not backward and configs.has_descriptors() and tma.suits(inputs, strides, left, right):
+        tma.forward(inputs, strides, *outputs, left, right, scale, tma.programs_of(like.device))
+        return
     tf32 = like.dtype == torch.float32 and configs.tf32_allowed()
     launch = _launch(backward, like.shape, like.dtype, tf32, strides, left, right, scale)
     launch(*inputs, *[aligned(x) for x in saved], *outputs)
