@@ -55,10 +55,11 @@ def more_calls(dtype, device):
     vectors = [random(1, 3, 30, 2, 32), random(1, 3, 30, 2, 32)]
     cells = torch.tensor([[3, 7, 29]], device=device)
     tokens = [random(1, 90, 2, 32).detach() for _ in range(3)]
-    maps = [random(1, 2, 9, 8, 16), random(1, 5, 9, 16), random(4, 81), random(4)]
+    maps = [random(1, 2, 9, 8, 16), random(1, 5, 9, 16), random(4, 81), random(4)]  # 9 samples of 9 vectors
     coords = torch.rand(1, 2, 5, 2, device=device) * 7
     segments = [(0, 20), (20, 40), (40, 60), (60, 80), (80, 90)]
     grid = dict(grid=(5, 6), backend="triton")
+    around = dict(align_corners=True, radius=1, backend="triton")
     return [
         ("query-key, all cells", vectors, lambda q, k: tk.query_key_matching(q, k, radius=2.0, **grid)),
         ("query-key, some cells", vectors, lambda q, k: tk.query_key_matching(q, k, cells=cells, **grid)),
@@ -70,7 +71,7 @@ def more_calls(dtype, device):
         ),
         (
             "local correlation, linear", maps,
-            lambda f, s, w, b: tk.local_correlation_linear(f, s, coords, w, b, radius=1, backend="triton"),
+            lambda f, s, w, b: tk.local_correlation_linear(f, s, coords, w, b, **around),
         ),
     ]  # fmt: skip
 

@@ -52,9 +52,7 @@ def main():
             found = three_products(a, b, bits)
             errors = [x - exact for x in (found, plain)]
             ratios = [f(errors[0]) / f(errors[1]) for f in (lambda x: np.abs(x).max(), np.std)]
-            print(
-                f"{channels:4} channels, {bits} bits: largest error {ratios[0]:.2f}, deviation {ratios[1]:.2f} of float32"
-            )
+            print(f"{channels:4} channels, {bits} bits: largest error x {ratios[0]:.2f}, deviation x {ratios[1]:.2f}")
 
 
 if __name__ == "__main__":

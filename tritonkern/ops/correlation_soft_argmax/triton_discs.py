@@ -63,9 +63,11 @@ def correlation_soft_argmax_bwd_kernel_starts(
     keys += place.to(tl.int64) * N
     n = tl.load(order + place.to(tl.int64) * N + at, mask=at < N, other=0)
     pair = (b.to(tl.int64) * N + n) * T + frame - b * T
-    centre = tl.load(best + pair, mask=(at < N) & (group == 0), other=0)
+    # Compared as a vector: the interpreter's masks must not come from single numbers.
+    of_best = at * 0 + group == 0
+    centre = tl.load(best + pair, mask=(at < N) & of_best, other=0)
     if worst is not None:
-        centre += tl.load(worst + pair, mask=(at < N) & (group == 1), other=0)
+        centre += tl.load(worst + pair, mask=(at < N) & ~of_best, other=0)
     tl.store(centres + place.to(tl.int64) * N + at, centre, mask=at < N)
     low = at * 0
     high = low + N

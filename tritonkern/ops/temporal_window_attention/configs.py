@@ -30,8 +30,8 @@ MAX_FRAMES = 2**29
 NARROW = 64  # frames
 # Row numbers are divided by multiplying with the reciprocals of the sizes. The first run on a GPU times both ways.
 MAGIC_DIVISION = True
-# Whether forward uses the kernel of triton_tma.py where it can; off until a GPU has timed both. Its tiles have this many
-# rows, and see this many frames on each side of them.
+# Whether forward uses the kernel of triton_tma.py where it can; off until a GPU has timed both. Its tiles have
+# TMA_FRAMES rows, and see TMA_HALO frames on each side of them.
 DESCRIPTORS = False
 TMA_FRAMES, TMA_HALO = 64, 32
 

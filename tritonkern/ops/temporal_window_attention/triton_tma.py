@@ -1,9 +1,9 @@
 """The forward kernel of temporal window attention with tensor descriptors, for GPUs of compute capability 9 and above.
 
 The hardware (the tensor memory accelerator) computes the addresses of whole tiles, which are half of the instructions
-of the other kernel, fills what is outside of a clip with zeros, and drops what is stored there. A program takes one tile
-after the other, so that the loads of the next one overlap with the products of this one. A tile has FRAMES frames of
-HEADS heads of one position: short clips fill a tile together.
+of the other kernel, fills what is outside of a clip with zeros, and drops what is stored there. A program takes one
+tile after the other, so that the loads of the next one overlap with the products of this one. A tile has FRAMES frames
+of HEADS heads of one position: short clips fill a tile together.
 
 No GPU has run it: `configs.DESCRIPTORS` is off until it has been measured.
 """
@@ -36,7 +36,7 @@ def temporal_window_attention_fwd_kernel_tma(
     D: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr, FRAMES: tl.constexpr, HALO: tl.constexpr,
     OTHERS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, MAGIC: tl.constexpr,
 ):  # fmt: skip
-    """`..._tiles` are descriptors of `[B, N, H, T, D]`; a tile meets the OTHERS frames from HALO before its first on."""
+    """`..._tiles` are descriptors of `[B, N, H, T, D]`. A tile meets OTHERS frames, from HALO before its first on."""
     scale = tl.full([], scale, tl.float32)
     lane, other_lane = tl.arange(0, HEADS * FRAMES), tl.arange(0, HEADS * OTHERS)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
