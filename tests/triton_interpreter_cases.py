@@ -106,7 +106,7 @@ def descriptors(monkeypatch):
         ((1, 150, 1, 2, 16), 13),  # clips of several tiles
         ((2, 64, 1, 1, 64), 91),  # a clip in a tile, and a window beyond it
         ((1, 70, 2, 1, 8), (32, 32)),
-        ((3, 1, 2, 1, 128), 3),
+        ((3, 2, 2, 1, 128), 3),
     ],
     ids=str,
 )

@@ -55,20 +55,21 @@ def product(a, b, total, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def whole_vectors(addresses, LENGTH: tl.constexpr):
-    """The addresses `[rows, columns]`, where rows begin any number of times LENGTH numbers after 16 bytes.
+def whole_vectors(rows, column, LENGTH: tl.constexpr):
+    """Addresses `[rows, columns]`; rows begin any number of times LENGTH numbers after 16 bytes.
 
-    This lets the hardware move several numbers at a time, if LENGTH does.
+    This lets the hardware move several numbers at a time, if LENGTH does. Triton keeps `multiple_of` on the result of an
+    operation alone, not on what a function is given.
     """
-    BYTES: tl.constexpr = LENGTH * (addresses.dtype.element_ty.primitive_bitwidth // 8)
+    BYTES: tl.constexpr = LENGTH * (rows.dtype.element_ty.primitive_bitwidth // 8)
     if BYTES % 16 == 0:
-        return tl.multiple_of(addresses, (1, 16))
+        return tl.multiple_of(rows[:, None] + column[None, :], (1, 16))
     elif BYTES % 8 == 0:
-        return tl.multiple_of(addresses, (1, 8))
+        return tl.multiple_of(rows[:, None] + column[None, :], (1, 8))
     elif BYTES % 4 == 0:
-        return tl.multiple_of(addresses, (1, 4))
+        return tl.multiple_of(rows[:, None] + column[None, :], (1, 4))
     else:
-        return addresses
+        return rows[:, None] + column[None, :]
 
 
 def block_size(count: int, least: int = 16) -> int:

@@ -55,7 +55,7 @@ def _corner(
 def _cells(frame, index, exists, c, C: tl.constexpr, ACC: tl.constexpr):
     """Channels c of the cells, `[p, c]`; zeros where there is no cell."""
     mask = exists[:, None] & (c < C)[None, :]
-    return tl.load(whole_vectors(frame + index[:, None] * C + c[None, :], C), mask=mask, other=0.0).to(ACC)
+    return tl.load(whole_vectors(frame + index * C, c, C), mask=mask, other=0.0).to(ACC)
 
 
 @triton.jit
@@ -103,10 +103,10 @@ def local_correlation_fwd_kernel(
                     frame, cell_x, cell_y, fraction_x, fraction_y, p, c, height, width, C, RADIUS, ZEROS, Y_FIRST, ACC
                 )
                 mask = (s < S)[:, None] & (c < C)[None, :]
-                vector = tl.load(whole_vectors(vectors + s[:, None] * C + c[None, :], C), mask=mask, other=0.0)
+                vector = tl.load(whole_vectors(vectors + s * C, c, C), mask=mask, other=0.0)
                 total = product(sample, tl.trans(vector), total, PRECISION)
             total = tl.where(known, total, float("nan"))
-            target = whole_vectors(out + row * P * S + p[:, None] * S + s[None, :], S)
+            target = whole_vectors(out + row * P * S + p * S, s, S)
             tl.store(target, total.to(out.dtype.element_ty), mask=(p < P)[:, None] & (s < S)[None, :])
 
 
@@ -144,10 +144,10 @@ def local_correlation_bwd_kernel_features(
             for first_s in range(0, S, BLOCK_S):  # grad: products of the supports before first_s
                 s = first_s + tl.arange(0, BLOCK_S)
                 mask = (p < P)[:, None] & (s < S)[None, :]
-                at = whole_vectors(grad_out + row * P * S + p[:, None] * S + s[None, :], S)
+                at = whole_vectors(grad_out + row * P * S + p * S, s, S)
                 arriving = tl.load(at, mask=mask, other=0.0)
                 mask = (s < S)[:, None] & (c < C)[None, :]
-                vector = tl.load(whole_vectors(vectors + s[:, None] * C + c[None, :], C), mask=mask, other=0.0)
+                vector = tl.load(whole_vectors(vectors + s * C, c, C), mask=mask, other=0.0)
                 grad = product(arriving, vector.to(ACC), grad, PRECISION)
             for corner in tl.static_range(4):
                 index, exists, along_x, along_y = _corner(
@@ -155,7 +155,7 @@ def local_correlation_bwd_kernel_features(
                     Y_FIRST,
                 )  # fmt: skip
                 if grad_features is not None:
-                    target = whole_vectors(grad_features + start + index[:, None] * C + c[None, :], C)
+                    target = whole_vectors(grad_features + start + index * C, c, C)
                     mask = exists[:, None] & (c < C)[None, :]
                     tl.atomic_add(target, along_x * along_y * grad, mask=mask, sem="relaxed")
                 if grad_position is not None:
@@ -204,11 +204,11 @@ def local_correlation_bwd_kernel_support(
                 frame, cell_x, cell_y, fraction_x, fraction_y, p, c, height, width, C, RADIUS, ZEROS, Y_FIRST, ACC
             )
             mask = (p < P)[:, None] & (s < S)[None, :]
-            at = whole_vectors(grad_out + row * P * S + p[:, None] * S + s[None, :], S)
+            at = whole_vectors(grad_out + row * P * S + p * S, s, S)
             arriving = tl.load(at, mask=mask, other=0.0)
             total = product(tl.trans(arriving), sample, total, PRECISION)
         total = tl.where(known, total, float("nan"))
-    target = whole_vectors(grad_support + owner * S * C + s[:, None] * C + c[None, :], C)
+    target = whole_vectors(grad_support + owner * S * C + s * C, c, C)
     tl.store(target, total, mask=(s < S)[:, None] & (c < C)[None, :])
 
 

@@ -30,13 +30,13 @@ def frame_start(frame, T, prefix, stride_b, stride_t, stride_l):
 @triton.jit
 def tokens_at(frame, row, stride, channel):
     """Addresses `[rows, channels]` of tokens, whose rows start on 16 bytes."""
-    return whole_vectors(frame + row.to(tl.int64)[:, None] * (stride * UNIT) + channel[None, :], UNIT)
+    return whole_vectors(frame + row.to(tl.int64) * (stride * UNIT), channel, UNIT)
 
 
 @triton.jit
 def pixels_at(frame, row, channel, C: tl.constexpr):
     """Addresses `[rows, channels]` in a contiguous image."""
-    return whole_vectors(frame + row.to(tl.int64)[:, None] * C + channel[None, :], C)
+    return whole_vectors(frame + row.to(tl.int64) * C, channel, C)
 
 
 @triton.jit

@@ -25,7 +25,7 @@ def temporal_mixer_fwd_kernel_statistics(
     channel = tl.arange(0, BLOCK)
     mask = (row < rows)[:, None] & (channel < C)[None, :]
     start = offset(row // T, N, stride_b, stride_n) + row % T * stride_t * UNIT
-    x_at = whole_vectors(x + start[:, None] + channel[None, :], UNIT)
+    x_at = whole_vectors(x + start, channel, UNIT)
     value = tl.load(x_at, mask=mask, other=0.0).to(ACC)
     average = tl.sum(value, 1) / C
     centred = tl.where(mask, value - average[:, None], 0.0)
@@ -49,15 +49,14 @@ def temporal_mixer_bwd_kernel_norm(
     grad_start = offset(row // T, N, grad_stride_b, grad_stride_n) + row % T * grad_stride_t * UNIT
     average = tl.load(mean + row, mask=row < rows, other=0.0)[:, None]
     factor = tl.load(rstd + row, mask=row < rows, other=0.0)[:, None]
-    x_at = whole_vectors(x + start[:, None] + channel[None, :], UNIT)
+    x_at = whole_vectors(x + start, channel, UNIT)
     value = tl.load(x_at, mask=mask, other=0.0).to(ACC)
     standard = tl.where(mask, (value - average) * factor, 0.0)
     weight = tl.load(norm_weight + channel, mask=channel < C, other=0.0).to(ACC)[None, :]
-    at = row[:, None] * C + channel[None, :]
-    weighted = tl.load(whole_vectors(grad_normed + at, C), mask=mask, other=0.0) * weight
+    weighted = tl.load(whole_vectors(grad_normed + row * C, channel, C), mask=mask, other=0.0) * weight
     of_mean = (tl.sum(weighted, 1) / C)[:, None]
     slope = (tl.sum(weighted * standard, 1) / C)[:, None]
-    grad_at = whole_vectors(grad_out + grad_start[:, None] + channel[None, :], UNIT)
+    grad_at = whole_vectors(grad_out + grad_start, channel, UNIT)
     grad = tl.load(grad_at, mask=mask, other=0.0).to(ACC)
     grad += factor * (weighted - of_mean - standard * slope)
-    tl.store(whole_vectors(grad_x + at, C), grad.to(grad_x.dtype.element_ty), mask=mask)
+    tl.store(whole_vectors(grad_x + row * C, channel, C), grad.to(grad_x.dtype.element_ty), mask=mask)
