@@ -58,8 +58,8 @@ def product(a, b, total, PRECISION: tl.constexpr):
 def whole_vectors(rows, column, LENGTH: tl.constexpr):
     """Addresses `[rows, columns]`; rows begin any number of times LENGTH numbers after 16 bytes.
 
-    This lets the hardware move several numbers at a time, if LENGTH does. Triton keeps `multiple_of` on the result of an
-    operation alone, not on what a function is given.
+    This lets the hardware move several numbers at a time, if LENGTH does. Triton keeps `multiple_of` on the result of
+    an operation alone, not on what a function is given.
     """
     BYTES: tl.constexpr = LENGTH * (rows.dtype.element_ty.primitive_bitwidth // 8)
     if BYTES % 16 == 0:
