@@ -1,5 +1,7 @@
 """Operators among PyTorch's tools: opcheck, compile, export, autocast, checkpointing, DDP, threads, bad arguments."""
 
+import contextlib
+
 import pytest
 import torch
 from oracle import fast_backends, gradients, random_inputs, run_python
@@ -269,8 +271,11 @@ def test_operators_run_on_the_device_of_their_tensors(monkeypatch):
     assert len(names) > 10
     for name in names:
         assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA"), name
-    asked, real = [], torch.cuda.device_of
-    monkeypatch.setattr(torch.cuda, "device_of", lambda x: asked.append(x) or real(x))
-    x = torch.ones(2)
-    assert _registry._on_its_device(lambda scale, x: scale * x)(3, x).tolist() == [3, 3]
-    assert asked == [x]
+    made_current, x = [], torch.ones(2)
+    device = lambda device: made_current.append(device) or contextlib.nullcontext()  # noqa: E731
+    monkeypatch.setattr(torch.cuda, "device", device)
+    run = _registry._on_its_device(lambda scale, x: scale * x, 1)
+    for current in (0, None):  # a tensor on a CPU is on the device of number None
+        monkeypatch.setattr(torch.cuda, "current_device", lambda current=current: current)
+        assert run(3, x).tolist() == [3, 3]
+    assert made_current == [x.device]
