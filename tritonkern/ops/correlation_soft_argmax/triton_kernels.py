@@ -76,7 +76,7 @@ def _norm_launches(sizes: _Sizes, eps: float) -> tuple[Launch, Launch]:
     block_c = min(64, block_size(C * UNIT.value))
     block = 2048 // block_c
 
-    def launch(count: int, *numbers: int) -> Launch:
+    def launch(count: int, *numbers: float) -> Launch:
         kernel = triton_statistics.correlation_soft_argmax_fwd_kernel_inverse_norms
         return Launch(kernel, triton.cdiv(count, block), *numbers, BLOCK=block, BLOCK_C=block_c)
 
@@ -248,14 +248,13 @@ def backward(
     launches = _backward_launches(sizes, temperature, radius, eps, given, most)
     inputs = (query, features, *inverse_norms)
 
-    if of_minimum is None:
-        worst = None
-    groups = ((best, of_points, of_maximum), (worst, None, of_minimum))[: 1 if worst is None else 2]
+    minima = None if of_minimum is None else worst
+    groups = [(best, of_points, of_maximum), (worst, None, of_minimum)][: 1 if minima is None else 2]
     keys = best.new_empty((len(groups), B, T, N))
-    launches.keys(best, worst, keys)
+    launches.keys(best, minima, keys)
     keys, order = keys.sort(stable=True)
     centres, starts = best.new_empty(keys.shape), best.new_empty((len(groups), B, T, launches.boundaries))
-    launches.starts(keys, order, best, worst, centres, starts)
+    launches.starts(keys, order, best, minima, centres, starts)
 
     # Of the queries, with `cosine` the normalised ones.
     grad_query = query.new_empty(query.shape, dtype=real)

@@ -57,7 +57,7 @@ def _run(backward: bool, inputs, saved, outputs, left: int, right: int, scale: f
         return
     inputs, strides = zip(*[readable(x, configs.MAX_ELEMENTS) for x in inputs], strict=True)
     if configs.DESCRIPTORS and not backward and configs.has_descriptors() and tma.suits(inputs, strides, left, right):
-        tma.forward(inputs, strides, *outputs, left, right, scale, tma.programs_of(like.device))
+        tma.forward(inputs, strides, outputs, left, right, scale, tma.programs_of(like.device))
         return
     tf32 = like.dtype == torch.float32 and configs.tf32_allowed()
     launch = _launch(backward, like.shape, like.dtype, tf32, strides, left, right, scale)

@@ -92,10 +92,11 @@ def suits(tensors: tuple[Tensor, ...], strides: tuple[tuple[int, ...], ...], lef
     return tensors[0].dtype.itemsize == 2 and fits and D <= 128 and not expanded
 
 
-def forward(tensors, strides, out: Tensor, lse: Tensor, left: int, right: int, scale: float, programs: int) -> None:
+def forward(tensors, strides, outputs, left: int, right: int, scale: float, programs: int) -> None:
     """`tensors` are query, key and value as `readable` returns them; `programs`: as many as fill the GPU."""
     from triton.tools.tensor_descriptor import TensorDescriptor
 
+    out, lse = outputs
     B, T, N, H, D = out.shape
     frames = min(configs.TMA_FRAMES, block_size(T))
     heads, halo = configs.TMA_FRAMES // frames, 0 if T <= frames else configs.TMA_HALO

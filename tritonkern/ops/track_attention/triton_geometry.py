@@ -126,6 +126,6 @@ def store(vectors, in_range, tile, D: tl.constexpr, WIDTH: tl.constexpr):
     tl.store(addresses, tile.to(vectors.dtype.element_ty), mask=mask)
 
 
-def readable(x: Tensor) -> tuple[Tensor, list[int]]:
+def readable(x: Tensor) -> tuple[Tensor, tuple[int, ...]]:
     """A video that kernels can read, and its strides in UNITs."""
     return _triton.readable(x if x.dim() == 6 else x.unsqueeze(2))

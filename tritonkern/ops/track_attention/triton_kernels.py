@@ -431,6 +431,7 @@ def backward(
     query_gradient(
         grad_out, query, key, value, grad_query, statistics, offset_sums, distance_sums, *where, lists, counts
     )
+    assert visits is not None
     del lists, counts  # in float64 they are most of the memory
     key_value_gradient(
         grad_out, query, key, value, grad_key, grad_value, statistics, offset_sums, *where,
