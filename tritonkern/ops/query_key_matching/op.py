@@ -99,8 +99,6 @@ def check_range(cells: Tensor | None, count: int) -> None:
         return
     if cells.numel() == 0:
         return
-    if cells.is_cuda and torch.cuda.is_current_stream_capturing():
-        return
     lowest, highest = (int(x) for x in torch.aminmax(cells))
     if lowest < 0 or highest >= count:
         wrong = lowest if lowest < 0 else highest
