@@ -197,7 +197,8 @@ def _sums(
     dtype, (chunks, _) = grad.dtype, _chunks(pixels, channels, grad.dtype)
     kinds = 1 if tokens is None else 2
     partial = grad.new_empty((batch, frames * chunks, kinds, channels), dtype=accumulator(dtype))
-    prefix, strides = 0, (0,) * 3
+    prefix = 0
+    strides: tuple[int, ...] = (0, 0, 0)
     if tokens is not None:
         prefix, (tokens, strides) = tokens.shape[2] - pixels, readable(tokens)
     grad, grad_strides = readable(grad)
