@@ -66,7 +66,8 @@ SWEEPS = [
 
 
 def plot(sweep: Sweep, rows: list[dict], device: str, folder: Path) -> None:
-    rows = [row for row in rows if (row["op"], row["dtype"]) == (sweep.op, "float32") and "median" in row]
+    kind = (sweep.op, "float32", "default")
+    rows = [row for row in rows if (row["op"], row["dtype"], row["allocator"]) == kind and "median" in row]
     figure, axes = plt.subplots(2, 2, figsize=(9, 6), layout="constrained")
     for column, (label, position) in enumerate(sweep.axes.items()):
         for (backend, direction), (name, style) in sweep.lines.items():
