@@ -64,7 +64,7 @@ class Nano(ChronoNano):
     weighs the proposals, adds a correction, and updates the two logits.
 
     `features(video)`: float `[B, T, 256, 256, 3]` in [-1, 1] -> `Maps`, in float16 where no gradient is recorded, as
-    long clips fill the memory.
+    long clips fill the memory (a model converted to float64 keeps that).
 
     Local 4-D correlation: Cho et al., "Local All-Pair Correspondence for Point Tracking", ECCV 2024; temporal mixing:
     Doersch et al., "TAPIR", ICCV 2023; start: Kim et al., CVPR 2025.
@@ -114,7 +114,7 @@ class Nano(ChronoNano):
         return self._stored(super()._unit_features(cells))
 
     def _stored(self, features: Tensor) -> Tensor:
-        return features if torch.is_grad_enabled() else features.half()
+        return features if torch.is_grad_enabled() or features.dtype == torch.float64 else features.half()
 
     def track(self, features: Maps, queries: Tensor) -> TrackerOutput:  # type: ignore[override]
         """Tracks of `queries` `[B, N, 3]` (t, y, x), of `features` as the method of this name returns them."""
@@ -124,6 +124,7 @@ class Nano(ChronoNano):
 
     def refine(self, maps: Maps, queries: Tensor) -> list[Step]:
         """The match, and the result of every step."""
+        queries = queries.to(torch.promote_types(maps.cells.dtype, torch.float32))
         with torch.no_grad():
             match = super().track(maps.cells, queries).tracks
             evidence = self._evidence(maps.cells, queries, match)
