@@ -361,9 +361,22 @@ _DOCTOR = "import sys; sys.argv = ['tritonkern', 'doctor']; {}; from tritonkern.
         ("sys.modules['triton'] = None", {}, "temporal_window_attention"),
         ("sys.path.insert(0, 'broken')", {}, "torch "),
         ("sys.modules['typer'] = sys.modules['rich'] = sys.modules['av'] = None", {}, "temporal_window_attention"),
+        ("pass", {"CXX": "'g++"}, "C++ compiler: 'g++, which does not run (ValueError)"),
+        ("pass", {"CXX": " "}, "C++ compiler: "),
+        ("pass", {"PYTHONIOENCODING": "ascii", "CXX": "caf\xe9 '"}, "C++ compiler: caf\\xe9 ', which does not run"),
         ("pass", {"TRITON_CACHE_DIR": "/proc/none", "TORCHINDUCTOR_CACHE_DIR": "/proc/none"}, "temporal_window"),
     ],
-    ids=["whole", "instruction set", "no Triton", "broken Triton", "no extras", "unreadable cache"],
+    ids=[
+        "whole",
+        "instruction set",
+        "no Triton",
+        "broken Triton",
+        "no extras",
+        "quote",
+        "space",
+        "ASCII",
+        "unreadable cache",
+    ],
 )
 def test_doctor_survives(tmp_path, damage, environment, part):
     (tmp_path / "broken").mkdir()
@@ -381,6 +394,22 @@ def test_doctor_survives(tmp_path, damage, environment, part):
     assert "Traceback" not in result.stderr
     assert part in result.stdout
     assert f"python {sys.version.split()[0]}" in result.stdout
+
+
+@pytest.mark.parametrize("output", ["/dev/full", None])
+def test_doctor_without_an_output(output):
+    code = _DOCTOR.format("sys.stdout = None" if output is None else "pass")
+    with open(output or os.devnull, "w") as stdout:
+        result = subprocess.run(
+            [sys.executable, "-c", code],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=120,
+            env=os.environ | {"PYTHONPATH": str(Path(tracking.__file__).parents[2])},
+        )
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1 and "the page cannot be written" in result.stderr
 
 
 def test_doctor_says_first_what_is_missing_and_may_fail(call, monkeypatch):

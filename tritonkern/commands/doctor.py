@@ -28,13 +28,31 @@ _FEATURES = (
 def doctor(strict: bool = False) -> int:
     """Show whether this machine has its fast backends, what is missing, and what to do.
 
-    Returns 1 if `strict` and a fast backend is missing or nothing can be said about them, else 0.
+    Returns 1 if `strict` and a fast backend is missing or nothing can be said about them, or if nothing can be written
+    to standard output, else 0.
     """
     page, complete = _backends()
-    sys.stdout.write(f"{page}\n\n{_processor()}\n{_compiler()}\npython {sys.version.split()[0]}\n")
-    for package in _PACKAGES:
-        sys.stdout.write(f"{package} {version(package)}\n")
-    return int(strict and not complete)
+    lines = [page, "", _processor(), _compiler(), f"python {sys.version.split()[0]}"]
+    lines += [f"{package} {version(package)}" for package in _PACKAGES]
+    written = _written("\n".join(lines) + "\n")
+    return int(not written or (strict and not complete))
+
+
+def _written(page: str) -> bool:
+    """Whether the page went to standard output, which may be closed, full or a narrow encoding."""
+    try:
+        if hasattr(sys.stdout, "reconfigure"):
+            sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.write(page)
+        sys.stdout.flush()
+    except Exception as error:
+        if sys.stderr is not None:
+            sys.stderr.write(f"tritonkern: the page cannot be written ({type(error).__name__}: {error})\n")
+        if isinstance(error, OSError):
+            # Or Python tries again, and fails, when it ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return False
+    return True
 
 
 def _backends() -> tuple[str, bool]:
@@ -52,7 +70,7 @@ def _processor() -> str:
     """The CPU, and which of the instruction sets it has that the kernels or PyTorch make use of."""
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().splitlines() if ":" in line)
-    except OSError:
+    except (OSError, ValueError):
         fields = {}
     fields = {name.strip(): value.strip() for name, value in fields.items()}
     has = fields.get("flags", fields.get("Features", "")).split()
@@ -64,13 +82,13 @@ def _processor() -> str:
 def _compiler() -> str:
     """The C++ compiler that setup.py would take."""
     for candidate in filter(None, (os.environ.get("CXX"), "g++", "clang++", "c++")):
-        command = shlex.split(candidate)
-        if shutil.which(command[0]):
-            try:
+        try:
+            command = shlex.split(candidate)
+            if command and shutil.which(command[0]):
                 result = subprocess.run([*command, "--version"], capture_output=True, text=True, timeout=20)
                 return f"C++ compiler: {candidate}, {result.stdout.splitlines()[0]}"
-            except Exception as error:
-                return f"C++ compiler: {candidate}, which does not run ({type(error).__name__})"
+        except Exception as error:
+            return f"C++ compiler: {candidate}, which does not run ({type(error).__name__})"
     return "C++ compiler: none on PATH (Debian: apt install g++)"
 
 
