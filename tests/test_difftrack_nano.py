@@ -4,24 +4,31 @@ from dataclasses import replace
 
 import pytest
 import torch
-import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from tritonkern import query_key_matching
 from tritonkern.models import CogVideoX, DiffTrackNano, build_model
-from tritonkern.training.denoising import DenoisingClips, DenoisingPlan, denoising_loss, train_denoiser
+from tritonkern.training.denoising import (
+    DenoisingClips,
+    DenoisingPlan,
+    denoising_loss,
+    moving_textures,
+    train_denoiser,
+)
 
-PLAN = DenoisingPlan(steps=2, rendered=1, warmup=1)
+PLAN = DenoisingPlan(steps=2, textures=1, rendered=1, warmup=1)
 
 
 def test_clips():
     lengths = set()
     for step in range(14):
-        clips = DenoisingClips(DenoisingPlan(steps=14, rendered=1))[step]
+        clips = DenoisingClips(DenoisingPlan(steps=14, textures=0, rendered=1))[step]
         lengths.add(clips.shape[1])
         assert clips.shape == (8 // clips.shape[1], clips.shape[1], 3, 64, 64)
         assert clips.abs().max() <= 2 and 0.2 < clips.std() < 2
-    assert lengths == {2, 4, 8} and torch.equal(clips, DenoisingClips(DenoisingPlan(steps=15, rendered=1))[13])
+    assert lengths == {2, 4, 8} and torch.equal(
+        clips, DenoisingClips(DenoisingPlan(steps=15, textures=0, rendered=1))[13]
+    )
 
 
 def test_the_model_sees_frames_as_in_training():
@@ -83,19 +90,7 @@ def test_weights_are_asked_for(tmp_path):
         build_model("difftrack", tmp_path)
 
 
-FRAMES, SIZE, PATCH = 2, 16, 2
-CELLS = SIZE // PATCH
-
-
-def moving_textures(count, generator):
-    """Periodic textures that move by -1, 0 or 1 cells in x and y, and the moves."""
-    noise = F.pad(torch.randn(count, 3, SIZE, SIZE, generator=generator), (1,) * 4, mode="circular")
-    kernel = torch.tensor([0.25, 0.5, 0.25])
-    images = F.conv2d(noise, (kernel[:, None] * kernel).expand(3, 1, 3, 3), groups=3)
-    images = images / images.std((1, 2, 3), keepdim=True)
-    moves = torch.randint(-1, 2, (count, 2), generator=generator)
-    second = [image.roll(tuple((PATCH * move).tolist()), (1, 2)) for image, move in zip(images, moves, strict=True)]
-    return torch.stack([images, torch.stack(second)], 1), moves
+FRAMES, SIZE, CELLS = 2, 16, 8
 
 
 @torch.no_grad()
