@@ -16,18 +16,18 @@ from tritonkern.training.denoising import (
     train_denoiser,
 )
 
-PLAN = DenoisingPlan(steps=2, textures=1, rendered=1, warmup=1)
+PLAN = DenoisingPlan(steps=2, textures=1, drifts=0, rendered=1, warmup=1)
 
 
 def test_clips():
     lengths = set()
     for step in range(14):
-        clips = DenoisingClips(DenoisingPlan(steps=14, textures=0, rendered=1))[step]
+        clips = DenoisingClips(DenoisingPlan(steps=14, textures=0, drifts=0, rendered=1))[step]
         lengths.add(clips.shape[1])
         assert clips.shape == (8 // clips.shape[1], clips.shape[1], 3, 64, 64)
         assert clips.abs().max() <= 2 and 0.2 < clips.std() < 2
     assert lengths == {2, 4, 8} and torch.equal(
-        clips, DenoisingClips(DenoisingPlan(steps=15, textures=0, rendered=1))[13]
+        clips, DenoisingClips(DenoisingPlan(steps=15, textures=0, drifts=0, rendered=1))[13]
     )
 
 

@@ -42,7 +42,7 @@ def read_folder(folder: Path) -> tuple[CogVideoX | HunyuanVideo, Any, Any, Tenso
         transformer = CogVideoX.from_folder(folder)
     if not (folder / "vae" / "config.json").is_file():
         raise FileNotFoundError(f"{folder} holds no vae/config.json; give a whole folder that diffusers wrote")
-    if not hunyuan:
+    if isinstance(transformer, CogVideoX):
         prompt = _empty_prompt(folder, transformer.max_text)
     try:
         import diffusers

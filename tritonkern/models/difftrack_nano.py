@@ -34,6 +34,8 @@ class DiffTrackNano(DiffTrack):
         by_features: match what the layer's attention returns instead of its queries and keys, to compare with.
     """
 
+    transformer: CogVideoX
+
     def __init__(
         self, layer: int = 2, timestep: float = 19.0, radius: float | None = 1.5, by_features: bool = False
     ) -> None:
@@ -86,11 +88,12 @@ class DiffTrackNano(DiffTrack):
 
     def ablations(self) -> dict[str, DiffTrackNano]:
         """What the evaluation compares this model with: the same matching its features, and without training."""
-        features = DiffTrackNano(FEATURE_LAYER, *self.preset.timesteps, self.radius, by_features=True)
+        (layer,), (timestep,) = self.preset.layers, self.preset.timesteps
+        features = DiffTrackNano(FEATURE_LAYER, timestep, self.radius, by_features=True)
         features.transformer.load_state_dict(self.transformer.state_dict())
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
-            untrained = DiffTrackNano(*self.preset.layers, *self.preset.timesteps, self.radius)
+            untrained = DiffTrackNano(layer, timestep, self.radius)
         device = self.prompt.device
         return {
             "difftrack-nano, features": features.to(device).eval(),

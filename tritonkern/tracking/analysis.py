@@ -264,7 +264,8 @@ def _scores(model: DiffTrack, sample: _Sample, state: _State, official: bool) ->
 
     def accuracy(query: Tensor, key: Tensor, symmetric: bool) -> float:
         cells = corners.cells.flatten()[None]
-        match = query_key_matching(query, key, grid=grid, cells=cells, symmetric=symmetric)
+        radius = None if official else model.radius
+        match = query_key_matching(query, key, grid=grid, cells=cells, symmetric=symmetric, radius=radius)
         tracks = corners.blend(match.points[0].unflatten(1, corners.cells.shape).to(sample.places))
         tracks[:, 0] = sample.places
         found = tracks_of_latents(tracks.double().cpu().numpy(), sample.points.shape[1], official)

@@ -70,7 +70,7 @@ def attention_scores(
     """
     count = maximum.shape[1] - 2
     # A latent counts where the point is visible in all frames of it.
-    seen = visible[:, 1:].reshape(len(visible), count, -1).all(-1)
+    seen: np.ndarray = np.all(visible[:, 1:].reshape(len(visible), count, -1), axis=-1)
     first = visible[:, 0]
     cross = (maximum[:, 2:] * seen).sum(1) / np.maximum(seen.sum(1), 1e-8)
     everyone = np.ones_like(first)

@@ -18,6 +18,7 @@ from tritonkern.models.cogvideox import CogVideoX
 from tritonkern.models.difftrack_nano import CONTRAST, FRAMES, PIXELS
 from tritonkern.training.loop import fitting, read_checkpoint, write_weights
 from tritonkern.training.synthetic import generate_clip
+from tritonkern.training.textures import procedural_texture
 
 # Clips are rendered at twice the size, and motion is given in pixels of 256 x 256.
 _RENDERED = 2 * PIXELS[0]
@@ -30,18 +31,20 @@ class DenoisingPlan:
     """Everything that decides the result of a run: the same plan gives the same clips and noise, step by step.
 
     The first `textures` steps are on `moving_textures`, in which only another frame tells what noise hides: there
-    matching emerges in minutes, while rendered surfaces are smooth enough to be denoised without it for long.
+    matching emerges in minutes, while rendered surfaces are smooth enough to be denoised without it for long. The next
+    `drifts` steps are on `drifting_textures`, for motion between cells and smoother surfaces.
 
-    A later step takes `rendered` clips. Their frames are dealt into clips of 2, 4 or all 8 frames, so that every step
-    has as many frames; few frames cost less attention and give more different moves. In the share `clean` of these
-    clips the first frame has no noise.
+    A later step takes `rendered` clips, half of them with `blurred_texture`. Their frames are dealt into clips of 2, 4
+    or all 8 frames, so that every step has as many; few frames cost less attention and give more different moves. In
+    the share `clean` of these clips the first frame has no noise.
 
     The learning rate is constant and falls to a hundredth in the last quarter of the steps. So an interrupted run may
     be continued with another number of steps: those before the fall are the same.
     """
 
     steps: int = 6000
-    textures: int = 1000
+    textures: int = 600
+    drifts: int = 800
     rendered: int = 2
     clean: float = 0.5
     learning_rate: float = 1.5e-3
@@ -65,9 +68,11 @@ class DenoisingClips(Dataset):
         return self.plan.steps
 
     def __getitem__(self, step: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + step)
         if step < self.plan.textures:
-            generator = torch.Generator().manual_seed(self.plan.seed * 1_000_003 + step)
             return moving_textures(16, generator, patch=4, most=1 + 2 * (step % 2))[0]
+        if step < self.plan.textures + self.plan.drifts:
+            return drifting_textures(*((16, 32), (16, 32), (4, 64))[step % 3], generator)[0]
         frames = int(np.random.default_rng((self.plan.seed, 56, step)).choice([2, 4, FRAMES]))
         clips = []
         for number in range(self.plan.rendered):
@@ -75,7 +80,8 @@ class DenoisingClips(Dataset):
             rng = np.random.default_rng(seed)
             # Up to the speed at which the passes over a clip of 24 frames see evaluation clips, and more.
             speed = float(rng.uniform(0.2, 3.0)) * _RENDERED / 256
-            clip = generate_clip(seed, frames=FRAMES, size=_RENDERED, points=1, speed=speed)
+            texture = blurred_texture if rng.random() < 0.5 else procedural_texture
+            clip = generate_clip(seed, frames=FRAMES, size=_RENDERED, points=1, speed=speed, texture=texture)
             video = F.avg_pool2d(torch.from_numpy(clip.video).permute(0, 3, 1, 2).float(), 2)
             video = CONTRAST * (video / 127.5 - 1)
             for dealt in rng.permutation(FRAMES).reshape(-1, frames):
@@ -100,6 +106,38 @@ def moving_textures(count: int, generator: torch.Generator, patch: int = 2, most
     moves = torch.randint(-most, most + 1, (count, 2), generator=generator)
     second = [image.roll(tuple((patch * move).tolist()), (1, 2)) for image, move in zip(images, moves, strict=True)]
     return torch.stack([images, torch.stack(second)], 1), moves
+
+
+def blurred_texture(rng: np.random.Generator, size: int) -> Tensor:
+    """A surface `[3, size, size]` in [0, 1] with waves as long as a cell of a rendered frame and longer."""
+    y, x = np.fft.fftfreq(size)[:, None], np.fft.rfftfreq(size)
+    blur = np.exp(-(y**2 + x**2) / rng.uniform(0.04, 0.125) ** 2)
+    surface = np.fft.irfft2(np.fft.rfft2(rng.standard_normal((3, size, size))) * blur, s=(size, size))
+    mixed = np.einsum("cd,dyx->cyx", rng.uniform(-1, 1, (3, 3)), surface)
+    return torch.from_numpy(0.5 + rng.uniform(0.1, 0.25) * mixed / mixed.std()).clamp(0, 1).float()
+
+
+def drifting_textures(count: int, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Two frames of blurred periodic textures, which move by up to 12 pixels in y and x, a third by whole cells.
+
+    Returns:
+        clips `[count, 2, 3, size, size]`, and the moves `[count, 2]` (y, x) in pixels.
+    """
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(count, *shape, generator=generator)
+
+    y, x = torch.fft.fftfreq(size)[:, None], torch.fft.rfftfreq(size)
+    # Waves as long as a cell and longer: what a cell shows changes little where the motion is a part of a cell.
+    blur = torch.exp(-(y.square() + x.square()) / uniform(0.08, 0.25, 1, 1, 1).square())
+    spectrum = torch.fft.rfft2(torch.randn(count, 3, size, size, generator=generator)) * blur
+    mixed = torch.einsum("ncd,ndyx->ncyx", uniform(-1, 1, 3, 3).to(spectrum.dtype), spectrum)
+    moves = uniform(-12, 12, 2)
+    moves = torch.where(uniform(0, 1, 1) < 0.3, 4 * (moves / 4).round(), moves)
+    turn = torch.exp(-2j * torch.pi * (moves[:, 0, None, None] * y + moves[:, 1, None, None] * x))[:, None]
+    clips = torch.stack([torch.fft.irfft2(z, s=(size, size)) for z in (mixed, mixed * turn)], 1)
+    clips = (clips - clips.mean((1, 3, 4), keepdim=True)) / clips.std((1, 2, 3, 4), keepdim=True)
+    return uniform(0.4, 1.0, 1, 1, 1, 1) * clips + uniform(-0.6, 0.6, 1, 1, 1, 1), moves
 
 
 def denoising_loss(transformer: CogVideoX, clips: Tensor, clean: float, generator: torch.Generator) -> Tensor:
@@ -131,7 +169,7 @@ def train_denoiser(
     """Train `transformer` in place and write `output` (safetensors, float16) when done.
 
     `output` with the suffix `.checkpoint` is written every `save_every` steps and resumes an interrupted run of the
-    same plan, but for `steps` and `textures`; `report(step, losses)` is called after each step. Raises `ValueError` if
+    same plan, but for `steps` and `drifts`; `report(step, losses)` is called after each step. Raises `ValueError` if
     the checkpoint is damaged, belongs to another plan or has more steps behind it than the plan.
     """
     checkpoint, device = output.with_suffix(".checkpoint"), next(transformer.parameters()).device
@@ -140,7 +178,7 @@ def train_denoiser(
     )
     done = 0
     if checkpoint.exists():
-        saved = read_checkpoint(checkpoint, {"plan", "step", "model", "optimiser"}, plan, free=("steps", "textures"))
+        saved = read_checkpoint(checkpoint, {"plan", "step", "model", "optimiser"}, plan, free=("steps", "drifts"))
         with fitting(checkpoint):
             transformer.load_state_dict(saved["model"])
             optimiser.load_state_dict(saved["optimiser"])
