@@ -60,11 +60,11 @@ def temporal_window_attention_fwd_kernel_tma(
         result = tl.dot(weight.to(v.dtype), v)
         # Zero times NaN is NaN: a tile with a bad frame goes the other way, which keeps it inside its window.
         if not poisoned(result):
-            result = (result * (1.0 / total)[:, None]).to(v.dtype)
-            out_tiles.store([b, n, h0, t0, 0], result.reshape([1, 1, HEADS, FRAMES, BLOCK_D]))
-            h = h0 + lane // FRAMES
-            at = ((b.to(tl.int64) * T + t) * N + n) * H + h
-            tl.store(lse + at, highest + tl.log(total), mask=(t < T) & (h < H))
+            rounded = (result * (1.0 / total)[:, None]).to(v.dtype)
+            out_tiles.store([b, n, h0, t0, 0], rounded.reshape([1, 1, HEADS, FRAMES, BLOCK_D]))
+            of_lane = h0 + lane // FRAMES
+            at = ((b.to(tl.int64) * T + t) * N + n) * H + of_lane
+            tl.store(lse + at, highest + tl.log(total), mask=(t < T) & (of_lane < H))
         else:
             divisor_t, divisor_n = (T, T_multiplier, T_shift, MAGIC), (N, N_multiplier, N_shift, MAGIC)
             divisor_h = (H, H_multiplier, H_shift, MAGIC)
