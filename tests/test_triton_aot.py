@@ -8,7 +8,18 @@ import torch
 
 pytest.importorskip("triton")
 
-from aot import DTYPES, EVERYTHING, MATRIX, SHARED_KIB, SIBLINGS, TARGETS, compile_only, pool, resources  # noqa: E402, F401
+from aot import (  # noqa: E402
+    DTYPES,
+    EVERYTHING,
+    MATRIX,
+    SHARED_KIB,
+    SIBLINGS,
+    TARGETS,
+    compile_only,
+    pool,  # noqa: F401
+    resources,
+    triton_version,
+)
 
 # Scalar registers kept in lanes of vector registers, which is no memory traffic. Masks of heads above 128 that are no
 # power of two take them.
@@ -108,6 +119,8 @@ def measure_descriptors(target, head_dim, frames, dtype):
 
 @pytest.mark.slow
 def test_tensor_descriptors(pool):  # noqa: F811
+    if pool.submit(triton_version).result().startswith("3.6"):
+        pytest.skip("Triton 3.6 fails inside its passes; the kernel is off")
     choices = [(64, 64, torch.bfloat16), (64, 200, torch.bfloat16), (32, 24, torch.bfloat16)]
     if EVERYTHING:
         choices += [(d, t, torch.float16) for d in (8, 16, 24, 32, 64, 96, 128) for t in (5, 24, 40, 64, 200)]

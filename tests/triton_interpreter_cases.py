@@ -70,20 +70,6 @@ def test_tensor_cores_with_tf32(monkeypatch):
     check(WHERE, random_inputs(2, 21, 1, 2, 24), 5)
 
 
-def test_plain_division(monkeypatch):
-    """The other side of a switch that a run on a GPU times."""
-    from tritonkern.ops.temporal_window_attention import triton_kernels
-
-    tensors = random_inputs(2, 21, 3, 2, 24, dtype=torch.float16)
-    expected = run(WHERE, tensors, 5)
-    monkeypatch.setattr(configs, "MAGIC_DIVISION", False)
-    triton_kernels._launch.cache_clear()
-    results = run(WHERE, tensors, 5)
-    triton_kernels._launch.cache_clear()
-    for x, y in zip(results, expected, strict=True):
-        assert torch.equal(x, y)
-
-
 @pytest.fixture
 def descriptors(monkeypatch):
     """The forward kernel that loads tiles by descriptors; three programs share the tiles."""

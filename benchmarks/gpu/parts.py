@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import itertools
 import math
 import os
 import subprocess
@@ -197,15 +196,11 @@ def _chrono() -> dict:
 
 
 def sweep(part: Part) -> None:
-    """Other divisions and tiles of window attention, with the seconds that are left."""
+    """Descriptors and other tiles in window attention, with the seconds that are left."""
     from tritonkern.ops.temporal_window_attention import configs
 
     cases = {case.name: case for case in REAL}
     case = cases["window gpu"]
-    for name, backward in itertools.product(("window gpu", "window chrono"), (False, True)):
-        direction = "forward+backward" if backward else "forward"
-        timed = functools.partial(_with_division, configs, cases[name], backward)
-        part.item(f"{name} {direction} without magic division", timed, 6)
     choices = {
         "_BACKWARD": [(64, 32, 4, 1), (64, 16, 4, 1), (32, 32, 4, 1), (32, 16, 4, 1), (64, 32, 4, 2), (64, 32, 8, 1)],
         "_FORWARD": [(64, 32, 4, 2), (64, 32, 4, 3), (64, 64, 4, 1), (128, 32, 8, 2), (32, 32, 4, 2), (64, 16, 4, 3)],
@@ -217,16 +212,6 @@ def sweep(part: Part) -> None:
     for table, tiles in choices.items():
         for tile in tiles:
             part.item(f"window {table} {tile}", functools.partial(_with_tile, configs, table, tile, case), 6)
-
-
-def _with_division(configs, case: Case, backward: bool) -> dict:
-    configs.MAGIC_DIVISION = False
-    _forget_launches()
-    try:
-        return _timed(case, BF16, backward)
-    finally:
-        configs.MAGIC_DIVISION = True
-        _forget_launches()
 
 
 def _with_descriptors(configs, case: Case) -> dict:

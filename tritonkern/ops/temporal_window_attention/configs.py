@@ -28,8 +28,6 @@ MAX_ELEMENTS = 2**34
 # Row numbers count from the start of a clip and go a window and a tile beyond it.
 MAX_FRAMES = 2**29
 NARROW = 64  # frames
-# Row numbers are divided by multiplying with the reciprocals of the sizes. The first run on a GPU times both ways.
-MAGIC_DIVISION = True
 # Whether forward uses the kernel of triton_tma.py where it can; off until a GPU has timed both. Its tiles have
 # TMA_FRAMES rows, and see TMA_HALO frames on each side of them.
 DESCRIPTORS = False

@@ -147,13 +147,12 @@ def temporal_window_attention_bwd_kernel(
     stride_kb: tl.int32, stride_kt: tl.int32, stride_kn: tl.int32, stride_kh: tl.int32,
     stride_vb: tl.int32, stride_vt: tl.int32, stride_vn: tl.int32, stride_vh: tl.int32,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TENSOR_CORES: tl.constexpr, BLOCK_ROWS: tl.constexpr,
-    BLOCK_OTHERS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, MAGIC: tl.constexpr,
+    BLOCK_OTHERS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """The three gradients of BLOCK_ROWS consecutive rows. No program adds to the result of another."""
     first = tl.program_id(0) * BLOCK_ROWS
     count = tl.minimum(rows - first, BLOCK_ROWS)
-    divisors = (T, T_multiplier, T_shift, MAGIC), (N, N_multiplier, N_shift, MAGIC), (H, H_multiplier, H_shift, MAGIC)
-    t0, place = flat.origin(first, divisors[0], divisors[1], divisors[2])
+    t0, place = flat.origin(first, (T, T_multiplier, T_shift), (N, N_multiplier, N_shift), (H, H_multiplier, H_shift))
     scale = tl.full([], scale, lse.dtype.element_ty)
     grad_out = (grad_out, stride_gb, stride_gt, stride_gn, stride_gh)
     query = (query, stride_qb, stride_qt, stride_qn, stride_qh)

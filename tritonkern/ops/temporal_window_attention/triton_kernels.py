@@ -46,7 +46,7 @@ def _launch(backward: bool, shape, dtype, tf32: bool, strides, left: int, right:
         triton.cdiv(rows, tiles.block_rows), *sizes, *(stride for units in strides for stride in units),
         D=D, BLOCK_D=block_size(D), TENSOR_CORES=tiles.tensor_cores, BLOCK_ROWS=tiles.block_rows,
         BLOCK_OTHERS=tiles.block_others, ROWS=tiles.rows, STAGES=tiles.num_stages,
-        MAGIC=configs.MAGIC_DIVISION, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 Sequences (batch, position, head) follow each other, head fastest, and row `sequence * T + frame` is one vector of D
 numbers. Row numbers inside a program count from the first frame of the sequence that holds its first row. `T`, `N` and
-`H` are what `divisor` makes of these sizes, and MAGIC; a tensor is its pointer and four strides in UNITs.
+`H` are what `divisor` makes of these sizes, and a tensor is its pointer and four strides in UNITs.
 """
 
 import functools
@@ -15,12 +15,9 @@ from tritonkern.ops._triton import UNIT
 
 @triton.jit
 def divide(x, divisor):
-    """x // divisor for 0 <= x < 2**31, without the thirty instructions of a division if the divisor is MAGIC; see
-    `divisor`."""
-    if divisor[3]:
-        return (tl.umulhi(x.to(tl.uint32) * 2, divisor[1].to(tl.uint32)) >> divisor[2].to(tl.uint32)).to(tl.int32)
-    else:
-        return x // divisor[0]
+    """x // divisor for 0 <= x < 2**31, without the thirty instructions of a division; see `divisor`."""
+    _, multiplier, shift = divisor
+    return (tl.umulhi(x.to(tl.uint32) * 2, multiplier.to(tl.uint32)) >> shift.to(tl.uint32)).to(tl.int32)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonkern.ops._triton import block_size
+from tritonkern.ops._triton import block_size, register_limit
 from tritonkern.ops.temporal_window_attention import configs
 from tritonkern.ops.temporal_window_attention import triton_rows as flat
 from tritonkern.ops.temporal_window_attention.triton_forward import _forward_by_distance, poisoned
@@ -34,7 +34,7 @@ def temporal_window_attention_fwd_kernel_tma(
     stride_kb: tl.int32, stride_kt: tl.int32, stride_kn: tl.int32, stride_kh: tl.int32,
     stride_vb: tl.int32, stride_vt: tl.int32, stride_vn: tl.int32, stride_vh: tl.int32,
     D: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr, FRAMES: tl.constexpr, HALO: tl.constexpr,
-    OTHERS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, MAGIC: tl.constexpr,
+    OTHERS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """`..._tiles` are descriptors of `[B, N, H, T, D]`. A tile meets OTHERS frames, from HALO before its first on."""
     scale = tl.full([], scale, tl.float32)
@@ -66,8 +66,8 @@ def temporal_window_attention_fwd_kernel_tma(
             at = ((b.to(tl.int64) * T + t) * N + n) * H + of_lane
             tl.store(lse + at, highest + tl.log(total), mask=(t < T) & (of_lane < H))
         else:
-            divisor_t, divisor_n = (T, T_multiplier, T_shift, MAGIC), (N, N_multiplier, N_shift, MAGIC)
-            divisor_h = (H, H_multiplier, H_shift, MAGIC)
+            divisor_t, divisor_n = (T, T_multiplier, T_shift), (N, N_multiplier, N_shift)
+            divisor_h = (H, H_multiplier, H_shift)
             tensors = (
                 (query, stride_qb, stride_qt, stride_qn, stride_qh), (key, stride_kb, stride_kt, stride_kn, stride_kh),
                 (value, stride_vb, stride_vt, stride_vn, stride_vh), flat.contiguous(out, T, N, H, D), lse,
@@ -116,7 +116,7 @@ def forward(tensors, strides, outputs, left: int, right: int, scale: float, prog
         query, key, value, out, lse, *flat.divisor(T), *flat.divisor(N), *flat.divisor(H), min(left, T - 1),
         min(right, T - 1), scale, count, head_blocks, cuts, *(stride for units in strides for stride in units),
         D=D, BLOCK_D=width, HEADS=heads, FRAMES=frames, HALO=halo, OTHERS=others, ROWS=1024 // width, STAGES=2,
-        MAGIC=configs.MAGIC_DIVISION, num_warps=4,
+        num_warps=4, **register_limit(),
     )  # fmt: skip
 
 
