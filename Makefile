@@ -9,6 +9,7 @@ BIN := .venv/bin
 # The package with an extra of pyproject.toml. Also when a C++ file is newer than the last build; ninja compiles only what changed.
 .venv/with-%: pyproject.toml setup.py constraints.txt $(wildcard csrc/*.cpp csrc/*/*.cpp csrc/*/*.h)
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing the package with its extra $*; the first time this fetches PyTorch and compiles for some minutes"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[$*]"
 	touch $@
 

@@ -2,6 +2,8 @@
 
 Files of csrc/ are compiled for each instruction set, those of its folders once. There is no list of them.
 
+Prints a line per compiled file, which `pip install -v` shows.
+
 Needs a C++17 compiler (GCC >= 9 or clang >= 11), never PyTorch. Where the build is impossible the package installs
 without the extension and leaves the reason in `tritonkern/_cpp_build_error.txt`, which `tritonkern doctor` shows.
 
@@ -85,8 +87,10 @@ def ninja_file(output: Path, build_dir: Path) -> str:
         f"  command = {shlex.join(cxx)} -MMD -MF $out.d $flags -c $in -o $out",
         "  depfile = $out.d",
         "  deps = gcc",
+        "  description = $what",
         "rule link",
         f"  command = {shlex.join(cxx)} $in {shlex.join(link)} -o $out",
+        "  description = linking",
     ]
 
     def escape(text: object) -> str:
@@ -97,7 +101,8 @@ def ninja_file(output: Path, build_dir: Path) -> str:
     def compile_rule(source: Path, name: str, flags: list[str]) -> None:
         target = build_dir / f"{name}.o"
         objects.append(escape(target))
-        rules.extend([f"build {escape(target)}: compile {escape(source)}", f"  flags = {shlex.join(flags)}"])
+        rules.append(f"build {escape(target)}: compile {escape(source)}")
+        rules.extend([f"  flags = {shlex.join(flags)}", f"  what = compiled {name}"])
 
     for source in kernel_sources():
         for isa, flags in instruction_sets().items():
@@ -161,10 +166,16 @@ class NinjaBuild(build_ext):
         output.parent.mkdir(parents=True, exist_ok=True)
         (build_dir / "build.ninja").write_text(ninja_file(output, build_dir), encoding="utf-8")
         command = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(build_dir)]
-        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        print(done.stdout)
-        if done.returncode:
-            raise RuntimeError(f"the compiler failed:\n{done.stdout[-4000:]}")
+        environment = {**os.environ, "NINJA_STATUS": "[%f/%t] "}
+        printed = []
+        with subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        ) as ninja_process:
+            for line in ninja_process.stdout:
+                printed.append(line)
+                print(line, end="", flush=True)
+        if ninja_process.returncode:
+            raise RuntimeError(f"the compiler failed:\n{''.join(printed)[-4000:]}")
 
     def get_outputs(self) -> list[str]:
         outputs = super().get_outputs()

@@ -246,6 +246,17 @@ def test_no_name_stands_for_two_things(tmp_path):
     assert output.exists()
 
 
+def test_a_line_per_compiled_file(tmp_path):
+    """With a compiler that does nothing."""
+    pytest.importorskip("ninja")
+    command = [sys.executable, "setup.py", "build_ext", "--build-temp", str(tmp_path), "--build-lib", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, env={**os.environ, "CXX": "true"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = re.findall(r"^\[(\d+)/(\d+)\] (compiled \S+|linking)$", done.stdout, re.MULTILINE)
+    assert [int(count) for count, _, _ in lines] == list(range(1, int(lines[0][1]) + 1))
+    assert "compiled temporal_mixer.baseline" in [text for _, _, text in lines] and lines[-1][2] == "linking"
+
+
 def test_installs_without_a_compiler(tmp_path):
     pytest.importorskip("setuptools", minversion="77")
     source = tmp_path / "source"

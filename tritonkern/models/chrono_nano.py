@@ -93,7 +93,7 @@ class ChronoNano(MatchingTracker):
 
         tokens = rearrange(self.patch_embed(local), "n c h w -> n (h w) c") + self.pos_embed
         for index, block in enumerate(self.blocks):
-            tokens = block(tokens)
+            tokens = frames_in_blocks(block, [block], tokens)
             if self.temporal and index < len(self.adapter):
                 adapter = cast(TemporalAdapter, self.adapter[index])
                 tokens = adapter.add_to(tokens.unflatten(0, (batch, frames)), (16, 16)).flatten(0, 1)
@@ -105,7 +105,7 @@ class ChronoNano(MatchingTracker):
             local,
             context,
         ).unflatten(0, (batch, frames))
-        del local
+        del local, tokens, context
         if self.temporal:
             grid = cells.shape[2:4]
             cells = self.local_adapter.add_to(cells.flatten(2, 3), grid).unflatten(2, grid)

@@ -175,8 +175,12 @@ class FineFeatures(nn.Module):
 
 def make_maps(fine: Tensor, cells: Tensor) -> Maps:
     """The three maps of a fine one and chrono-nano's."""
-    pooled = reduce(cells, "b t (h r) (w s) c -> (b t) h w c", "mean", r=2, s=2)
-    return Maps(fine, cells, F.normalize(pooled, dim=-1).unflatten(0, cells.shape[:2]))
+    blocks = frames_in_blocks(_pooled, [], cells.flatten(0, 1))
+    return Maps(fine, cells, blocks.unflatten(0, cells.shape[:2]))
+
+
+def _pooled(cells: Tensor) -> Tensor:
+    return F.normalize(reduce(cells, "n (h r) (w s) c -> n h w c", "mean", r=2, s=2), dim=-1)
 
 
 class Refiner(nn.Module):

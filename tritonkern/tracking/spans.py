@@ -61,8 +61,8 @@ def track_in_spans(
         if encoded is None or encoded[0] != span:
             # The old features are freed before the new ones are made.
             encoded = None
-            context = raster[span.context_start : span.context_stop].to(device)
-            features = model.features(context[None].float().div_(127.5).sub_(1))
+            video = raster[span.context_start : span.context_stop].to(device)[None].float().div_(127.5).sub_(1)
+            features = model.features(video)
             encoded = span, _frames(features, slice(span.start - span.context_start, span.stop - span.context_start))
         return encoded[1]
 
