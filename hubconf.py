@@ -9,7 +9,7 @@ tracks, visibility = tracker(video, grid_size=10)  # video [B, T, 3, H, W] in 0.
 dependencies = ["torch", "numpy", "einops", "av", "PIL", "safetensors"]
 
 
-def tritonkern_tracker(model="chrono-nano", weights=None, device=None):
+def tritonkern_tracker(model="nano", weights=None, device=None):
     """A `tritonkern.tracking.PointTracker` as a predictor (`PointTracker.as_predictor`).
 
     Args:

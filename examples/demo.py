@@ -13,7 +13,7 @@ OUT = Path("demo")
 
 def main() -> None:
     OUT.mkdir(exist_ok=True)
-    (scene,) = photo_clips(1, frames=48, size=448, points=1, seed=7, speed=0.6)
+    (scene,) = photo_clips(1, frames=48, size=448, points=1, seed=0)
     with atomic_path(OUT / "scene.mp4") as part, VideoWriter(part, fps=12.0) as writer:
         for frame in scene.video:
             writer.write(frame)

@@ -181,7 +181,7 @@ def predicted_tracks(sample: Sample) -> tuple[Tensor, Tensor]:
     side = (np.arange(8) + 0.5) / 8 * SIZE
     frames = [0, len(sample.images) // 2, len(sample.images) - 1]
     queries = np.array([(t, x, y) for t in frames for y in side for x in side])
-    result = PointTracker()(sample.video, queries=queries)
+    result = PointTracker("chrono-nano")(sample.video, queries=queries)
     return torch.from_numpy(result.tracks).transpose(0, 1), torch.from_numpy(result.visibility).T
 
 

@@ -39,7 +39,7 @@ def draw_slowly(*arguments, **options):
 overlay.draw_points = draw_slowly
 build_model = tritonkern.models.build_model
 predictor.build_model = lambda name, weights=None: (
-    Model() if name == "chrono-nano" and weights is None else build_model(name, weights)
+    Model() if name == "nano" and weights is None else build_model(name, weights)
 )
 if {file_limit}:
     resource.setrlimit(resource.RLIMIT_FSIZE, ({file_limit},) * 2)
@@ -73,7 +73,7 @@ def call(monkeypatch, capsys):
     """The same in this process, where no module needs to be loaded again."""
 
     def stand_in(name, weights=None):
-        return ColourTracker() if name == "chrono-nano" and weights is None else build_model(name, weights)
+        return ColourTracker() if name == "nano" and weights is None else build_model(name, weights)
 
     monkeypatch.setattr(predictor, "build_model", stand_in)
 
@@ -234,7 +234,7 @@ class TestErrors:
         result = call("track", video, "--out", tmp_path / "out", "--model", "chrome")
         assert_one_line_error(result, "'chrome'", "chrono-nano")
 
-    @pytest.mark.parametrize("model", ["chrono-nano", "chrono-vits14"])
+    @pytest.mark.parametrize("model", ["nano", "chrono-nano", "chrono-vits14"])
     def test_wrong_checkpoint(self, call, tmp_path, video, model):
         (tmp_path / "weights.safetensors").write_text("these are not weights")
         common = ("track", video, "--out", tmp_path / "out", "--model", model, "--weights")

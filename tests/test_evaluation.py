@@ -190,6 +190,9 @@ def test_saved_scores_are_strict_json(tmp_path):
     ]
 
 
+UNTRAINED = ("--model", "chrono-nano", "--weights")
+
+
 @pytest.fixture
 def checkpoint(tmp_path):
     """Untrained weights of chrono-nano: the command line must work before any training."""
@@ -212,7 +215,7 @@ def davis(tmp_path):
 @pytest.mark.slow
 def test_command_line_on_a_tapvid_file(davis, checkpoint, tmp_path):
     out = tmp_path / "new" / "scores.json"
-    result = CliRunner().invoke(app, ["eval", "--tapvid", str(davis), "--weights", str(checkpoint), "--out", str(out)])
+    result = CliRunner().invoke(app, ["eval", *UNTRAINED, str(checkpoint), "--tapvid", str(davis), "--out", str(out)])
     assert result.exit_code == 0, result.output
     saved = json.loads(out.read_text())["davis.pkl"]
     others = {"standing still", "Lucas-Kanade", "DIS flow", "chrono-nano, cycle closed", "DIS flow, then chrono-nano"}
@@ -230,7 +233,7 @@ def test_command_line_on_a_tapvid_file(davis, checkpoint, tmp_path):
 def test_command_line_on_generated_clips(checkpoint, monkeypatch):
     sets = {"one": lambda: iter([clip()]), "still": lambda: iter([clip(speed=0)])}
     monkeypatch.setattr(tritonkern.training, "SETS", sets)
-    result = CliRunner().invoke(app, ["eval", "--synthetic", "--mode", "first", "--weights", str(checkpoint)])
+    result = CliRunner().invoke(app, ["eval", *UNTRAINED, str(checkpoint), "--synthetic", "--mode", "first"])
     assert result.exit_code == 0, result.output
     words = " ".join(result.stdout.split())
     moving, still = "50.0 50.0 60.0 70.0 100.0 66.0", "100.0 100.0 100.0 100.0 100.0 100.0"
@@ -252,7 +255,7 @@ def test_command_line_on_generated_clips(checkpoint, monkeypatch):
 )
 def test_command_line_errors_are_one_line(davis, checkpoint, arguments, message):
     arguments = [argument.format(davis=davis) for argument in arguments]
-    result = CliRunner().invoke(app, ["eval", *arguments, "--weights", str(checkpoint)])
+    result = CliRunner().invoke(app, ["eval", *UNTRAINED, str(checkpoint), *arguments])
     assert result.exit_code == 2
     assert message in result.stderr and "\n" not in result.stderr.strip()
 
@@ -264,7 +267,7 @@ def test_a_hostile_pickle_is_one_line_too(tmp_path, checkpoint):
 
     path = tmp_path / "hostile.pkl"
     path.write_bytes(pickle.dumps(Hostile()))
-    result = CliRunner().invoke(app, ["eval", "--tapvid", str(path), "--weights", str(checkpoint)])
+    result = CliRunner().invoke(app, ["eval", *UNTRAINED, str(checkpoint), "--tapvid", str(path)])
     assert result.exit_code == 2
     assert "asks for builtins.print" in result.stderr and "ran" not in result.stdout
 

@@ -74,6 +74,14 @@ def test_points_do_not_depend_on_each_other(untrained, features, monkeypatch):
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
 
 
+def test_track_is_the_last_step_with_lower_logits(untrained, features):
+    with torch.inference_mode():
+        tracked, refined = untrained.track(features, grid()), untrained.refine(features, grid())[-1].output
+    torch.testing.assert_close(tracked.tracks, refined.tracks)
+    for one, other in zip(tracked[1:], refined[1:], strict=True):
+        torch.testing.assert_close(one, other - 0.5)
+
+
 def test_features_are_half_precision_only_without_gradients(untrained, features, monkeypatch):
     full = untrained.features(sliding())
     shapes = [(1, FRAMES, 128, 128, 32), (1, FRAMES, 64, 64, 128), (1, FRAMES, 32, 32, 128)]

@@ -26,13 +26,13 @@ def evaluate(
         bool,
         typer.Option(
             "--synthetic",
-            help="Generated clips of moving photographs instead: four tables, with nano roughly half an hour.",
+            help="Generated clips of moving photographs instead: four tables, roughly half an hour.",
         ),
     ] = False,
     mode: Annotated[str, typer.Option(help="Queries: first, strided or both.")] = "both",
     model: Annotated[
-        str, typer.Option(help="Name of the model, such as nano or bootstapir; docs/tracking.md lists them.")
-    ] = "chrono-nano",
+        str, typer.Option(help="Name of the model, such as nano or bootstapir; docs/models.md lists them.")
+    ] = "nano",
     weights: Annotated[
         list[Path] | None,
         typer.Option(help="Checkpoint of a model that ships without weights; chrono-locotrack needs both."),

@@ -31,8 +31,8 @@ def track(
     ] = None,
     query_frame: Annotated[int, typer.Option(help="Frame in which the grid is placed.", **whole(0))] = 0,
     model: Annotated[
-        str, typer.Option(help="Name of the model, such as nano or bootstapir; docs/tracking.md lists them.")
-    ] = "chrono-nano",
+        str, typer.Option(help="Name of the model, such as nano or bootstapir; docs/models.md lists them.")
+    ] = "nano",
     weights: Annotated[
         list[Path] | None,
         typer.Option(help="Checkpoint of a model that ships without weights; chrono-locotrack needs both."),

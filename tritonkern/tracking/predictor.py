@@ -33,7 +33,7 @@ class PointTracker:
     tracks = PointTracker()("video.mp4", grid=12)
     ```
 
-    The packaged models see every frame at their own resolution, 256x256 pixels for "chrono-nano". Things that are only
+    The packaged models see every frame at their own resolution, 256x256 pixels. Things that are only
     a few pixels wide there cannot be followed. How long clips are handled, and what confidence means:
     `tritonkern.tracking.spans.track_in_spans`.
 
@@ -50,7 +50,7 @@ class PointTracker:
 
     def __init__(
         self,
-        model: Any = "chrono-nano",
+        model: Any = "nano",
         weights: str | Path | Sequence[str | Path] | None = None,
         device: str | torch.device | None = None,
     ) -> None:

@@ -27,8 +27,9 @@ class PointTracks:
         visibility: `[N, T]` bool, whether the point is visible there: `confidence >= min_confidence` (0.5 by default).
         confidence: `[N, T]` float32 in 0..1. The model's probability that the point is visible and that its predicted
             position is right: `(1 - sigmoid(occlusion)) * (1 - sigmoid(expected_distance))`, where "right" is within
-            6 pixels of the 256x256 raster for "chrono-nano". It is 0 where the match does not lead back to the query
-            (`tritonkern.tracking.spans.track_in_spans`), and 1 in the query's own frame.
+            8 pixels of the 256x256 raster for "nano" and 6 for "chrono-nano". Of trackers that match every frame on its
+            own it is 0 where the match does not lead back to the query (`tritonkern.tracking.spans.track_in_spans`). It
+            is 1 in the query's own frame.
         queries: `[N, 3]` float32, t (frame), x, y of where each point was picked.
         fps: frames per second of the video.
         size: `(width, height)` of the video in pixels.
