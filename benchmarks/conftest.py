@@ -91,8 +91,8 @@ def pytest_collection_finish(session):
     if session.items:
         minutes = len(session.items) * _SECONDS / 60
         print(
-            f"{len(session.items)} benchmarks, about {minutes:.0f} minutes; {measure.allocator()} allocator; each checks "
-            "that this package and its peers agree, then times them in turn"
+            f"{len(session.items)} benchmarks, about {minutes:.0f} minutes; {measure.allocator()} allocator; each "
+            "checks that this package and its peers agree, then times them in turn"
         )
 
 

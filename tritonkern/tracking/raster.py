@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-_IN_MEMORY = 64 << 20
-"""Bytes up to which a clip stays in memory: 340 frames of 256 x 256 pixels."""
+_IN_MEMORY = 16 << 20
+"""Bytes up to which a clip stays in memory: 85 frames of 256 x 256 pixels."""
 
 
 class Raster:
