@@ -73,11 +73,23 @@ def check(backend, inputs):
     # PyTorch's gradients, which are ours as well, are not those of the eager form.
     plain = zip(results(eager, inputs), results(pytorch, inputs), strict=True)
     # There a weight is exp(score - log-sum-exp), where a score's last digit counts.
-    scores = torch.einsum("blhd,bshd->bhls", inputs[0].double(), inputs[1].double())
-    score = scores.abs().max() * inputs[0].shape[-1] ** -0.5
-    for name, actual, twins, truth in zip(("out", "query", "key", "value"), found, plain, exact, strict=True):
+    query, key, value, grad = (x.double() for x in inputs)
+    scale = query.shape[-1] ** -0.5
+    scores = torch.einsum("blhd,bshd->bhls", query, key) * scale
+    weights, score = scores.softmax(-1), 1 + scores.abs().max()
+    # Sizes of what the gradients are sums of.
+    size = torch.einsum("blhd,bshd->bhls", grad.abs(), value.abs())
+    size = weights * (size + (weights * size).sum(-1, keepdim=True))
+    terms = (
+        0,
+        score * scale * torch.einsum("bhls,bshd->blhd", size, key.abs()).max(),
+        score * scale * torch.einsum("bhls,blhd->bshd", size, query.abs()).max(),
+        score * torch.einsum("bhls,blhd->bshd", weights, grad.abs()).max(),
+    )
+    for name, actual, twins, truth, term in zip(
+        ("out", "query", "key", "value"), found, plain, exact, terms, strict=True
+    ):
         forward = name == "out"
-        term = 0 if forward else score * truth.abs().max()
         assert_as_exact_as_eager(actual, twins[:1] if forward else twins, truth, term, name)
     assert found[0].dtype == inputs[0].dtype and found[0].is_contiguous()
 

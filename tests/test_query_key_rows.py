@@ -37,7 +37,8 @@ def check_rows(where, rows, key, mask, scale=None, segments=SEGMENTS):
     factor = rows.shape[-1] ** -0.5 if scale is None else scale
     exact = textbook_rows(rows.double(), key.double(), mask, segments, factor)
     plain = [eager_rows(rows.flip(axes), key.flip(axes), mask, segments, factor) for axes in ((), (-1,), (2,))]
-    score = abs(factor) * rows.abs().max().double() * key.abs().max().double() * rows.shape[-1]
+    # A weight is an exponential of a score, whose last digit counts, and so does its own.
+    score = 1 + abs(factor) * rows.abs().max().double() * key.abs().max().double() * rows.shape[-1]
     for i, name in enumerate(("maximum", "sum")):
         assert_as_exact_as_eager(found[i].cpu(), [x[i] for x in plain], exact[i], score, name)
         assert found[i].dtype == torch.promote_types(rows.dtype, torch.float32)

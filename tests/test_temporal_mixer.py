@@ -130,10 +130,11 @@ def check(where, tensors, causal):
 def largest_terms(x, norm_weight, weight1, bias1, weight2, bias2, grad):
     """Sizes of what the results are sums of, as products of the largest factors: each sum may cancel to nothing."""
     scale = float((x.var(-1, correction=0) + EPS).rsqrt().max())
-    norm, weight1, weight2, grad = (float(t.abs().max()) for t in (norm_weight, weight1, weight2, grad))
+    norm, weight1, bias1, weight2, grad = (float(t.abs().max()) for t in (norm_weight, weight1, bias1, weight2, grad))
     standard = float((x - x.mean(-1, keepdim=True)).abs().max()) * scale
-    inner = weight2 * grad
-    return 0, scale * norm * weight1 * inner, standard * weight1 * inner, standard * norm * inner, inner, 0, 0
+    inner, hidden = weight2 * grad, 3 * standard * norm * weight1 + bias1
+    of_x, of_norm, of_conv1 = scale * norm * weight1 * inner, standard * weight1 * inner, standard * norm * inner
+    return 0, of_x, of_norm, of_conv1, inner, hidden * grad, grad
 
 
 # (tracks, frames, channels): clips shorter than the kernels; of several stretches; odd channels; TAPIR's; many. The

@@ -55,11 +55,13 @@ class Statistics {
         }
         for (int64_t g = 0; g < call.G; ++g) {
             for (int64_t i = 0; i < count; i += L) {
-                Vec<A> highest = {}, sum = {};
+                // `lost`: what the rounding of `sum` has added too much so far (Kahan); a segment may have many keys.
+                Vec<A> highest = {}, sum = {}, lost = {};
                 for (int64_t j = call.segments[2 * g]; j < call.segments[2 * g + 1]; ++j) {
                     const Vec<A> p = load(s.mean + j * kOwn + i);
                     highest = p > highest || p != p ? p : highest;
-                    sum += p;
+                    const Vec<A> add = p - lost, next = sum + add;
+                    lost = (next - sum) - add, sum = next;
                 }
                 for (int64_t l = 0; l < L && i + l < count; ++l) {
                     const int64_t at = (b * call.N + first + i + l) * call.G + g;

@@ -34,7 +34,7 @@ def calls():
 def results(case):
     with cases.RANDOM:
         function = case.function()
-    return case.results(function)
+    return cases.own(case, case.results(function))
 
 
 def compare(case, expected, where):
@@ -68,7 +68,7 @@ def test_thread_counts_change_between_forward_and_backward(calls):
 
         before = torch.get_num_threads()
         try:
-            cases.assert_equal(case.results(forward), expected, f"on 3 threads, then 2: {case!r}")
+            cases.assert_equal(cases.own(case, case.results(forward)), expected, f"on 3 threads, then 2: {case!r}")
         finally:
             torch.set_num_threads(before)
 
