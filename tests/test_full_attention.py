@@ -43,6 +43,17 @@ def eager(query, key, value):
     return (weights @ value).transpose(1, 2)
 
 
+def eager_roundings(inputs):
+    """Output and gradients of the eager form, with keys, channels or both in reverse order as well."""
+    for axes in ((), (1,), (-1,), (1, -1)):
+        of_rows = [axis for axis in axes if axis == -1]
+        query, key, value, grad = (
+            x.flip(flipped) for x, flipped in zip(inputs, (of_rows, axes, axes, of_rows), strict=True)
+        )
+        found = results(eager, [query, key, value, grad])
+        yield [x.flip(flipped) for x, flipped in zip(found, (of_rows, of_rows, axes, axes), strict=True)]
+
+
 def pytorch(query, key, value):
     return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (query, key, value))).transpose(1, 2)
 
@@ -71,17 +82,20 @@ def check(backend, inputs):
     found = results(lambda *x: full_attention(*x, backend=backend), inputs)
     exact = results(textbook, [x.double() for x in inputs])
     # PyTorch's gradients, which are ours as well, are not those of the eager form.
-    plain = zip(results(eager, inputs), results(pytorch, inputs), strict=True)
-    # There a weight is exp(score - log-sum-exp), where a score's last digit counts.
+    plain = zip(*eager_roundings(inputs), results(pytorch, inputs), strict=True)
     query, key, value, grad = (x.double() for x in inputs)
     scale = query.shape[-1] ** -0.5
-    scores = torch.einsum("blhd,bshd->bhls", query, key) * scale
-    weights, score = scores.softmax(-1), 1 + scores.abs().max()
+    weights = (torch.einsum("blhd,bshd->bhls", query, key) * scale).softmax(-1)
+    # A weight is an exponential of a score, whose last digit counts. In 16 bits gradients start from the rounded output.
+    score = 1 + scale * torch.einsum("blhd,bshd->bhls", query.abs(), key.abs()).max()
+    accumulator = torch.promote_types(inputs[0].dtype, torch.float32)
+    of_out = score * torch.einsum("bhls,bshd->blhd", weights, value.abs()).max()
+    score = max(score, torch.finfo(inputs[0].dtype).eps / torch.finfo(accumulator).eps)
     # Sizes of what the gradients are sums of.
     size = torch.einsum("blhd,bshd->bhls", grad.abs(), value.abs())
     size = weights * (size + (weights * size).sum(-1, keepdim=True))
     terms = (
-        0,
+        of_out,
         score * scale * torch.einsum("bhls,bshd->blhd", size, key.abs()).max(),
         score * scale * torch.einsum("bhls,blhd->bshd", size, query.abs()).max(),
         score * torch.einsum("bhls,blhd->bshd", weights, grad.abs()).max(),
@@ -90,7 +104,7 @@ def check(backend, inputs):
         ("out", "query", "key", "value"), found, plain, exact, terms, strict=True
     ):
         forward = name == "out"
-        assert_as_exact_as_eager(actual, twins[:1] if forward else twins, truth, term, name)
+        assert_as_exact_as_eager(actual, twins[:-1] if forward else twins, truth, term, name)
     assert found[0].dtype == inputs[0].dtype and found[0].is_contiguous()
 
 
