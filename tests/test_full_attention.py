@@ -86,7 +86,7 @@ def check(backend, inputs):
     query, key, value, grad = (x.double() for x in inputs)
     scale = query.shape[-1] ** -0.5
     weights = (torch.einsum("blhd,bshd->bhls", query, key) * scale).softmax(-1)
-    # A weight is an exponential of a score, whose last digit counts. In 16 bits gradients start from the rounded output.
+    # A weight is an exponential of a score, whose last digit counts; 16-bit gradients start from the rounded output.
     score = 1 + scale * torch.einsum("blhd,bshd->bhls", query.abs(), key.abs()).max()
     accumulator = torch.promote_types(inputs[0].dtype, torch.float32)
     of_out = score * torch.einsum("bhls,bshd->blhd", weights, value.abs()).max()
