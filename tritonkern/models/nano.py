@@ -74,7 +74,6 @@ class Nano(ChronoNano):
     """
 
     steps = 4
-    span = 112  # so that a clip of any length takes less than 1 GB
 
     def __init__(self, dim: int = 192, depth: int = 4, num_heads: int = 4, local_dim: int = 64, out_dim: int = 128):
         super().__init__(dim, depth, num_heads, local_dim, out_dim)
