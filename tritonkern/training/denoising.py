@@ -45,8 +45,8 @@ class DenoisingPlan:
     steps: int = 6000
     textures: int = 600
     drifts: int = 800
-    rendered: int = 2
-    clean: float = 0.5
+    rendered: int = 1
+    clean: float = 0.75
     learning_rate: float = 1.5e-3
     weight_decay: float = 1e-2
     warmup: int = 100
@@ -73,7 +73,7 @@ class DenoisingClips(Dataset):
             return moving_textures(16, generator, patch=4, most=1 + 2 * (step % 2))[0]
         if step < self.plan.textures + self.plan.drifts:
             return drifting_textures(*((16, 32), (16, 32), (4, 64))[step % 3], generator)[0]
-        frames = int(np.random.default_rng((self.plan.seed, 56, step)).choice([2, 4, FRAMES]))
+        frames = int(np.random.default_rng((self.plan.seed, 56, step)).choice([2, 2, 4, FRAMES]))
         clips = []
         for number in range(self.plan.rendered):
             seed = (self.plan.seed, 55, step, number)
