@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,8 @@ from tritonkern.models.difftrack_folder import StraightPath
 FRAMES = 8
 """Frames of the clips that it is trained on, and of a pass."""
 PIXELS = (64, 64)
-FEATURE_LAYER = 2
-"""The layer whose features match best."""
+LAYERS = (1, 2, 3)
+"""The layers that match; they were chosen on clips that neither training nor the table of the evaluation has."""
 CONTRAST = 2.0
 """Factor on pixels in [-1, 1], whose standard deviation is then near that of the noise."""
 
@@ -28,16 +30,20 @@ class DiffTrackNano(DiffTrack):
     It takes patches of 4 x 4 pixels of frames of 64 x 64, 16 x 16 cells; there is no VAE and no text.
 
     Args:
-        layer: whose queries and keys are matched.
-        timestep: the noise level that the transformer is told, from 0 to 1000; no noise is added.
+        layers: whose queries and keys are matched, together.
+        timesteps: the noise levels that the transformer is told, from 0 to 1000, a pass each; no noise is added.
         radius: of the soft-argmax, in cells.
-        by_features: match what the layer's attention returns instead of its queries and keys, to compare with.
+        by_features: match what the layers' attention returns instead of queries and keys, to compare with.
     """
 
     transformer: CogVideoX
 
     def __init__(
-        self, layer: int = 2, timestep: float = 19.0, radius: float | None = 1.5, by_features: bool = False
+        self,
+        layers: Sequence[int] = LAYERS,
+        timesteps: Sequence[float] = (19.0,),
+        radius: float | None = 1.5,
+        by_features: bool = False,
     ) -> None:
         transformer = CogVideoX(
             num_attention_heads=4,
@@ -54,7 +60,8 @@ class DiffTrackNano(DiffTrack):
             max_text_seq_length=1,
             spatial_interpolation_scale=1.0,
         )
-        preset = Preset((layer,), (timestep,), None, FRAMES)
+        # The scale of one layer: channels of several are side by side. Features are not normalised.
+        preset = Preset(tuple(layers), tuple(timesteps), None if by_features else 32**-0.5, FRAMES)
         super().__init__(transformer, preset=preset, scheduler=StraightPath(), pixels=PIXELS, radius=radius)
         self.by_features = by_features
 
@@ -73,27 +80,31 @@ class DiffTrackNano(DiffTrack):
         return model.eval()
 
     def query_key(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """As `DiffTrack.query_key`; `by_features`: the same features `[1, T, S, 1, H D]` twice."""
+        """As `DiffTrack.query_key`; `by_features`: the same features `[1, T, S, 1, C]` twice."""
         if not self.by_features:
             return super().query_key(latents)
         found: list[Tensor] = []
-        block: Any = self.transformer.transformer_blocks[self.preset.layers[0]]
-        handle = block.attn1.to_out[0].register_forward_pre_hook(lambda _, args: found.append(args[0]))
+        blocks: list[Any] = [self.transformer.transformer_blocks[layer] for layer in self.preset.layers]
+        handles = [
+            block.attn1.to_out[0].register_forward_pre_hook(lambda _, args: found.append(args[0])) for block in blocks
+        ]
         try:
-            self.transformer(latents, self.prompt.to(latents), latents.new_tensor(self.preset.timesteps))
+            for timestep in self.preset.timesteps:
+                self.transformer(latents, self.prompt.to(latents), latents.new_tensor([timestep]))
         finally:
-            handle.remove()
-        features = found[0][:, self.prompt.shape[1] :].unflatten(1, (latents.shape[1], -1))[..., None, :]
+            for handle in handles:
+                handle.remove()
+        features = torch.cat(found, -1)[:, self.prompt.shape[1] :].unflatten(1, (latents.shape[1], -1))[..., None, :]
         return features, features
 
     def ablations(self) -> dict[str, DiffTrackNano]:
         """What the evaluation compares this model with: the same matching its features, and without training."""
-        (layer,), (timestep,) = self.preset.layers, self.preset.timesteps
-        features = DiffTrackNano(FEATURE_LAYER, timestep, self.radius, by_features=True)
+        make = partial(DiffTrackNano, self.preset.layers, self.preset.timesteps, self.radius)
+        features = make(by_features=True)
         features.transformer.load_state_dict(self.transformer.state_dict())
         with torch.random.fork_rng([]):
             torch.manual_seed(0)
-            untrained = DiffTrackNano(layer, timestep, self.radius)
+            untrained = make()
         device = self.prompt.device
         return {
             "difftrack-nano, features": features.to(device).eval(),
