@@ -79,9 +79,24 @@ def test_an_interrupted_run_continues(tmp_path):
     assert output.tracks[0, 0, 0].tolist() == [50.0, 100.0]
 
 
+def test_packaged_weights():
+    """Cells of a texture that moves by a cell are found by the packaged weights, and not by untrained ones."""
+    clips, moves = moving_textures(4, torch.Generator().manual_seed(5), patch=4)
+    cell = torch.arange(CELLS**2)
+    want = (cell // CELLS + moves[:, :1]) % CELLS * CELLS + (cell % CELLS + moves[:, 1:]) % CELLS
+
+    def right(model):
+        pairs = model.transformer.query_key(clips, torch.zeros(4, 1, 8), torch.full((4,), 20.0), [2, 3])
+        query, key = (torch.cat(x, -1) for x in zip(*pairs, strict=True))
+        match = query_key_matching(query, key, grid=(CELLS, CELLS))
+        return (match.index[:, 1] == want).float().mean()
+
+    model = build_model("difftrack-nano")
+    with torch.no_grad():
+        assert right(model) > 0.9 and right(model.ablations()["difftrack-nano, untrained"]) < 0.1
+
+
 def test_weights_are_asked_for(tmp_path):
-    with pytest.raises(ValueError, match="tritonkern train --model difftrack-nano"):
-        build_model("difftrack-nano")
     with pytest.raises(ValueError, match="give the path of a folder of CogVideoX-2B or -5B"):
         build_model("difftrack")
     with pytest.raises(FileNotFoundError, match="does not exist or is not a folder"):

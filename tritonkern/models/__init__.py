@@ -51,7 +51,7 @@ __all__ = [
 
 
 def packaged(name: str) -> Path:
-    """The file of the weights `name` ("nano", "chrono-nano") that ship with this package."""
+    """The file of the weights `name` ("nano", "chrono-nano", "difftrack-nano") that ship with this package."""
     return Path(str(resources.files("tritonkern") / "weights" / f"{name}.safetensors"))
 
 
@@ -88,9 +88,7 @@ MODELS = {
     "difftrack": NamedModel(
         DiffTrack.from_folder, ("a folder of CogVideoX-2B or -5B or HunyuanVideo, as diffusers writes it",)
     ),
-    "difftrack-nano": NamedModel(
-        DiffTrackNano.from_checkpoint, ("a file that tritonkern train --model difftrack-nano writes",)
-    ),
+    "difftrack-nano": NamedModel(DiffTrackNano.from_checkpoint, ()),
 }
 
 
@@ -100,7 +98,7 @@ def build_model(name: str, weights: Path | str | Sequence[Path | str] | None = N
     Args:
         name: a key of `MODELS`.
         weights: the path of the weights file, of "difftrack" a folder; "chrono-locotrack" needs two, in this order.
-            None takes the packaged weights of "nano" and "chrono-nano".
+            None takes the packaged weights of "nano", "chrono-nano" and "difftrack-nano".
 
     Raises:
         ValueError: unknown name, missing weights, or a file that does not fit the model.
