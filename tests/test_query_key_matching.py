@@ -77,7 +77,7 @@ def check_cost(where, pair, cells, source=0, scale=None, symmetric=True):
         cost, *grads = results(lambda q, k, c=c: eager_cost(q, k, source, c, factor, symmetric), q, k, grad)
         plain.append([cost, *(back(x) for x in grads)])
     # A weight is an exponential of a score, whose last digit counts; scores' gradients are differences of such terms.
-    score = abs(factor) * query.abs().max().double() * key.abs().max().double() * query.shape[-1]
+    score = 1 + abs(factor) * query.abs().max().double() * key.abs().max().double() * query.shape[-1]
     weight = abs(factor) * grad.abs().max() * max(query.abs().max().double(), key.abs().max().double())
     terms = (score, score * weight, score * weight)
     for i, name in enumerate(("cost", "query", "key")):
@@ -139,7 +139,7 @@ def check_match(where, pair, grid, cells=None, source=0, scale=None, symmetric=T
     for back, q, k, c in flips(query, key, cells):
         *first, dq, dk = results(lambda q, k, c=c: of_cost(eager_cost(q, k, source, c, factor, symmetric)), q, k, grads)
         plain.append([*first, back(dq), back(dk)])
-    score = abs(factor) * query.abs().max().double() * key.abs().max().double() * query.shape[-1]
+    score = 1 + abs(factor) * query.abs().max().double() * key.abs().max().double() * query.shape[-1]
     slope = max(grid) if radius else 1.0
     weight = abs(factor) * 4 * slope * max(query.abs().max().double(), key.abs().max().double())
     for i, name in enumerate(("peak", "points", "query", "key")):
