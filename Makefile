@@ -31,13 +31,16 @@ PYTEST = OMP_WAIT_POLICY=passive $(BIN)/python -m pytest --numprocesses $(JOBS) 
 # Longest files first (tests/conftest.py orders them), so that no core waits for the last one.
 SLOW_PYTEST = $(PYTEST) --no-loadscope-reorder -m slow
 
-## Run the quick tests, in at most five minutes on two cores; OPS=name runs the files of one operation.
+# Of one operation: its files, and what all operations have in common.
+TESTS = $(if $(OPS),-k $(OPS) $(wildcard tests/test_$(OPS)*.py) tests/test_contracts.py,tests)
+
+## Run the quick tests, in at most five minutes on two cores; OPS=name runs those of one operation.
 test: .venv/with-test
-	$(PYTEST) -m "not slow" $(if $(OPS),$(wildcard tests/test_$(OPS)*.py),tests)
+	$(PYTEST) -m "not slow" $(TESTS)
 
 ## Run the slow tests: Triton's interpreter, ahead-of-time compilation, inductor, sanitizers, long clips.
 test-slow: .venv/with-test build/triton-3.6
-	$(SLOW_PYTEST) $(if $(OPS),$(wildcard tests/test_$(OPS)*.py),tests)
+	$(SLOW_PYTEST) $(TESTS)
 
 test-all: test test-slow
 

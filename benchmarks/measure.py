@@ -28,7 +28,7 @@ class Timing(NamedTuple):
 
 
 def interleaved(calls: dict[str, Callable[[], Result]], device: str, seconds: float = 1.5) -> dict[str, Timing]:
-    """Time every call in turn, round after round, so that all of them meet the same disturbances.
+    """Time every call in turn, round after round, so that all of them have the same disturbances.
 
     Runs at least 5 rounds and at most 200, and stops after about `seconds` for each call.
     """

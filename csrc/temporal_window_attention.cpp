@@ -5,7 +5,7 @@
 // The weights are stored by diagonals, one row per offset in the window, so that all lanes of a vector do the same:
 //
 //             keys ->
-//   queries   0 1 2 . . .          scores: lanes are queries. Offset o of eight queries meets eight adjacent keys, one
+//   queries   0 1 2 . . .          scores: lanes are queries. Offset o of eight queries takes eight adjacent keys, one
 //             . 0 1 2 . .          unaligned load from a transposed copy; the softmax runs in each lane by itself.
 //             . . 0 1 2 .          products with weights: lanes are channels, rows are read where they are stored, and four
 //             . . . 0 1 2          rows of the result share the loads. A gradient of keys reads the same weights along columns.

@@ -8,6 +8,7 @@ default is a choice that holds every kernel, and what was found to spill before.
 import concurrent.futures
 import functools
 import importlib
+import math
 import multiprocessing
 import os
 import re
@@ -121,6 +122,50 @@ def resources(kernel, target):
     spilled = int(re.search(r"STACK:(\d+)", usage)[1]) + int(re.search(r"LOCAL:(\d+)", usage)[1])
     registers = int(re.search(r"REG:(\d+)", usage)[1])
     return Resources(name, spilled, 0, shared, registers, kernel.seconds, kernel.asm["ptx"], kernel.asm["cubin"])
+
+
+def check_resources(
+    pool, measure, cases, other_faults=lambda case, used: [], stack=lambda case, used: 0, lanes=math.inf
+):
+    """Compile all cases, tuples that begin with a target, and raise if a kernel spills or overflows shared memory.
+
+    Args:
+        pool: the fixture.
+        measure: called as ``measure(*case)`` in one of its processes; returns the resources of the case's kernels.
+        other_faults: what else is wrong with a kernel, in words.
+        stack: bytes of stack that a kernel has without a spill.
+        lanes: scalar registers of AMD that may be kept in lanes.
+    """
+    futures = {case: pool.submit(measure, *case) for case in cases}
+    table, faults = [], []
+    for case, future in futures.items():
+        for used in future.result():
+            row = f"{used.kernel:44} {' '.join(map(str, case))}: {used._replace(kernel='', assembly='', cubin=b'')}"
+            table.append(row)
+            wrong = other_faults(case, used) if other_faults else []
+            wrong += ["spills"] if used.spilled > stack(case, used) or used.lanes > lanes else []
+            wrong += ["too much shared memory"] if used.shared > SHARED_KIB[case[0]] * 1024 else []
+            faults += [f"{row}: {fault}" for fault in wrong]
+    print("\n".join(table))
+    assert not faults, "\n".join(faults)
+
+
+def instruction_faults(used, target, dtype, tensor_cores):
+    """Whether 16-bit rows are not read in vectors, and tensor cores not used as they should be."""
+    faults = []
+    if dtype.itemsize == 2 and re.search(r"ld\.global\.[bu]16|global_load_[us]short", used.assembly):
+        faults.append("vectors are not read as such")
+    if bool(re.search(MATRIX[target], used.assembly)) != tensor_cores:
+        faults.append(f"tensor cores are {'not ' if tensor_cores else ''}used")
+    return faults
+
+
+def interpret(file, chosen=None):
+    """Run a file of tests, or those chosen as by `-k`, in Triton's interpreter, which a process has or has not."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(file))]
+    command += [] if chosen is None else ["-k", chosen]
+    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
 def cubin_usage(cubin):

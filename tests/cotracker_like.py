@@ -1,5 +1,5 @@
 """Structural twins of CoTracker3's offline and online models, written from their description: the names, shapes and
-calls that `tritonkern.patch` meets, small, in eager PyTorch. They stand in for the repository where there is none.
+calls that `tritonkern.patch` replaces, small, in eager PyTorch. They stand in for the repository where there is none.
 """
 
 import torch

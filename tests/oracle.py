@@ -19,8 +19,12 @@ CACHE = Path(__file__).parents[1] / "build" / "test-cache"
 
 
 def native_backends(operation):
-    """`(backend, device)` of every backend that should run on this machine; a missing one is a visible skip."""
-    for backend, device in (("reference", "cpu"), ("cpp", "cpu"), ("triton", "cuda")):
+    """`(backend, device)` of every backend that should run on this machine; a missing one is a visible skip.
+
+    In Triton's interpreter, which the environment chooses for a whole process, Triton's tensors are on the CPU.
+    """
+    of_triton = "cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda"
+    for backend, device in (("reference", "cpu"), ("cpp", "cpu"), ("triton", of_triton)):
         if device == "cuda" and not torch.cuda.is_available():
             continue
         obstacle = _backends.unavailable(operation, backend, torch.device(device))

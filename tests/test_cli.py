@@ -1,4 +1,4 @@
-"""The command line as its users meet it, mostly in a process of its own."""
+"""The command line, mostly in a process of its own."""
 
 import os
 import signal

@@ -234,80 +234,6 @@ def test_gradients_of_extrema_go_to_the_first_cell(where):
     assert features.grad[0, 0, 3, 4, 3] == 2 and features.grad[0, 0, 5, 5, 3] == 20
 
 
-LAYOUTS = {
-    "class_token": lambda x: F.pad(x.flatten(-3, -2), (0, 0, 1, 0))[..., 1:, :].unflatten(-2, x.shape[-3:-1]),
-    "transposed": lambda x: x.transpose(2, 3).contiguous().transpose(2, 3),
-    "channels_first": lambda x: x.movedim(-1, 2).contiguous().movedim(2, -1),
-    "frames_last": lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1),
-    "every_second": lambda x: x.repeat_interleave(2, dim=3).repeat_interleave(2, dim=4)[:, :, :, ::2, ::2],
-    "inside_larger": lambda x: F.pad(x, (3, 5, 1, 2))[..., 1:-2, 3:-5],
-    "odd_offset": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x),
-    "expanded_frames": lambda x: x[:, :1].expand(-1, 3, -1, -1, -1),
-    "expanded_batch": lambda x: x[:1].expand(2, -1, -1, -1, -1),
-    "all_one_number": lambda x: x[:1, :1, :1, :1, :1].expand(2, 3, 7, 10, 21),
-}
-QUERY_LAYOUTS = (
-    lambda x: x.mT.contiguous().mT,
-    lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    lambda x: x[:, :1].expand(-1, 5, -1),
-    lambda x: F.pad(x, (1, 2))[..., 1:-2],
-)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_strides(where, layout, dtype):
-    query, features = random_inputs(2, 5, 3, 7, 10, 21, dtype=dtype, device=where[1])
-    strided = LAYOUTS[layout](features)
-    assert layout == "odd_offset" or not strided.is_contiguous()
-    for cosine in (False, True):
-        check(where, query, strided, cosine=cosine)
-    assert all(x.is_contiguous() for x in correlation_soft_argmax(query, strided, backend=where[0]))
-
-
-@pytest.mark.parametrize("index", range(len(QUERY_LAYOUTS)))
-def test_strides_of_the_query(where, index):
-    query, features = random_inputs(2, 5, 3, 7, 10, 21, device=where[1])
-    check(where, QUERY_LAYOUTS[index](query), features, cosine=index % 2 == 0)
-
-
-def whims(x, axis):
-    """`x` with strides of `axis`, of size 1, that mean nothing, inside memory that is NaN elsewhere."""
-    for stride in (0, 1, 7, 2**33):
-        memory = torch.full((x.numel() + 64,), float("nan"), dtype=x.dtype, device=x.device)
-        inside = memory[32 : 32 + x.numel()].copy_(x.flatten()).view_as(x)
-        strides = list(inside.stride())
-        strides[axis] = stride
-        yield inside.as_strided(x.shape, strides)
-
-
-@pytest.mark.parametrize("cosine", [False, True], ids=["dot", "cosine"])
-@pytest.mark.parametrize("axis", range(6), ids=["B", "N", "T", "h", "w", "C"])
-def test_strides_of_axes_of_size_1_mean_nothing(where, axis, cosine):
-    """Of every input and incoming gradient, forward and backward."""
-    sizes = [2, 3, 2, 4, 5, 16]
-    sizes[axis] = 1
-    query, features = random_inputs(*sizes, device=where[1])
-    clean = FWD(query, features, 20.0, 5.0, cosine, 1e-6, where[0])
-    grads = [torch.randn_like(x) for x in clean[:4]]
-    kept = [clean[0], clean[2], *clean[4:]]
-
-    def backward(query, features, grads, kept):
-        return op.correlation_soft_argmax_bwd(*grads, query, features, *kept, 20.0, 5.0, cosine, 1e-6, where[0])
-
-    expected = [*clean, *backward(query, features, grads, kept)]
-    tensors = [query, features, *grads, *kept]
-    axes = ["BNC", "BThwC", "BNTp", "BNT", "BNT", "BNT", "BNTp", *["BNT"] * 4, "BN", "BThw"]
-    for index, names in enumerate(axes):
-        if "BNThwC"[axis] not in names or tensors[index].numel() == 0 or not tensors[index].is_floating_point():
-            continue
-        for strange in whims(tensors[index], names.index("BNThwC"[axis])):
-            query, features, *others = [*tensors[:index], strange, *tensors[index + 1 :]]
-            results = FWD(query, features, 20.0, 5.0, cosine, 1e-6, where[0])
-            results = [*results, *backward(query, features, others[:4], others[4:])]
-            assert all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
-
-
 @pytest.mark.parametrize("cell", [-1, 20, 10**9, -(2**31), 2**31 - 1])
 def test_cells_outside_of_the_grid_take_no_part(any_backend, cell):
     """The operators are public: best and worst may hold any number. The memory driver watches what is read."""
@@ -325,28 +251,6 @@ def test_cells_outside_of_the_grid_take_no_part(any_backend, cell):
         torch.testing.assert_close(result, expected)
 
 
-# Beyond what float32 holds, its ends, and the ends of what is accepted.
-EXTREMES = (1e-320, 1e-45, 1.1e-38, 1.2e-38, 1e-30, 1e30, 1.1e30, 3.4e38, 1e39, 1e300)
-
-
-@pytest.mark.parametrize("size", EXTREMES, ids=str)
-@pytest.mark.parametrize("option", ["temperature", "radius", "eps"])
-@pytest.mark.parametrize("backend", list(native_backends(op.NAME)))
-def test_options_at_the_ends_of_their_ranges(backend, option, size):
-    """Finite results, or refused; the same on every backend."""
-    inputs = random_inputs(1, 9, 2, 6, 7, 16, device=backend[1])
-    inputs[1][:, :, 0, 0] = inputs[1][:, :, 1, 1]  # two best cells for some queries
-    inputs[0][0, 0] = inputs[1][0, 0, 1, 1]
-    inputs[0][0, 1] *= 1e-20
-    accepted = size >= 1.2e-38 and (size <= 1e30 or option == "radius")
-    if accepted:
-        results, *_ = run(backend, *inputs, cosine=True, **{option: size})
-        assert all(x.isfinite().all() for x in results)
-    else:
-        with pytest.raises(ValueError, match=f"{option} must be a positive"):
-            correlation_soft_argmax(*inputs, cosine=True, backend=backend[0], **{option: size})
-
-
 def test_any_radius_is_strict(where):
     """A cell takes part if its distance is less than the radius, however little."""
     query, features = grid_of({(3, 4): 1}, device=where[1])
@@ -355,42 +259,11 @@ def test_any_radius_is_strict(where):
         assert weight.item() == cells
 
 
-@pytest.mark.parametrize("cosine", [False, True])
-@pytest.mark.parametrize("shape", [(0, 3, 2, 4, 5, 16), (2, 0, 2, 4, 5, 16), (2, 3, 0, 4, 5, 16)])
-def test_empty(where, shape, cosine):
-    query, features = random_inputs(*shape, device=where[1])
-    results, *_ = run(where, query, features, cosine=cosine)
-    pairs = shape[:3]
-    assert [x.shape for x in results] == [(*pairs, 2), pairs, pairs, pairs, query.shape, features.shape]
-    assert not any(grad.any() for grad in results[4:])
-
-
 @pytest.mark.parametrize("wanted", [w for w in itertools.product((False, True), repeat=4) if any(w)], ids=str)
 def test_any_of_the_results_may_carry_a_gradient(where, wanted):
     query, features = random_inputs(2, 5, 2, 6, 7, 16, device=where[1])
     for cosine in (False, True):
         check(where, query, features, wanted, cosine=cosine)
-
-
-def test_partial_requires_grad(where):
-    inputs = random_inputs(2, 5, 2, 6, 7, 16, device=where[1])
-    (*_, grad_query, grad_features), *_ = run(where, *inputs)
-    for wanted in itertools.product((False, True), repeat=2):
-        leaves = [x.clone().requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
-        results = correlation_soft_argmax(*leaves, backend=where[0])
-        assert [x.requires_grad for x in results] == [any(wanted)] * 4
-        expected = [grad for want, grad in zip(wanted, (grad_query, grad_features), strict=True) if want]
-        grads = differentiate(results, [x for x in leaves if x.requires_grad]) if expected else []
-        assert all(torch.equal(grad, full) for grad, full in zip(grads, expected, strict=True))
-
-
-@pytest.mark.parametrize("backend", list(native_backends(op.NAME)))
-def test_gradcheck(backend):
-    """Finite differences in float64."""
-    inputs = [x.requires_grad_() for x in random_inputs(1, 2, 2, 3, 4, 4, torch.float64, backend[1])]
-    assert torch.autograd.gradcheck(
-        lambda *x: tuple(correlation_soft_argmax(*x, radius=2.0, cosine=True, backend=backend[0])), inputs
-    )
 
 
 @pytest.mark.parametrize("cosine", [False, True], ids=["dot", "cosine"])
@@ -426,33 +299,6 @@ def test_non_finite_query_stays_alone(where, bad):
     assert not poisoned[5][1].isfinite().all((1, 2, 3)).any()
 
 
-@pytest.mark.parametrize("cosine", [False, True])
-def test_same_bits_every_time(where, cosine):
-    inputs = random_inputs(2, 70, 3, 20, 24, 32, device=where[1])
-    first, *_ = run(where, *inputs, cosine=cosine)
-    for _ in range(3):
-        again, *_ = run(where, *inputs, cosine=cosine)
-        assert all(torch.equal(x, y) for x, y in zip(again, first, strict=True))
-
-
-@pytest.mark.parametrize("cosine", [False, True])
-@pytest.mark.parametrize("backend", [p for p in fast_backends(op.NAME) if p.values[0][1] == "cpu"])
-def test_same_bits_on_any_number_of_threads(backend, cosine):
-    """Few queries in a large frame, whose cells are cut into strips, and many queries, which are cut into chunks."""
-    before = torch.get_num_threads()
-    try:
-        for shape in ((2, 70, 3, 20, 24, 32), (1, 40, 1, 64, 64, 64)):
-            inputs = random_inputs(*shape)
-            results = []
-            for threads in (1, 2, 3, 8):
-                torch.set_num_threads(threads)
-                results.append(run(backend, *inputs, cosine=cosine)[0])
-            for result in results[1:]:
-                assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
-    finally:
-        torch.set_num_threads(before)
-
-
 def test_no_cost_volume(where):
     """Its 4000 x 2 x 64 x 64 numbers would take 125 MiB."""
     device = where[1]
@@ -481,35 +327,6 @@ def test_offsets_beyond_32_bits(where, far_axis):
     else:
         storage = torch.zeros(span, dtype=torch.float16, device=where[1])
     check(where, query, storage.as_strided(features.shape, strides).copy_(features))
-
-
-@pytest.mark.slow
-def test_properties(where):
-    """Any shape, stride, dtype and option."""
-    hypothesis = pytest.importorskip("hypothesis")
-    st = hypothesis.strategies
-
-    # On a GPU every new number of channels or dtype may be a compilation of seconds.
-    @hypothesis.settings(max_examples=25 if where[1] == "cpu" else 15, deadline=None, derandomize=True)
-    @hypothesis.given(
-        shape=st.tuples(*(st.integers(1, high) for high in (2, 20, 3, 12, 20, 40))),
-        order=st.permutations(range(5)),
-        step=st.integers(1, 3),
-        temperature=st.floats(0.1, 100),
-        radius=st.floats(0.1, 30),
-        cosine=st.booleans(),
-        wanted=st.tuples(*(st.booleans() for _ in range(4))).filter(any),
-        dtype=st.sampled_from(DTYPES),
-        seed=st.integers(0, 2**32 - 1),
-    )
-    def holds(shape, order, step, dtype, seed, wanted, **options):
-        torch.manual_seed(seed)
-        query, features = random_inputs(*shape, dtype=dtype, device=where[1])
-        back = [order.index(axis) for axis in range(5)]
-        features = features.permute(order).repeat_interleave(step, -1).contiguous()[..., ::step].permute(back)
-        check(where, query, features, wanted, **options)
-
-    holds()
 
 
 @needs_official

@@ -2,16 +2,13 @@
 
 import pytest
 import torch
-import torch.nn.functional as F
 from oracle import (
     assert_as_exact_as_eager,
     fast_backends,
     match_eager,
-    native_backends,
     peak_memory,
     soft_argmax_textbook,
 )
-from test_correlation_soft_argmax import EXTREMES, whims
 
 from tritonkern import soft_argmax_2d
 from tritonkern.ops.correlation_soft_argmax import op, reference
@@ -112,54 +109,6 @@ def test_peaks_and_ties(where, cell):
     check(where, cost)
 
 
-LAYOUTS = {
-    "transposed": lambda x: x.mT.contiguous().mT,
-    "grid_first": lambda x: x.movedim((-2, -1), (0, 1)).contiguous().movedim((0, 1), (-2, -1)),
-    "every_second": lambda x: x.repeat_interleave(2, -1)[..., ::2],
-    "inside_larger": lambda x: F.pad(x, (3, 1, 2, 5))[..., 2:-5, 3:-1],
-    "expanded_frames": lambda x: x[:, :1].expand(-1, 3, -1, -1),
-    "all_one_number": lambda x: x[:1, :1, :1, :1].expand(2, 3, 7, 10),
-    "odd_offset": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_strides(where, layout, dtype):
-    strided = LAYOUTS[layout](random_cost(2, 3, 7, 10, dtype=dtype, device=where[1]))
-    check(where, strided)
-    assert soft_argmax_2d(strided, backend=where[0]).is_contiguous()
-
-
-@pytest.mark.parametrize("shape", [(0, 4, 5), (2, 0, 3, 4, 5)], ids=str)
-def test_empty(where, shape):
-    points, grad = with_gradient(lambda x: soft_argmax_2d(x, backend=where[0]), random_cost(*shape, device=where[1]))
-    assert points.shape == (*shape[:-2], 2) and grad.shape == shape
-
-
-@pytest.mark.parametrize("backend", list(native_backends(op.NAME)))
-def test_gradcheck(backend):
-    cost = random_cost(2, 4, 5, dtype=torch.float64, device=backend[1]).requires_grad_()
-    assert torch.autograd.gradcheck(lambda x: soft_argmax_2d(x, radius=2.0, backend=backend[0]), [cost])
-
-
-@pytest.mark.parametrize("axis", range(4), ids=["b", "frame", "h", "w"])
-def test_strides_of_axes_of_size_1_mean_nothing(where, axis):
-    """Of the cost volume and everything that the backward operator gets."""
-    sizes = [3, 2, 7, 9]
-    sizes[axis] = 1
-    cost = random_cost(*sizes, device=where[1])
-    saved = FWD(cost, 20.0, 2.0, where[0])
-    tensors = [torch.randn_like(saved[0]), cost, *saved]
-    expected = [*saved, BWD(*tensors, 20.0, 2.0, where[0])]
-    for index, tensor in enumerate(tensors):
-        if axis < tensor.dim() and tensor.shape[axis] == 1 and tensor.is_floating_point():
-            for strange in whims(tensor, axis):
-                changed = [*tensors[:index], strange, *tensors[index + 1 :]]
-                results = [*FWD(changed[1], 20.0, 2.0, where[0]), BWD(*changed, 20.0, 2.0, where[0])]
-                assert all(torch.equal(x, y) for x, y in zip(results, expected, strict=True))
-
-
 @pytest.mark.parametrize("cell", [-1, 63, 10**9, -(2**31), 2**31 - 1])
 def test_cells_outside_of_the_grid_take_no_part(where, cell):
     """The operators are public: best may hold any number. The memory driver watches what is read."""
@@ -167,22 +116,6 @@ def test_cells_outside_of_the_grid_take_no_part(where, cell):
     points, maximum, best, weight = FWD(cost, 20.0, 0.5, where[0])
     saved = points, maximum, torch.full_like(best, cell), weight
     assert not BWD(torch.ones_like(points), cost, *saved, 20.0, 0.5, where[0]).any()
-
-
-@pytest.mark.parametrize("size", EXTREMES, ids=str)
-@pytest.mark.parametrize("option", ["temperature", "radius"])
-@pytest.mark.parametrize("backend", list(native_backends(op.NAME)))
-def test_options_at_the_ends_of_their_ranges(backend, option, size):
-    """Finite results, or refused; the same on every backend."""
-    cost = random_cost(3, 7, 9, device=backend[1])
-    cost[0, 2, 3] = cost[0, 2, 4] = 1  # two best cells
-    cost[1] = 0
-    if size >= 1.2e-38 and (size <= 1e30 or option == "radius"):
-        results = with_gradient(lambda x: soft_argmax_2d(x, backend=backend[0], **{option: size}), cost)
-        assert all(x.isfinite().all() for x in results)
-    else:
-        with pytest.raises(ValueError, match=f"{option} must be a positive"):
-            soft_argmax_2d(cost, backend=backend[0], **{option: size})
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -207,28 +140,6 @@ def test_nothing_but_minus_infinity_is_nan(where):
     assert points[0].isnan().all() and points[1].isfinite().all()
 
 
-def test_same_bits_every_time(where):
-    cost = random_cost(30, 20, 24, device=where[1])
-    first = with_gradient(lambda x: soft_argmax_2d(x, backend=where[0]), cost)
-    for _ in range(3):
-        again = with_gradient(lambda x: soft_argmax_2d(x, backend=where[0]), cost)
-        assert all(torch.equal(x, y) for x, y in zip(again, first, strict=True))
-
-
-@pytest.mark.parametrize("backend", [p for p in fast_backends(op.NAME) if p.values[0][1] == "cpu"])
-def test_same_bits_on_any_number_of_threads(backend):
-    cost = random_cost(200, 20, 24)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3, 8):
-            torch.set_num_threads(threads)
-            results.append(with_gradient(lambda x: soft_argmax_2d(x, backend=backend[0]), cost))
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(x, y) for result in results[1:] for x, y in zip(result, results[0], strict=True))
-
-
 def test_memory_is_that_of_the_gradient(where):
     """The official form keeps several temporaries of the cost volume's size, and one of twice that."""
     backend, device = where
@@ -237,29 +148,3 @@ def test_memory_is_that_of_the_gradient(where):
     with peak_memory(device) as peak:
         soft_argmax_2d(cost, backend=backend)
     assert peak.mebibytes < 4
-
-
-@pytest.mark.slow
-def test_properties(where):
-    """Any shape, stride, dtype and option."""
-    hypothesis = pytest.importorskip("hypothesis")
-    st = hypothesis.strategies
-
-    @hypothesis.settings(max_examples=25 if where[1] == "cpu" else 15, deadline=None, derandomize=True)
-    @hypothesis.given(
-        # Several frames, as eager's rounding error may be lucky in a single one.
-        shape=st.tuples(*(st.integers(low, high) for low, high in ((1, 3), (6, 9), (1, 70), (1, 70)))),
-        order=st.permutations(range(4)),
-        step=st.integers(1, 3),
-        temperature=st.floats(0.1, 100),
-        radius=st.floats(0.1, 80),
-        dtype=st.sampled_from(DTYPES),
-        seed=st.integers(0, 2**32 - 1),
-    )
-    def holds(shape, order, step, dtype, seed, **options):
-        torch.manual_seed(seed)
-        back = [order.index(axis) for axis in range(4)]
-        cost = random_cost(*shape, dtype=dtype, device=where[1]).permute(order)
-        check(where, cost.repeat_interleave(step, -1).contiguous()[..., ::step].permute(back), **options)
-
-    holds()

@@ -12,11 +12,11 @@ pytest.importorskip("triton")
 from aot import (  # noqa: E402
     DTYPES,
     EVERYTHING,
-    MATRIX,
-    SHARED_KIB,
     SIBLINGS,
     TARGETS,
+    check_resources,
     compile_only,
+    instruction_faults,
     pool,  # noqa: F401
     resources,
 )
@@ -31,8 +31,8 @@ LANES = 96
 class Case(NamedTuple):
     """A call, whose launcher starts several kernels."""
 
-    function: str
     target: str
+    function: str
     channels: int
     dtype: torch.dtype
     cosine: bool = False
@@ -56,12 +56,13 @@ def launch(kernels, function, query, features, cosine, radius=5.0):
         kernels.soft_argmax_2d_backward(points[:, 0], features[..., 0], saved, 20.0, radius)
 
 
-def measure(case):
-    kernels, compiled = compile_only(NAME, case.target, case.tf32)
-    query = torch.zeros(2, 3, case.channels, dtype=case.dtype)
-    features = torch.zeros(2, 5, 6, 7, case.channels, dtype=case.dtype)
-    launch(kernels, case.function, query, features, case.cosine)
-    return [resources(kernel, case.target) for kernel in {kernel.hash: kernel for kernel in compiled}.values()]
+def measure(*case):
+    target, function, channels, dtype, cosine, tf32 = case
+    kernels, compiled = compile_only(NAME, target, tf32)
+    query = torch.zeros(2, 3, channels, dtype=dtype)
+    features = torch.zeros(2, 5, 6, 7, channels, dtype=dtype)
+    launch(kernels, function, query, features, cosine)
+    return [resources(kernel, target) for kernel in {kernel.hash: kernel for kernel in compiled}.values()]
 
 
 def cases():
@@ -71,50 +72,34 @@ def cases():
         for function in ("forward", "backward"):
             if EVERYTHING:
                 for channels, cosine in itertools.product((8, 24, 32, 64, 768), (False, True)):
-                    yield from (Case(function, target, channels, dtype, cosine) for dtype in DTYPES)
+                    yield from (Case(target, function, channels, dtype, cosine) for dtype in DTYPES)
             else:
-                yield from (Case(function, target, 768, dtype, cosine=True) for dtype in (half, single))
+                yield from (Case(target, function, 768, dtype, cosine=True) for dtype in (half, single))
                 if target in ("sm_90", "gfx942"):
-                    yield Case(function, target, 768, torch.float16)
+                    yield Case(target, function, 768, torch.float16)
             if target == "sm_80":
-                yield Case(function, target, 768, double, cosine=True)
+                yield Case(target, function, 768, double, cosine=True)
             if not target.startswith("gfx") and (EVERYTHING or target == "sm_90"):
-                yield Case(function, target, 768, single, cosine=True, tf32=True)
+                yield Case(target, function, 768, single, cosine=True, tf32=True)
         for function in ("soft_argmax_2d_forward", "soft_argmax_2d_backward"):
-            yield from (Case(function, target, 1, dtype) for dtype in (DTYPES if EVERYTHING else (half,)))
+            yield from (Case(target, function, 1, dtype) for dtype in (DTYPES if EVERYTHING else (half,)))
     if not EVERYTHING:
         for target, function in itertools.product(SIBLINGS, ("forward", "backward")):
-            yield Case(function, target, 768, half, cosine=True)
-        yield Case("forward", "sm_90", 384, single, cosine=True)  # spilled in Triton 3.6
+            yield Case(target, function, 768, half, cosine=True)
+        yield Case("sm_90", "forward", 384, single, cosine=True)  # spilled in Triton 3.6
+
+
+def other_faults(case, used):
+    if not used.kernel.endswith(("_statistics", "_points", "_query")):
+        return []
+    # AMD's matrix units take float32 as it is.
+    single = case.dtype == torch.float32 and (case.tf32 or case.target.startswith("gfx"))
+    return instruction_faults(used, case.target, case.dtype, case.dtype.itemsize == 2 or single)
 
 
 @pytest.mark.slow
 def test_no_kernel_spills_or_overflows_shared_memory(pool):  # noqa: F811
-    futures = {case: pool.submit(measure, case) for case in cases()}
-    table, faults = [], []
-    for case, future in futures.items():
-        for used in future.result():
-            row = (
-                f"{used.kernel:48} {case.target:6} C={case.channels:<3} {str(case.dtype)[6:]:8} "
-                f"cosine={case.cosine:d} tf32={case.tf32:d}: {used.registers:3} registers, "
-                f"{used.shared:6} bytes shared, {used.spilled} spilled, {used.lanes} in lanes"
-            )
-            table.append(row)
-            if used.spilled or used.lanes > LANES:
-                faults.append(row)
-            if used.shared > SHARED_KIB[case.target] * 1024:
-                faults.append(f"{row}: too much shared memory")
-            if not used.kernel.endswith(("_statistics", "_points", "_query")):
-                continue
-            if case.dtype.itemsize == 2 and re.search(r"ld\.global\.[bu]16|global_load_[us]short", used.assembly):
-                faults.append(f"{row}: vectors are not read as such")
-            # AMD's matrix units take float32 as it is.
-            tensor_cores = case.dtype.itemsize == 2 or case.tf32
-            tensor_cores |= case.dtype == torch.float32 and case.target.startswith("gfx")
-            if bool(re.search(MATRIX[case.target], used.assembly)) != tensor_cores:
-                faults.append(f"{row}: tensor cores are {'not ' if tensor_cores else ''}used")
-    print("\n".join(table))
-    assert not faults, "\n".join(faults)
+    check_resources(pool, measure, cases(), other_faults, lanes=LANES)
 
 
 def variants(target):

@@ -141,7 +141,7 @@ def test_copy_of_a_patched_model_has_layers_of_its_own(tracker):
     assert not torch.equal(*results)
 
 
-def test_calls_of_two_threads_do_not_meet(tracker):
+def test_calls_of_two_threads_are_independent(tracker):
     """Their adapters hang on the same blocks at the same time, and clips differ in length."""
     both_hang = threading.Barrier(2, timeout=30)
 

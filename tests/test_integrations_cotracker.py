@@ -156,7 +156,7 @@ def test_online_predictor_forgets_features_of_other_frames():
 
 
 def test_evaluation_while_training_online():
-    """Outside of the online mode nothing is kept: weights change between two looks at the same frames."""
+    """Outside of the online mode nothing is kept: weights may change between two calls with the same frames."""
     tracker, (video, queries) = Online().eval(), clip(frames=8)
     with tritonkern.patch(tracker), torch.no_grad():
         tracker(video, queries)

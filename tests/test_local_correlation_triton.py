@@ -1,16 +1,11 @@
 """The Triton kernels of local correlation without a GPU: in the interpreter, and compiled ahead of time."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from aot import EVERYTHING, SHARED_KIB, SIBLINGS, TARGETS, compile_only, pool, resources  # noqa: E402, F401
+from aot import EVERYTHING, SIBLINGS, TARGETS, check_resources, compile_only, interpret, pool, resources  # noqa: E402, F401
 
 from tritonkern.ops.local_correlation.op import Samples  # noqa: E402
 
@@ -24,10 +19,7 @@ STACK = {(target, "local_correlation_bwd_kernel_support", 49): 8 for target in (
 
 @pytest.mark.slow
 def test_kernels_in_the_interpreter():
-    cases = str(Path(__file__).with_name("triton_interpreter_local_cases.py"))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cases]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    interpret("triton_interpreter_local_cases.py")
 
 
 def launch(kernels, channels, supports, radius, dtype, points=3, frames=2, grid=(5, 6), own=False):
@@ -49,19 +41,14 @@ def measure(target, *case):
     return [resources(kernel, target) for kernel in compiled]
 
 
+def stack(case, used):
+    return STACK.get((case[0], used.kernel, case[2]), 0)
+
+
 @pytest.mark.slow
 def test_no_kernel_spills_or_overflows_shared_memory(pool):  # noqa: F811
     chosen = {target: CASES for target in TARGETS} | ({} if EVERYTHING else dict.fromkeys(SIBLINGS, CASES[2:3]))
-    futures = {(target, *case): pool.submit(measure, target, *case) for target in chosen for case in chosen[target]}
-    table, faults = [], []
-    for (target, *case), future in futures.items():
-        for used in future.result():
-            row = f"{target} {case}: {used._replace(assembly='', cubin=b'')}"
-            table.append(row)
-            if used.spilled > STACK.get((target, used.kernel, case[1]), 0) or used.shared > SHARED_KIB[target] * 1024:
-                faults.append(row)
-    print("\n".join(table))
-    assert not faults, "\n".join(faults)
+    check_resources(pool, measure, [(target, *case) for target in chosen for case in chosen[target]], stack=stack)
 
 
 def variants(target):

@@ -1,7 +1,4 @@
-"""Scale, sigma and eps at the ends of their ranges: finite results from finite input, or refused, on every backend.
-
-Temperature, radius and eps of the correlation: test_correlation_soft_argmax.py, test_correlation_soft_argmax_2d.py.
-"""
+"""Options at the ends of their ranges: finite results from finite input, or refused, on every backend."""
 
 import math
 
@@ -11,9 +8,11 @@ from oracle import native_backends
 
 from tritonkern import (
     attention_row_statistics,
+    correlation_soft_argmax,
     frame_local_attention,
     query_key_cost,
     query_key_matching,
+    soft_argmax_2d,
     temporal_mixer,
     temporal_window_attention,
     track_sample_attention,
@@ -144,12 +143,31 @@ def frame_local(dtype, backend, scale):
     return x, without_gradient(call)
 
 
+def match(dtype, backend, **options):
+    query, features = torch.randn(1, 9, 16, dtype=dtype), torch.randn(1, 2, 6, 7, 16, dtype=dtype)
+    features[:, :, 0, 0] = features[:, :, 1, 1]  # two best cells for some queries
+    query[0, 0] = features[0, 0, 1, 1]
+    query[0, 1] *= 1e-20
+    return [query, features], lambda *x: correlation_soft_argmax(*x, cosine=True, backend=backend, **options)
+
+
+def cost(dtype, backend, **options):
+    cost = torch.randn(3, 7, 9, dtype=dtype)
+    cost[0, 2, 3] = cost[0, 2, 4] = 10  # two best cells
+    cost[1] = 0
+    return [cost], lambda cost: soft_argmax_2d(cost, backend=backend, **options)
+
+
 def within_scale(dtype, scale):
     return abs(scale) <= 2.0**64
 
 
 def within_smaller_scale(dtype, scale):
     return abs(scale) <= 2.0**20
+
+
+def within_floats(dtype, x):
+    return 1.2e-38 <= x <= 1e30
 
 
 def normal(dtype, eps):
@@ -171,6 +189,11 @@ CASES = {
     "frame_local_attention": ("query_key_matching", frame_local, "scale", within_scale),
     "temporal_mixer": ("temporal_mixer", mixer, "eps", normal),
     "adapter_in": ("temporal_adapter", adapter, "eps", normal),
+    "correlation-temperature": ("correlation_soft_argmax", match, "temperature", within_floats),
+    "correlation-radius": ("correlation_soft_argmax", match, "radius", lambda dtype, radius: radius >= 1.2e-38),
+    "correlation-eps": ("correlation_soft_argmax", match, "eps", within_floats),
+    "soft_argmax-temperature": ("correlation_soft_argmax", cost, "temperature", within_floats),
+    "soft_argmax-radius": ("correlation_soft_argmax", cost, "radius", lambda dtype, radius: radius >= 1.2e-38),
 }
 
 
@@ -203,7 +226,8 @@ def test_finite_or_refused(name, where, dtype):
         if not accepted(dtype, size):
             faults.append(f"{size}: accepted")
             continue
-        results = [out, *torch.autograd.grad(out, leaves, torch.randn_like(out))]
+        outputs = [out] if isinstance(out, torch.Tensor) else list(out)
+        results = [*outputs, *torch.autograd.grad(outputs, leaves, [torch.randn_like(x) for x in outputs])]
         wrong = [index for index, x in enumerate(results) if not x.isfinite().all()]
         if wrong:
             faults.append(f"{size}: results {wrong} are not finite")

@@ -11,8 +11,12 @@ HERE = Path(__file__).parent
 # What a pretended device cannot do: derivatives, exports and compiled graphs of its tensor type, autocast and graphs of
 # CUDA, and the hidden layer's dtype, which the operators choose by device.
 CANNOT = "opcheck or gradcheck or compiled or export or forward_mode or autocast or checkpointing or cuda_graph"
-CANNOT_IN = {"test_temporal_adapter.py": "test_out and float16 or test_out and bfloat16"}
+CANNOT_IN = {
+    "test_contracts.py": "(strides or fakes) and adapter and float16",
+    "test_temporal_adapter.py": "test_out and float16",
+}
 FILES = [
+    "test_contracts.py",
     "test_correlation_soft_argmax.py",
     "test_correlation_soft_argmax_2d.py",
     "test_gpu.py",

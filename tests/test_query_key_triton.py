@@ -1,16 +1,11 @@
 """The Triton kernels of query-key matching without a GPU: in the interpreter, and compiled ahead of time."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from aot import EVERYTHING, SHARED_KIB, TARGETS, compile_only, pool, resources  # noqa: E402, F401
+from aot import EVERYTHING, TARGETS, check_resources, compile_only, interpret, pool, resources  # noqa: E402, F401
 
 HALF, SINGLE, DOUBLE = torch.bfloat16, torch.float32, torch.float64
 # (channels, dtype): CogVideoX, HunyuanVideo, two layers side by side, something odd.
@@ -19,10 +14,7 @@ CASES = [(64, HALF), (128, torch.float16), (64, SINGLE), (128, HALF), (19, SINGL
 
 @pytest.mark.slow
 def test_kernels_in_the_interpreter():
-    cases = str(Path(__file__).with_name("triton_interpreter_query_cases.py"))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cases]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    interpret("triton_interpreter_query_cases.py")
 
 
 def launch(kernels, channels, dtype, frames=2, grid=(5, 6), heads=3, cells=7):
@@ -51,16 +43,7 @@ def measure(target, *case):
 def test_no_kernel_spills_or_overflows_shared_memory(pool):  # noqa: F811
     # Its kernels take minutes to compile: `make aot` does all.
     targets, chosen = (TARGETS, CASES) if EVERYTHING else (("sm_90", "gfx942"), CASES[:1])
-    futures = {(target, *case): pool.submit(measure, target, *case) for target in targets for case in chosen}
-    table, faults = [], []
-    for (target, *case), future in futures.items():
-        for used in future.result():
-            row = f"{target} {case}: {used._replace(assembly='')}"
-            table.append(row)
-            if used.spilled or used.shared > SHARED_KIB[target] * 1024:
-                faults.append(row)
-    print("\n".join(table))
-    assert not faults, "\n".join(faults)
+    check_resources(pool, measure, [(target, *case) for target in targets for case in chosen])
 
 
 def variants(target):

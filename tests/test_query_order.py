@@ -5,7 +5,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from tritonkern.models import Chrono, ChronoNano, LocoTrackRefiner, Nano
+from tritonkern.models import TAPIR, Chrono, ChronoNano, LocoTrackRefiner, Nano, TAPIRFeatures
 from tritonkern.models.dinov2 import DINOv2Config
 from tritonkern.models.locotrack import LocoTrackFeatures
 from tritonkern.models.nano import make_maps
@@ -32,15 +32,29 @@ def nano():
     return Nano(32, 2, 2, 16, 128), make_maps(still(128, 32), still(64, 128))
 
 
+def pass_on(*convolutions):
+    """Random weights would mix the costs of neighbouring cells."""
+    with torch.no_grad():
+        for conv in convolutions:
+            conv.bias.zero_()
+            conv.weight.zero_()
+            conv.weight[..., 1, 1] = 0.5
+
+
 def locotrack():
     model = LocoTrackRefiner("small", steps=0)
-    with torch.no_grad():  # random weights would mix the costs of neighbouring cells
-        model.cost_conv.weight.zero_()
-        model.cost_conv.weight[..., 1, 1] = 0.5
+    pass_on(model.cost_conv)
     return model, LocoTrackFeatures.of(still(64, 64))
 
 
-@pytest.mark.parametrize("build", [chrono, chrono_nano, nano, locotrack])
+def tapir():
+    model = TAPIR()
+    model.steps = 0
+    pass_on(model.torch_cost_volume_track_mods["hid1"], model.torch_cost_volume_track_mods["hid2"])
+    return model, TAPIRFeatures(still(64, 128), still(32, 256))
+
+
+@pytest.mark.parametrize("build", [chrono, chrono_nano, nano, locotrack, tapir])
 def test_models_take_t_y_x(build):
     model, features = build()
     model.features = lambda video: features

@@ -339,7 +339,7 @@ def test_occluded_points_may_be_anything(tmp_path):
     assert clip.occluded.all()
 
 
-# Three tracks over seven frames; the strided queries look at frames 0 and 5.
+# Three tracks over seven frames; the strided queries are in frames 0 and 5.
 #   track 0: visible from frame 2 on    track 1: never visible    track 2: visible in frames 0 and 5 only
 HIDDEN = np.ones((3, 7), dtype=bool)
 HIDDEN[0, 2:] = False

@@ -1,16 +1,11 @@
 """The Triton kernels of `temporal_adapter` without a GPU: in the interpreter, and compiled ahead of time."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from aot import EVERYTHING, SHARED_KIB, SIBLINGS, TARGETS, compile_only, pool, resources  # noqa: E402, F401
+from aot import EVERYTHING, SIBLINGS, TARGETS, check_resources, compile_only, interpret, pool, resources  # noqa: E402, F401
 
 from tritonkern.ops.temporal_adapter import op  # noqa: E402
 
@@ -27,12 +22,8 @@ CASES = [
 
 @pytest.mark.slow
 def test_kernels_in_the_interpreter():
-    cases = str(Path(__file__).with_name("test_temporal_adapter.py"))
-    slow = "gradcheck or opcheck or shape3 or (shape5 and True) or (float16 and not shape0) or (float64 and not shape2)"
-    chosen = f"triton and not ({slow})"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, cases]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    slow = "gradcheck or shape3 or (shape5 and True) or (float16 and not shape0) or (float64 and not shape2)"
+    interpret("test_temporal_adapter.py", f"triton and not ({slow})")
 
 
 def launch(kernels, channels, inner, side, tokens_dtype, dtype, size=(1, 1, 4, 4), prefix=1):
@@ -59,25 +50,19 @@ def measure(target, *case):
     return [resources(kernel, target) for kernel in {kernel.hash: kernel for kernel in compiled}.values()]
 
 
+def rows_not_in_vectors(case, used):
+    target, channels, *_, dtype = case
+    vectors = channels % 8 == 0 and not used.kernel.endswith("moments") and dtype.itemsize < 8
+    missing = vectors and not target.startswith("gfx") and "ld.global.v" not in used.assembly
+    return ["rows are not read in vectors"] if missing else []
+
+
 @pytest.mark.slow
 def test_no_kernel_spills_or_overflows_shared_memory(pool):  # noqa: F811
     few = {"sm_80": CASES[1:2], "sm_90": CASES[1:3], "sm_100": CASES[3:], "gfx942": [], **dict.fromkeys(SIBLINGS, [])}
     chosen = dict.fromkeys(TARGETS, CASES[1:]) if EVERYTHING else few
-    futures = {
-        (target, *case): pool.submit(measure, target, *case)
-        for target in chosen
-        for case in [CASES[0], *chosen[target]]
-    }
-    faults = []
-    for (target, channels, *case), future in futures.items():
-        for used in future.result():
-            row = f"{target} C={channels} {case}: {used._replace(assembly='', cubin=b'')}"
-            if used.spilled or used.shared > SHARED_KIB[target] * 1024:
-                faults.append(row)
-            vectors = channels % 8 == 0 and not used.kernel.endswith("moments") and case[-1].itemsize < 8
-            if vectors and not target.startswith("gfx") and "ld.global.v" not in used.assembly:
-                faults.append(f"{row}: rows are not read in vectors")
-    assert not faults, "\n".join(faults)
+    cases = [(target, *case) for target in chosen for case in [CASES[0], *chosen[target]]]
+    check_resources(pool, measure, cases, rows_not_in_vectors)
 
 
 def variants(target):

@@ -1,16 +1,11 @@
 """The Triton kernels of `temporal_mixer` without a GPU: in the interpreter, and compiled ahead of time."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 
 pytest.importorskip("triton")
 
-from aot import EVERYTHING, SHARED_KIB, SIBLINGS, TARGETS, compile_only, pool, resources  # noqa: E402, F401
+from aot import EVERYTHING, SIBLINGS, TARGETS, check_resources, compile_only, interpret, pool, resources  # noqa: E402, F401
 
 from tritonkern.ops.temporal_mixer.op import Conv, State  # noqa: E402
 
@@ -20,15 +15,8 @@ CASES = [(512, torch.float32), (512, torch.bfloat16), (19, torch.float32), (4096
 
 @pytest.mark.slow
 def test_kernels_in_the_interpreter():
-    cases = str(Path(__file__).with_name("test_temporal_mixer.py"))
-    slow = (
-        "compiled or opcheck or threads or sets or gradcheck or float64 or 1030 or 512 or 70 or 33 or 40 or inf"
-        " or sliced or expanded or 1099511627776"
-    )
-    chosen = f"triton and not ({slow})"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", chosen, cases]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    slow = "sets or float64 or 1030 or 512 or 70 or 33 or 40 or inf or with_a_state"
+    interpret("test_temporal_mixer.py", f"triton and not ({slow})")
 
 
 def launch(kernels, channels, dtype, tracks=3, frames=5):
@@ -53,14 +41,7 @@ def measure(target, channels, dtype):
 @pytest.mark.slow
 def test_no_kernel_spills_or_overflows_shared_memory(pool):  # noqa: F811
     chosen = {target: CASES for target in TARGETS} | ({} if EVERYTHING else dict.fromkeys(SIBLINGS, CASES[:2]))
-    futures = {(target, *case): pool.submit(measure, target, *case) for target in chosen for case in chosen[target]}
-    faults = []
-    for (target, channels, dtype), future in futures.items():
-        for used in future.result():
-            row = f"{target} C={channels} {dtype}: {used._replace(assembly='', cubin=b'')}"
-            if used.spilled or used.shared > SHARED_KIB[target] * 1024:
-                faults.append(row)
-    assert not faults, "\n".join(faults)
+    check_resources(pool, measure, [(target, *case) for target in chosen for case in chosen[target]])
 
 
 def variants(target):

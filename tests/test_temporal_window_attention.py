@@ -4,7 +4,6 @@ Triton's interpreter has its own process and file, `test_triton_*.py`.
 """
 
 import fractions
-import itertools
 import mmap
 
 import numpy
@@ -16,14 +15,12 @@ from oracle import (
     fast_backends,
     gradients,
     largest_terms,
-    native_backends,
     peak_memory,
     random_inputs,
     textbook,
 )
 
 from tritonkern import temporal_window_attention
-from tritonkern.ops import _backends
 from tritonkern.ops.temporal_window_attention import op, reference
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -133,78 +130,10 @@ def test_large_scores_do_not_overflow(where, size):
     check(where, [query * size, key * size, value, grad_out], 5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_cpp_rounds_once_to_nearest_even(dtype):
-    """What is stored in 16 bits is the float32 result, rounded once: PyTorch's conversion of it, to the bit."""
-    if _backends.unavailable("temporal_window_attention", "cpp", torch.device("cpu")) is not None:
-        pytest.skip("no C++ kernels here")
-    inputs = [x.to(dtype) for x in random_inputs(2, 19, 3, 2, 40)]
-    *half, grad_out = (x.requires_grad_() for x in inputs)
-    full = [x.detach().float().requires_grad_() for x in half]
-    out = temporal_window_attention(*half, 5, backend="cpp")
-    exact = temporal_window_attention(*full, 5, backend="cpp")
-    assert torch.equal(out, exact.to(dtype))
-    gradients = torch.autograd.grad(out, half, grad_out)
-    for gradient, one in zip(gradients, torch.autograd.grad(exact, full, grad_out.float()), strict=True):
-        assert torch.equal(gradient, one.to(dtype))
-
-
-LAYOUTS = {
-    "positions_first": lambda x: x.movedim(1, 2).contiguous().movedim(2, 1),
-    "heads_first": lambda x: x.movedim(3, 1).contiguous().movedim(1, 3),
-    "head_dim_not_last": lambda x: x.mT.contiguous().mT,
-    "every_second_frame": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
-    "slice_of_packed_qkv": lambda x: torch.stack([x + 1, x, x + 2], dim=3)[:, :, :, 1],
-    "inside_larger": lambda x: torch.nn.functional.pad(x, (3, 5))[..., 3:-5],
-    "odd_offset": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x),
-    "expanded_positions": lambda x: x[:, :, :1].expand(-1, -1, 3, -1, -1),
-    "expanded_frames": lambda x: x[:, :1].expand(-1, 21, -1, -1, -1),
-    "all_one_number": lambda x: x[:1, :1, :1, :1, :1].expand(2, 21, 3, 2, 24),
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_strides(where, layout, dtype):
-    tensors = random_inputs(2, 21, 3, 2, 24, dtype=dtype, device=where[1])
-    strided = [LAYOUTS[layout](x) for x in tensors]
-    assert layout == "odd_offset" or not any(x.is_contiguous() for x in strided)
-    for at in range(4):  # one strange tensor at a time, then all
-        check(where, [*tensors[:at], strided[at], *tensors[at + 1 :]], (3, 2))
-    check(where, strided, (3, 2))
-    assert temporal_window_attention(*strided[:3], 5, backend=where[0]).is_contiguous()
-
-
-@pytest.mark.parametrize("shape", [(0, 5, 2, 2, 8), (2, 0, 2, 2, 8), (2, 5, 0, 2, 8), (2, 5, 2, 0, 8), (0, 5, 2, 8)])
-def test_empty(where, shape):
-    for result in run(where, random_inputs(*shape, device=where[1]), 13):
-        assert result.shape == shape
-
-
 def test_four_axes_equal_five(where):
     tensors = random_inputs(3, 11, 2, 16, device=where[1])
     for four, five in zip(run(where, tensors, 5), run(where, [x.unsqueeze(2) for x in tensors], 5), strict=True):
         assert torch.equal(four, five.squeeze(2))
-
-
-def test_partial_requires_grad(where):
-    *inputs, grad_out = tensors = random_inputs(1, 9, 2, 2, 8, device=where[1])
-    _, *full = run(where, tensors, 5)
-    for wanted in itertools.product((False, True), repeat=3):
-        leaves = [x.clone().requires_grad_(want) for x, want in zip(inputs, wanted, strict=True)]
-        out = temporal_window_attention(*leaves, 5, backend=where[0])
-        assert out.requires_grad == any(wanted)
-        if any(wanted):
-            out.backward(grad_out)
-        for leaf, want, grad in zip(leaves, wanted, full, strict=True):
-            assert torch.equal(leaf.grad, grad) if want else leaf.grad is None
-
-
-@pytest.mark.parametrize("backend", native_backends(op.NAME))
-def test_gradcheck(backend):
-    backend, device = backend
-    inputs = [x.requires_grad_() for x in random_inputs(2, 6, 2, 1, 8, dtype=torch.float64, device=device)[:3]]
-    assert torch.autograd.gradcheck(lambda *x: temporal_window_attention(*x, (2, 1), backend=backend), inputs)
 
 
 def test_log_sum_exp_carries_no_gradient():
@@ -238,29 +167,6 @@ def test_non_finite_input_stays_in_its_windows(where, at, bad):
         torch.testing.assert_close(
             result[1, :, 0, 1][inside].double(), expected[0, :, 0, 0][inside], rtol=1e-4, atol=1e-5
         )
-
-
-def test_same_bits_every_time(where):
-    tensors = random_inputs(3, 50, 5, 4, 32, device=where[1])
-    first = run(where, tensors, 13)
-    for _ in range(3):
-        for result, expected in zip(run(where, tensors, 13), first, strict=True):
-            assert torch.equal(result, expected)
-
-
-@pytest.mark.parametrize("backend", [p for p in fast_backends(op.NAME) if p.values[0][1] == "cpu"])
-def test_same_bits_on_any_number_of_threads(backend):
-    tensors = random_inputs(3, 50, 5, 4, 32)
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 2, 3, 7):
-            torch.set_num_threads(threads)
-            results.append(run(backend, tensors, 13))
-    finally:
-        torch.set_num_threads(before)
-    for result in results[1:]:
-        assert all(torch.equal(x, y) for x, y in zip(result, results[0], strict=True))
 
 
 def test_long_clip_in_linear_memory(where):
@@ -321,40 +227,3 @@ def test_offsets_beyond_32_bits(where, far_axis):
     far = storage.as_strided(shape, strides).copy_(query)
     check(where, [far, key, value, grad_out], 3)
     check(where, [query, far, far, grad_out], 3)
-
-
-@pytest.mark.slow
-def test_properties(where):
-    """Any shape, stride, window and dtype."""
-    hypothesis = pytest.importorskip("hypothesis")
-    st = hypothesis.strategies
-
-    # On a GPU every new head dimension or dtype is a compilation of seconds.
-    @hypothesis.settings(max_examples=60 if where[1] == "cpu" else 15, deadline=None, derandomize=True)
-    @hypothesis.given(
-        shape=st.tuples(*(st.integers(1, high) for high in (3, 40, 3, 3))),
-        head_dim=st.integers(1, 9).map(lambda x: 8 * x),
-        order=st.permutations(range(5)),
-        step=st.integers(1, 3),
-        window=st.one_of(
-            st.integers(0, 12).map(lambda x: 2 * x + 1), st.tuples(st.integers(0, 50), st.integers(0, 50))
-        ),
-        dtype=st.sampled_from(DTYPES),
-        expand=st.integers(0, 4),
-        seed=st.integers(0, 2**32 - 1),
-    )
-    def holds(shape, head_dim, order, step, window, dtype, expand, seed):
-        torch.manual_seed(seed)
-        sizes = [*shape, head_dim]
-        stored = [sizes[axis] for axis in order]
-        back = [order.index(axis) for axis in range(5)]
-        tensors = []
-        for index in range(4):
-            x = torch.randn([*stored[:-1], stored[-1] * step], dtype=torch.float64).to(where[1], dtype)
-            x = x[..., ::step].permute(back)
-            if index == expand:
-                x = x[:, :, :1].expand(sizes)
-            tensors.append(x)
-        check(where, tensors, window)
-
-    holds()

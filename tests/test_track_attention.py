@@ -4,7 +4,6 @@ tests/properties draws random cases of it; Triton's interpreter has its own proc
 """
 
 import dataclasses
-import itertools
 
 import pytest
 import torch
@@ -193,21 +192,6 @@ def test_options_and_positions_at_the_ends_of_their_ranges(where, splat, dtype):
 
 
 @BOTH
-def test_16_bits_are_the_float32_result_rounded_once(splat):
-    """docs/numerics.md claims it of the C++ kernels, where culling, which depends on the dtype, does not decide."""
-    pytest.importorskip("tritonkern._cpp")
-    for dtype in (torch.bfloat16, torch.float16):
-        this = case(splat, M=30, grid=(9, 8), D=40, dtype=dtype)
-        this = this.changed(culling=False, visibility=torch.rand(1, 2, 30) > 0.2)
-        full = this.changed(
-            **{name: x.float() for name, x in zip(("query", "key", "value"), this.tensors, strict=False)}
-        )
-        full.grad_out = this.grad_out.float()
-        for name, x, y in zip(NAMES, run(("cpp", "cpu"), this), run(("cpp", "cpu"), full), strict=True):
-            assert torch.equal(x, y.to(x.dtype)), name
-
-
-@BOTH
 def test_tracks_far_outside_and_coincident(where, splat):
     this = case(splat, where[1], M=10)
     tracks = this.tensors[3]
@@ -332,105 +316,6 @@ def test_many_far_columns_matter_together(where, splat):
     this = case(splat, where[1], M=400, grid=(20, 20), H=1, D=8, sigma=6.0, scale=0.0)
     this.tensors[3].clamp_(min=0.0, max=20.0)
     check(where, this)
-
-
-LAYOUTS = {
-    "heads_first": lambda x: x.movedim(-2, 1).contiguous().movedim(1, -2),
-    "channels_not_last": lambda x: x.mT.contiguous().mT,
-    "every_second_frame": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
-    "slice_of_packed": lambda x: torch.stack([x + 1, x], dim=2)[:, :, 1],
-    "inside_larger": lambda x: torch.nn.functional.pad(x, (3, 5))[..., 3:-5],
-    "odd_offset": lambda x: torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x),
-    "expanded_frames": lambda x: x[:, :1].expand_as(x),
-    "negative_free_transpose": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-}
-
-
-@BOTH
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_strides(where, splat, layout, dtype):
-    this = case(splat, where[1], B=2, T=3, D=24, dtype=dtype)
-    strange = LAYOUTS[layout]
-    tensors = [strange(x) for x in this.tensors[:4]]
-    strided = dataclasses.replace(this, tensors=[*tensors, this.tensors[4]], grad_out=strange(this.grad_out))
-    check(where, strided)
-    assert strided.attend(where[0], *strided.tensors).is_contiguous()
-
-
-def respaced(x, stride):
-    """The same numbers, with another stride on the axes of size 1 and NaN in memory on both sides."""
-    if x.dtype == torch.bool:
-        storage = torch.ones(x.numel() + 64, dtype=torch.bool, device=x.device)
-    else:
-        storage = torch.full((x.numel() + 64,), NAN, dtype=x.dtype, device=x.device)
-    middle = storage[32 : 32 + x.numel()].view(x.shape).copy_(x)
-    strides = [stride if size == 1 else old for size, old in zip(x.shape, middle.stride(), strict=True)]
-    return storage.as_strided(x.shape, strides, 32)
-
-
-@BOTH
-@pytest.mark.parametrize("stride", [0, 1, 13, 2**40])
-@pytest.mark.parametrize("sizes", [dict(T=1, M=3, grid=(1, 4), H=1), dict(T=2, M=1, grid=(3, 1), H=2)], ids=str)
-def test_strides_of_axes_of_size_1_do_not_matter(where, splat, sizes, stride):
-    this = case(splat, where[1], D=8, **sizes)
-    this = this.changed(visibility=torch.ones(this.tensors[3].shape[:-1], dtype=torch.bool, device=where[1]))
-    strange = dataclasses.replace(
-        this,
-        tensors=[*(respaced(x, stride) for x in this.tensors[:4]), this.tensors[4]],
-        grad_out=respaced(this.grad_out, stride),
-        visibility=respaced(this.visibility, stride),
-    )
-    for name, x, y in zip(NAMES, run(where, strange), run(where, this), strict=True):
-        assert torch.equal(x, y), name
-
-
-@BOTH
-@pytest.mark.parametrize("empty", [dict(B=0), dict(T=0), dict(M=0), dict(H=0)], ids=str)
-def test_empty(where, splat, empty):
-    this = case(splat, where[1], **empty)
-    for name, x, like in zip(NAMES, run(where, this), [this.grad_out, *this.tensors], strict=True):
-        assert x.shape == like.shape and (x == 0).all(), name
-
-
-@BOTH
-def test_partial_requires_grad(where, splat):
-    this = case(splat, where[1])
-    _, *full = run(where, this)
-    for wanted in itertools.product((False, True), repeat=5):
-        leaves = [x.clone().requires_grad_(want) for x, want in zip(this.tensors, wanted, strict=True)]
-        out = this.attend(where[0], *leaves)
-        assert out.requires_grad == any(wanted)
-        if any(wanted):
-            out.backward(this.grad_out)
-        for leaf, want, grad in zip(leaves, wanted, full, strict=True):
-            assert torch.equal(leaf.grad, grad) if want else leaf.grad is None
-
-
-@BOTH
-@pytest.mark.parametrize("backend", ["reference", "cpp"])
-def test_gradcheck(backend, splat):
-    this = case(splat, T=1, M=4, grid=(3, 4), H=1, D=8, dtype=torch.float64, sigma=0.8)
-    leaves = [x.requires_grad_() for x in this.tensors]
-    assert torch.autograd.gradcheck(lambda *x: this.attend(backend, *x), leaves)
-
-
-@BOTH
-def test_same_bits_every_time_on_any_number_of_threads(where, splat):
-    before = torch.get_num_threads()
-    try:
-        for sizes in (
-            dict(B=2, T=3, M=50, grid=(12, 13)),
-            dict(T=40, M=9, grid=(4, 5)),
-        ):  # threads share frames, or not
-            this = case(splat, where[1], **sizes)
-            first = run(where, this)
-            for threads in (1, 2, 3, 8) if where[1] == "cpu" else (before,):
-                torch.set_num_threads(threads)
-                for name, x, y in zip(NAMES, run(where, this), first, strict=True):
-                    assert torch.equal(x, y), (name, threads)
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_no_weight_is_stored(where):

@@ -1,10 +1,5 @@
 """The Triton kernels of `track_attention` without a GPU: in the interpreter, and compiled ahead of time."""
 
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -12,7 +7,17 @@ import torch
 
 pytest.importorskip("triton")
 
-from aot import EVERYTHING, MATRIX, SHARED_KIB, SIBLINGS, TARGETS, compile_only, pool, resources  # noqa: E402, F401
+from aot import (  # noqa: E402
+    EVERYTHING,
+    SIBLINGS,
+    TARGETS,
+    check_resources,
+    compile_only,
+    instruction_faults,
+    interpret,
+    pool,  # noqa: F401
+    resources,
+)
 
 from tritonkern.ops.track_attention.op import Points  # noqa: E402
 
@@ -54,10 +59,7 @@ def cases():
 
 @pytest.mark.slow
 def test_kernels_in_the_interpreter():
-    cases = str(Path(__file__).with_name("triton_interpreter_track_cases.py"))
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", cases]
-    done = subprocess.run(command, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    interpret("triton_interpreter_track_cases.py")
 
 
 def launch(kernels, splat, tracked, gridded, points=True):
@@ -68,41 +70,25 @@ def launch(kernels, splat, tracked, gridded, points=True):
     kernels.backward(query, *inputs, 0.125, splat, True, [points, points])
 
 
-def measure(case):
-    kernels, compiled = compile_only("track_attention", case.target, case.tf32)
-    tracked, gridded = (torch.zeros(1, 2, *x, 2, case.head_dim, dtype=case.dtype) for x in ((5,), (3, 4)))
-    launch(kernels, case.splat, tracked, gridded)
-    return [resources(kernel, case.target) for kernel in {kernel.hash: kernel for kernel in compiled}.values()]
+def measure(*case):
+    target, splat, head_dim, dtype, tf32 = case
+    kernels, compiled = compile_only("track_attention", target, tf32)
+    tracked, gridded = (torch.zeros(1, 2, *x, 2, head_dim, dtype=dtype) for x in ((5,), (3, 4)))
+    launch(kernels, splat, tracked, gridded)
+    return [resources(kernel, target) for kernel in {kernel.hash: kernel for kernel in compiled}.values()]
+
+
+def other_faults(case, used):
+    name = used.kernel.removeprefix("track_attention_")
+    # AMD's matrix units take float32 as it is; the widest heads go without TF32 in backward.
+    tf32 = case.tf32 and (case.head_dim <= 128 or name == "fwd_kernel")
+    tensor_cores = case.dtype.itemsize == 2 or tf32 or case.dtype == FLOAT and case.target.startswith("gfx")
+    return instruction_faults(used, case.target, case.dtype, tensor_cores and name in PRODUCTS)
 
 
 @pytest.mark.slow
 def test_no_kernel_spills_or_overflows_shared_memory(pool):  # noqa: F811
-    futures = {case: pool.submit(measure, case) for case in cases()}
-    table, faults = [], []
-    for case, future in futures.items():
-        for used in future.result():
-            name = used.kernel.removeprefix("track_attention_")
-            row = (
-                f"{name:20} {case.target:6} {'splat' if case.splat else 'sample':6} D={case.head_dim:<3} "
-                f"{str(case.dtype)[6:]:8} tf32={case.tf32:d}: {used.registers:3} registers, "
-                f"{used.shared:6} bytes shared, {used.spilled} spilled, {used.lanes} in lanes"
-            )
-            table.append(row)
-            if used.spilled or used.lanes > LANES:
-                faults.append(row)
-            if used.shared > SHARED_KIB[case.target] * 1024:
-                faults.append(f"{row}: too much shared memory")
-            if case.dtype.itemsize == 2 and re.search(r"ld\.global\.[bu]16|global_load_[us]short", used.assembly):
-                faults.append(f"{row}: vectors are not read as such")
-            # AMD's matrix units take float32 as it is; the widest heads go without TF32 in backward.
-            tf32 = case.tf32 and (case.head_dim <= 128 or name == "fwd_kernel")
-            tensor_cores = case.dtype.itemsize == 2 or tf32
-            tensor_cores |= case.dtype == FLOAT and case.target.startswith("gfx")
-            tensor_cores &= name in PRODUCTS
-            if bool(re.search(MATRIX[case.target], used.assembly)) != tensor_cores:
-                faults.append(f"{row}: tensor cores are {'not ' if tensor_cores else ''}used")
-    print("\n".join(table))
-    assert not faults, "\n".join(faults)
+    check_resources(pool, measure, cases(), other_faults, lanes=LANES)
 
 
 def variants(target):

@@ -356,7 +356,7 @@ def test_insertion_changes_nothing_until_it_learns(name):
 
 
 @pytest.mark.parametrize("registers", [0, 4])
-def test_only_patches_meet(registers):
+def test_only_patches_attend(registers):
     """Class and register tokens leave a block as they came, and patches go through the layer at their own places."""
     image = ours(registers)
     model = insert_tracktention(image, [-1], 32, num_heads=2)
@@ -398,7 +398,7 @@ def test_hooks_leave_after_an_error():
     assert not any(module._forward_hooks for module in model.image.modules())
 
 
-def test_calls_of_several_threads_do_not_meet():
+def test_calls_of_several_threads_are_independent():
     model = insert_tracktention(Net(), ["stem"], 16, num_heads=2).eval()
     nn.init.normal_(model.layers[0].out.weight, std=3)
     clips = [(torch.randn(1, 2, 3, 32, 32), torch.rand(1, 2, 5, 2) * 32) for _ in range(4)]

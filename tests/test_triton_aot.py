@@ -1,6 +1,5 @@
 """Temporal window attention in Triton without a GPU: compiled ahead of time for every target, see aot.py."""
 
-import re
 from typing import NamedTuple
 
 import pytest
@@ -11,11 +10,11 @@ pytest.importorskip("triton")
 from aot import (  # noqa: E402
     DTYPES,
     EVERYTHING,
-    MATRIX,
-    SHARED_KIB,
     SIBLINGS,
     TARGETS,
+    check_resources,
     compile_only,
+    instruction_faults,
     pool,  # noqa: F401
     resources,
     triton_version,
@@ -31,8 +30,8 @@ NARROW, WIDE = 13, 201
 class Case(NamedTuple):
     """A call of temporal window attention."""
 
-    direction: str
     target: str
+    direction: str
     head_dim: int
     dtype: torch.dtype
     window: int = NARROW
@@ -52,13 +51,13 @@ def cases():
                     plain += [(head_dim, torch.bfloat16) for head_dim in (24, 32, 128, 200)] + [(64, torch.float16)]
                     plain += [(16, torch.float32), (16, torch.float64), (64, torch.float64)]
                 special = (256,)
-            yield from (Case(direction, target, *choice) for choice in plain)
+            yield from (Case(target, direction, *choice) for choice in plain)
             if direction == "forward":  # backward tiles are the same for every window
-                yield from (Case(direction, target, head_dim, torch.bfloat16, window=WIDE) for head_dim in special)
+                yield from (Case(target, direction, head_dim, torch.bfloat16, window=WIDE) for head_dim in special)
             if not target.startswith("gfx"):  # PyTorch has no TF32 there
-                yield from (Case(direction, target, head_dim, torch.float32, tf32=True) for head_dim in special)
+                yield from (Case(target, direction, head_dim, torch.float32, tf32=True) for head_dim in special)
         if not EVERYTHING:
-            yield from (Case(direction, target, d, torch.bfloat16) for target in SIBLINGS for d in (64, 256))
+            yield from (Case(target, direction, d, torch.bfloat16) for target in SIBLINGS for d in (64, 256))
 
 
 def launch(kernels, direction, tensors, window):
@@ -71,37 +70,24 @@ def launch(kernels, direction, tensors, window):
         kernels.backward(value, query, key, value, key, lse, half, half, 0.125)
 
 
-def measure(case):
-    kernels, compiled = compile_only("temporal_window_attention", case.target, case.tf32)
-    launch(
-        kernels, case.direction, [torch.zeros(1, case.window, 1, 1, case.head_dim, dtype=case.dtype)] * 3, case.window
-    )
+def measure(*case):
+    target, direction, head_dim, dtype, window, tf32 = case
+    kernels, compiled = compile_only("temporal_window_attention", target, tf32)
+    launch(kernels, direction, [torch.zeros(1, window, 1, 1, head_dim, dtype=dtype)] * 3, window)
     (kernel,) = compiled
-    return resources(kernel, case.target)
+    return [resources(kernel, target)]
+
+
+def other_faults(case, used):
+    faults = instruction_faults(used, case.target, case.dtype, case.dtype.itemsize == 2 or case.tf32)
+    if used.lanes > LANES.get((case.direction, case.target, case.head_dim), 0):
+        faults.append("scalar registers in lanes")
+    return faults
 
 
 @pytest.mark.slow
 def test_no_kernel_spills_or_overflows_shared_memory(pool):  # noqa: F811
-    futures = {case: pool.submit(measure, case) for case in cases()}
-    table, faults = [], []
-    for case, future in futures.items():
-        used = future.result()
-        row = (
-            f"{case.direction:8} {case.target:6} D={case.head_dim:<3} {str(case.dtype)[6:]:8} window={case.window:<3} "
-            f"tf32={case.tf32:d}: {used.registers:3} registers, {used.shared:6} bytes shared, {used.spilled} spilled"
-        )
-        table.append(row)
-        if used.spilled or used.lanes > LANES.get((case.direction, case.target, case.head_dim), 0):
-            faults.append(row)
-        if used.shared > SHARED_KIB[case.target] * 1024:
-            faults.append(f"{row}: too much shared memory")
-        if case.dtype.itemsize == 2 and re.search(r"ld\.global\.[bu]16|global_load_[us]short", used.assembly):
-            faults.append(f"{row}: rows are not read in vectors")
-        tensor_cores = case.dtype.itemsize == 2 or case.tf32
-        if bool(re.search(MATRIX[case.target], used.assembly)) != tensor_cores:
-            faults.append(f"{row}: tensor cores are {'not ' if tensor_cores else ''}used")
-    print("\n".join(table))
-    assert not faults, "\n".join(faults)
+    check_resources(pool, measure, cases(), other_faults)
 
 
 def measure_descriptors(target, head_dim, frames, dtype):
@@ -114,7 +100,11 @@ def measure_descriptors(target, head_dim, frames, dtype):
         kernels.configs.DESCRIPTORS = False
     (kernel,) = compiled
     assert kernel.metadata.name.endswith("_tma")
-    return resources(kernel, target)
+    return [resources(kernel, target)]
+
+
+def without_descriptors(case, used):
+    return [] if "cp.async.bulk.tensor" in used.assembly else ["tiles are not loaded by descriptors"]
 
 
 @pytest.mark.slow
@@ -124,19 +114,8 @@ def test_tensor_descriptors(pool):  # noqa: F811
     choices = [(64, 64, torch.bfloat16), (64, 200, torch.bfloat16), (32, 24, torch.bfloat16)]
     if EVERYTHING:
         choices += [(d, t, torch.float16) for d in (8, 16, 24, 32, 64, 96, 128) for t in (5, 24, 40, 64, 200)]
-    futures = {
-        (target, *choice): pool.submit(measure_descriptors, target, *choice)
-        for target in ("sm_90", "sm_100", "sm_120")
-        for choice in choices
-    }
-    faults = []
-    for (target, *choice), future in futures.items():
-        used = future.result()
-        row = f"{target} {choice}: {used.registers} registers, {used.shared} bytes shared, {used.spilled} spilled"
-        print(row)
-        if used.spilled or used.shared > SHARED_KIB[target] * 1024 or "cp.async.bulk.tensor" not in used.assembly:
-            faults.append(row)
-    assert not faults, "\n".join(faults)
+    cases = [(target, *choice) for target in ("sm_90", "sm_100", "sm_120") for choice in choices]
+    check_resources(pool, measure_descriptors, cases, without_descriptors)
 
 
 def variants(direction, target):

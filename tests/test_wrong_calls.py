@@ -6,22 +6,17 @@ import traceback
 import pytest
 import torch
 import torch.nn.functional as F
+from functions import FUNCTIONS
 
 import tritonkern
-from tritonkern.functional._adapter import adapter_in, adapter_out
-from tritonkern.functional._full_attention import full_attention
 from tritonkern.models import DINOv2, LocoTrackRefiner, insert_tracktention
 from tritonkern.models.dinov2 import DINOv2Config
 from tritonkern.models.matching import MatchingTracker
 from tritonkern.nn import CorrelationSoftArgmax, TemporalAdapter, TemporalWindowAttention, Tracktention
 
-x5 = torch.randn(1, 2, 3, 2, 8)
-grid = torch.randn(1, 2, 3, 4, 2, 8)
-points = torch.rand(1, 2, 5, 2)
-seen = torch.ones(1, 2, 5, dtype=torch.bool)
-tracked = torch.randn(1, 2, 5, 2, 8)
-features, support = torch.randn(1, 2, 4, 4, 8), torch.randn(1, 5, 3, 8)
-cells = torch.randn(1, 2, 6, 2, 8)
+features = F.normalize(torch.randn(1, 2, 4, 4, 8), dim=-1)
+points, seen = torch.rand(1, 2, 5, 2), torch.ones(1, 2, 5, dtype=torch.bool)
+rows = torch.randn(2, 3, 2, 8)
 queries = torch.tensor([[[0.0, 5.0, 6.0], [1.0, 2.0, 3.0]]])
 
 
@@ -41,98 +36,29 @@ def refine(features, queries):
     return refiner().refine([features] * 3, queries)
 
 
+def call_of(function):
+    arguments = function.make()
+    tensors = {name: x for name, x in arguments.items() if isinstance(x, torch.Tensor)}
+    return function.call, tensors, {name: x for name, x in arguments.items() if name not in tensors}
+
+
 # Name -> (what is called, its tensors, its other arguments)
-CALLS = {
-    "temporal_window_attention": (
-        tritonkern.temporal_window_attention,
-        dict(query=x5, key=x5, value=x5),
-        dict(window=3),
-    ),
-    "track_sample_attention": (
-        tritonkern.track_sample_attention,
-        dict(query=tracked, key=grid, value=grid, tracks=points, sigma=torch.ones(()), visibility=seen),
-        {},
-    ),
-    "track_splat_attention": (
-        tritonkern.track_splat_attention,
-        dict(query=grid, key=tracked, value=tracked, tracks=points, sigma=torch.ones(()), visibility=seen),
-        {},
-    ),
-    "correlation_soft_argmax": (
-        tritonkern.correlation_soft_argmax,
-        dict(query=torch.randn(1, 5, 8), features=features),
-        {},
-    ),
-    "soft_argmax_2d": (tritonkern.soft_argmax_2d, dict(cost_volume=torch.randn(3, 4)), {}),
-    "local_correlation": (
-        tritonkern.local_correlation,
-        dict(features=features, support=support, coords=points),
-        dict(radius=1, align_corners=True),
-    ),
-    "local_correlation_linear": (
-        tritonkern.local_correlation_linear,
-        dict(features=features, support=support, coords=points, weight=torch.randn(4, 27), bias=torch.randn(4)),
-        dict(radius=1, align_corners=True),
-    ),
+CALLS = {name: call_of(function) for name, function in FUNCTIONS.items()} | {
     "correlation_pyramid": (
         tritonkern.correlation_pyramid,
         dict(features=features[:, 0], targets=features, flow=torch.randn(1, 2, 4, 4, 2)),
         dict(levels=2, radius=1),
     ),
-    "temporal_mixer": (
-        tritonkern.temporal_mixer,
-        dict(
-            x=torch.randn(2, 3, 8),
-            norm_weight=torch.ones(8),
-            conv1_weight=torch.randn(32, 1, 3),
-            conv1_bias=torch.randn(32),
-            conv2_weight=torch.randn(32, 1, 3),
-            conv2_bias=torch.randn(32),
-        ),
-        {},
-    ),
-    "adapter_in": (
-        adapter_in,
-        dict(
-            tokens=torch.randn(1, 2, 4, 8),
-            norm_weight=torch.ones(8),
-            norm_bias=torch.ones(8),
-            weight=torch.randn(4, 8, 3, 3),
-            bias=torch.randn(4),
-        ),
-        dict(grid=(2, 2)),
-    ),
-    "adapter_out": (
-        adapter_out,
-        dict(
-            hidden=torch.randn(1, 2, 4, 4),
-            weight=torch.randn(8, 4, 3, 3),
-            bias=torch.randn(8),
-            tokens=torch.randn(1, 2, 4, 8),
-        ),
-        dict(grid=(2, 2)),
-    ),
-    "query_key_matching": (
-        tritonkern.query_key_matching,
-        dict(query=cells, key=cells, cells=torch.tensor([[0, 5]])),
-        dict(grid=(2, 3)),
-    ),
-    "query_key_cost": (
-        tritonkern.query_key_cost,
-        dict(query=cells, key=cells, cells=torch.tensor([[0, 5]])),
-        {},
-    ),
     "attention_row_statistics": (
         tritonkern.attention_row_statistics,
-        dict(rows=x5[0], key=x5[0], mask=torch.ones(2, 3, dtype=torch.bool)),
+        dict(rows=rows, key=rows, mask=torch.ones(2, 3, dtype=torch.bool)),
         dict(segments=[(0, 2)]),
     ),
     "frame_local_attention": (
         tritonkern.frame_local_attention,
-        dict(query=x5[0], key=x5[0], value=x5[0]),
+        dict(query=rows, key=rows, value=rows),
         dict(text=1, frames=2, renormalise=True),
     ),
-    "full_attention": (full_attention, dict(query=x5[0], key=x5[0], value=x5[0]), {}),
     "TemporalWindowAttention": (TemporalWindowAttention(32, 4), dict(x=torch.randn(1, 3, 32)), {}),
     "TemporalAdapter": (TemporalAdapter(8, hidden=32, pool=2), dict(tokens=torch.randn(1, 2, 4, 4, 8)), {}),
     "TemporalAdapter.add_to": (
@@ -147,11 +73,11 @@ CALLS = {
     ),
     "CorrelationSoftArgmax": (
         CorrelationSoftArgmax((16, 16)),
-        dict(features=F.normalize(features, dim=-1), queries=queries),
+        dict(features=features, queries=queries),
         {},
     ),
     "MatchingTracker": (Tracker(), dict(video=torch.rand(1, 2, 16, 16, 3), queries=queries), {}),
-    "LocoTrackRefiner.refine": (refine, dict(features=F.normalize(features, dim=-1), queries=queries), {}),
+    "LocoTrackRefiner.refine": (refine, dict(features=features, queries=queries), {}),
     "DINOv2": (DINOv2(DINOv2Config(64, 1, 1, grid=2)), dict(images=torch.randn(2, 3, 28, 28)), {}),
     "TracktentionModel": (
         insert_tracktention(DINOv2(DINOv2Config(64, 1, 1, grid=2)), [0], 64, num_heads=2, depth=1),
@@ -186,9 +112,9 @@ def test_wrong_tensors(name, kind):
     function, tensors, options = CALLS[name]
     faults = []
     for argument, x in tensors.items():
-        if name == "soft_argmax_2d" and kind in ("meta", "other device"):
+        if name == "correlation_soft_argmax-2d" and kind in ("meta", "other device"):
             continue  # its only tensor
-        if kind == "None" and (argument in OPTIONAL or name == "adapter_out" and argument == "tokens"):
+        if kind == "None" and (argument in OPTIONAL or name == "temporal_adapter-out" and argument == "tokens"):
             continue
         if kind == "bool" and argument in ("visibility", "mask") or kind == "integer" and argument == "cells":
             continue

@@ -58,8 +58,3 @@ def test_supports_of_each_frame(linear):
 def test_places(options):
     local.test_whole_cells_and_places_far_away(WHERE, options)
     local.test_broken_positions_stay_alone(WHERE, False, options)
-
-
-def test_empty():
-    local.test_empty(WHERE, False)
-    local.test_empty(WHERE, True)

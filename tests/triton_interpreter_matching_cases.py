@@ -91,23 +91,6 @@ def test_gradients_of_extrema_go_to_the_first_cell():
     matching.test_gradients_of_extrema_go_to_the_first_cell(WHERE)
 
 
-@pytest.mark.parametrize("layout", ["class_token", "channels_first", "odd_offset", "expanded_frames", "every_second"])
-def test_strides(layout):
-    query, features = matching.random_inputs(2, 3, 3, 4, 5, 21, dtype=torch.float16)
-    matching.check(WHERE, query, matching.LAYOUTS[layout](features), cosine=True)
-
-
-@pytest.mark.parametrize("index", range(len(matching.QUERY_LAYOUTS)))
-def test_strides_of_the_query(index):
-    query, features = matching.random_inputs(2, 5, 1, 4, 5, 24)
-    matching.check(WHERE, matching.QUERY_LAYOUTS[index](query), features, cosine=index % 2 == 0)
-
-
-@pytest.mark.parametrize("shape", [(0, 3, 2, 4, 5, 16), (2, 0, 2, 4, 5, 16), (2, 3, 0, 4, 5, 16)])
-def test_empty(shape):
-    matching.test_empty(WHERE, shape, True)
-
-
 @pytest.mark.parametrize("wanted", [tuple(i == j for j in range(4)) for i in range(4)] + [(False, True, False, True)])
 @pytest.mark.parametrize("cosine", [False, True])
 def test_any_of_the_results_may_carry_a_gradient(wanted, cosine):
@@ -160,12 +143,6 @@ def test_soft_argmax_radius(radius):
     soft_argmax.check(WHERE, soft_argmax.random_cost(2, 17, 40), radius=radius)
 
 
-def test_soft_argmax_strides():
-    cost = soft_argmax.random_cost(3, 2, 20, 9)
-    for strided in (cost.mT, cost.transpose(0, 2), cost[..., ::2], cost[:, :1].expand(-1, 2, -1, -1)):
-        soft_argmax.check(WHERE, strided)
-
-
 @pytest.mark.parametrize("cell", [(0, 0), (8, 10)])
 @pytest.mark.parametrize("bad", [NAN, INF, -INF])
 def test_soft_argmax_of_non_finite_cells(bad, cell):
@@ -185,19 +162,6 @@ def test_reach_of_a_disc():
     assert disc(0.5, 64, 64) == (1, (0, 0)) and disc(1.2e-38, 9, 9) == (1, (0, 0))
     assert disc(46340.0, 1, 1 << 20) == (46340**2, (0, 46339))
     assert disc(INF, 20, 1 << 20) == (2**32 - 1, (19, (1 << 20) - 1))
-
-
-@pytest.mark.parametrize("option", ["temperature", "radius", "eps"])
-@pytest.mark.parametrize("size", [1.2e-38, 1e30])
-def test_options_at_the_ends_of_their_ranges(option, size):
-    matching.test_options_at_the_ends_of_their_ranges(WHERE, option, size)
-    if option != "eps":
-        soft_argmax.test_options_at_the_ends_of_their_ranges(WHERE, option, size)
-
-
-@pytest.mark.parametrize("axis", [1, 5])
-def test_strides_of_axes_of_size_1_mean_nothing(axis):
-    matching.test_strides_of_axes_of_size_1_mean_nothing(WHERE, axis, True)
 
 
 @pytest.mark.parametrize("cell", [-1, 63, -(2**31), 2**31 - 1])

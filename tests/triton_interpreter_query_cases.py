@@ -48,10 +48,7 @@ def test_channels_in_several_parts():
 def test_places():
     match.test_ties_go_to_the_lowest_cell(WHERE)
     match.test_scores_far_apart(WHERE)
-    match.test_any_strides(WHERE, "channels apart")
-    match.test_any_strides(WHERE, "slices")
-    match.test_empty(WHERE, 2, 0)
-    match.test_empty(WHERE, 0, None)
+    match.test_views_of_text_and_video_together(WHERE)
 
 
 @pytest.mark.parametrize("tensor", [0, 1], ids=["query", "key"])

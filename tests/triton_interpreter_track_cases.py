@@ -233,45 +233,6 @@ def test_without_culling_all_blocks_meet(splat):
 
 
 @BOTH
-@pytest.mark.parametrize("layout", ["heads_first", "channels_not_last", "inside_larger", "expanded_frames"])
-def test_strides(splat, layout):
-    strange = attention.LAYOUTS[layout]
-    this = case(splat, M=4, grid=(3, 4), D=8)
-    names = ("query", "key", "value", "tracks")
-    tensors = {name: strange(x) for name, x in zip(names, this.tensors, strict=False)}
-    check(WHERE, this.changed(grad_out=strange(this.grad_out), **tensors))
-
-
-@BOTH
-@pytest.mark.parametrize("empty", [dict(B=0), dict(T=0), dict(M=0), dict(H=0)], ids=str)
-def test_empty(splat, empty):
-    attention.test_empty(WHERE, splat, empty)
-
-
-@BOTH
-def test_gradients_without_positions(splat):
-    """The same bits, as float32 is culled alike with and without them."""
-    this = case(splat, T=1)
-    expected = run(WHERE, this)
-    leaves = [x.clone().requires_grad_(at < 3) for at, x in enumerate(this.tensors)]
-    this.attend(WHERE[0], *leaves).backward(this.grad_out)
-    for leaf, grad in zip(leaves[:3], expected[1:4], strict=True):
-        assert torch.equal(leaf.grad, grad)
-
-
-@BOTH
-def test_same_bits_every_time(splat):
-    this = case(splat, M=40, grid=(12, 13), H=1, D=8, dtype=torch.float16)
-    for x, y in zip(run(WHERE, this), run(WHERE, this), strict=True):
-        assert torch.equal(x, y)
-
-
-@BOTH
-def test_strides_of_axes_of_size_1_do_not_matter(splat):
-    attention.test_strides_of_axes_of_size_1_do_not_matter(WHERE, splat, dict(T=1, M=3, grid=(1, 4), H=1), 13)
-
-
-@BOTH
 def test_options_and_positions_at_the_ends_of_their_ranges(splat):
     attention.test_options_and_positions_at_the_ends_of_their_ranges(WHERE, splat, torch.float32)
 

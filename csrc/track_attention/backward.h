@@ -185,7 +185,7 @@ class Backward {
         if (call.grad_inverse_variance) *static_cast<A*>(call.grad_inverse_variance) = A(total);
     }
 
-    // Rows that meet no column and columns that meet no row.
+    // Rows without any column and columns without any row.
     void clear_others(const Frame<S>& frame, int64_t h) const {
         const FrameRows<S> grad_query = frame.rows_of(call.grad_query);
         const FrameRows<S> grad_key = frame.columns_of(call.grad_key), grad_value = frame.columns_of(call.grad_value);

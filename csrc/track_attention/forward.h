@@ -30,7 +30,7 @@ class Forward {
               const HeadScratch<S>& scratch) const {
         const int64_t met = frame.geometry.rows();
         const FrameRows<S> queries = frame.rows_of(call.query), out = frame.rows_of(call.out);
-        // Rows that meet no column.
+        // Rows without any column.
         for (int64_t i = 0; i < rows; ++i)
             if (!(call.splat ? met > 0 : frame.visible(frame.index, i))) out.clear(i, h);
         if (met == 0) return;

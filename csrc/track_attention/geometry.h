@@ -113,7 +113,7 @@ class Bins {
 };
 
 // Rows attend to columns: when sampling, rows are the tracks that take part in the order of their bins, and columns the cells;
-// when splatting, rows are the cells, and columns those tracks in that order. Every row here meets at
+// when splatting, rows are the cells, and columns those tracks in that order. Every row here has at
 // least one column.
 template <class A>
 class Geometry {

@@ -1,4 +1,4 @@
-// Products of one row with the columns that it meets. Columns are rows of a packed matrix, picked by a list of numbers.
+// Products of one row with its columns. Columns are rows of a packed matrix, picked by a list of numbers.
 #pragma once
 
 #include "common/strided.h"

@@ -22,7 +22,7 @@ def methods(*names: str) -> tuple[Part, ...]:
 def child(path: str, kind: type[nn.Module] = nn.Module, **attributes: Any) -> Part:
     """The submodule at `path`, of the class `kind`, whose `attributes` have these values (or functions of the module).
 
-    Of a layer that peft wraps, the layer inside is looked at.
+    Of a layer that peft wraps, the layer inside is examined.
     """
 
     def part(module: Any) -> str | None:

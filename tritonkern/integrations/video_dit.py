@@ -51,7 +51,7 @@ def watch(
     query, key = seen[17].query, seen[17].key
     ```
 
-    Each pass replaces what the one before it left. Under gradient checkpointing the recomputation is not looked at.
+    Each pass replaces what the one before it left. Under gradient checkpointing the recomputation is ignored.
 
     Args:
         transformer: a CogVideoXTransformer3DModel, HunyuanVideoTransformer3DModel, WanTransformer3DModel or

@@ -31,7 +31,7 @@ class DiffTrackNano(DiffTrack):
 
     Args:
         layers: whose queries and keys are matched, together.
-        timesteps: the noise levels that the transformer is told, from 0 to 1000, a pass each; no noise is added.
+        timesteps: the noise levels that the transformer is given, from 0 to 1000, a pass each; no noise is added.
         radius: of the soft-argmax, in cells.
         by_features: match what the layers' attention returns instead of queries and keys, to compare with.
     """

@@ -29,7 +29,7 @@ def obstacle(module: nn.Module, kind: type[nn.Module], **settings: Any) -> str |
     """Why `module` must be called and its parameters must not be read, or None if they may be.
 
     Args:
-        module: the module that a fused computation would replace. Only itself is looked at, not its children.
+        module: the module that a fused computation would replace. Only the module itself is examined, not its children.
         kind: the exact class that the computation is written for; a subclass may do something else.
         settings: attributes of the module that the computation assumes, such as `stride=(1, 1)`.
 
@@ -56,7 +56,7 @@ def obstacle(module: nn.Module, kind: type[nn.Module], **settings: Any) -> str |
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether calling `module` runs hooks, its own or those of all modules; those of its children are not looked at."""
+    """Whether calling `module` runs hooks, its own or those of all modules; those of its children do not count."""
     return bool(
         module._forward_pre_hooks
         or module._forward_hooks

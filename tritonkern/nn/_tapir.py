@@ -83,7 +83,7 @@ def refine(
         correlations.append(found.squeeze(-1).transpose(1, 2))
     if features.dim() == 3:
         features = features.unsqueeze(2).expand(-1, -1, tracks.shape[2], -1)
-    # The official network has inputs for the position, which it is not told.
+    # The official network has inputs for the position, which are zero.
     logits = (occlusion[..., None], expected_distance[..., None])
     tokens = torch.cat([torch.zeros_like(tracks), *logits, features, *correlations], -1)
     update, after = mix(tokens.flatten(0, 1))

@@ -27,7 +27,7 @@ class TrackBlock(nn.Module):
         self.fc2 = nn.Linear(4 * dim, dim)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """`mask`: `[B, M, 1, T, T]` bool, which frames (last axis) a frame may look at."""
+        """`mask`: `[B, M, 1, T, T]` bool, which frames (last axis) a frame may attend to."""
         qkv = self.qkv(self.norm1(x))
         query, key, value = rearrange(qkv, "b m t (three h d) -> three b m h t d", three=3, h=self.num_heads)
         attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask)
@@ -151,7 +151,7 @@ class Tracktention(nn.Module):
         frames = tokens.shape[1]
         time = torch.arange(frames, device=tokens.device, dtype=torch.float32)
         tokens = tokens.transpose(1, 2) + _waves(time, self.dim, 1e4).to(tokens.dtype)  # [B, M, T, C]
-        # Every frame may look at itself, so that no softmax is empty.
+        # Every frame may attend to itself, so that no softmax is empty.
         itself = torch.eye(frames, dtype=torch.bool, device=tokens.device)
         mask = rearrange(visible, "b t m -> b m 1 1 t") | itself
         for block in self.blocks:

@@ -167,5 +167,5 @@ def _copy(x: Tensor) -> Tensor:
 
 
 def starts_on_16_bytes(x: Tensor) -> bool:
-    # The one place in Python that looks at an address: the offset alone does not tell where a storage of others begins.
+    # The one place in Python that reads an address: the offset does not say where the storage of others begins.
     return x.data_ptr() % 16 == 0

@@ -35,7 +35,7 @@ class StandingStill(MatchingTracker):
     resolution = (256, 256)
 
     def features(self, video: Tensor) -> Tensor:
-        """The number of frames, in the shape of features `[B, T, 1, 1, 1]`; nothing is looked at."""
+        """The number of frames, in the shape of features `[B, T, 1, 1, 1]`; nothing is computed."""
         return video.new_ones(*video.shape[:2], 1, 1, 1)
 
     def track(self, features: Tensor, queries: Tensor) -> TrackerOutput:

@@ -56,7 +56,7 @@ class _Array(np.ndarray):
     _filled = False
 
     def __setstate__(self, state: tuple) -> None:
-        # New contents free the memory of the old ones, whoever else may look at it.
+        # New contents free the memory of the old ones, whoever else refers to it.
         if self._filled:
             raise pickle.UnpicklingError("an array is filled twice")
         self._filled = True

@@ -40,7 +40,7 @@ class Tiles(NamedTuple):
 
     tensor_cores: bool
     block_rows: int
-    block_others: int  # rows that a tile meets at a time on tensor cores
+    block_others: int  # rows of the other side per step, on tensor cores
     rows: int  # rows at a time without them
     num_warps: int
     num_stages: int

@@ -1,7 +1,7 @@
 """Eager PyTorch, the plainest correct form; in float64 the tests compare with it.
 
-Query i meets key i + offset, one offset of the window after the other. Frames outside the window are never touched,
-so a NaN in one of them cannot reach the result.
+Query i is multiplied with key i + offset, one offset of the window after the other. Frames outside the window are never
+read, so a NaN in one of them cannot reach the result.
 """
 
 from __future__ import annotations

@@ -1,14 +1,14 @@
 """The launchers of temporal window attention's Triton kernels.
 
 Time is flattened (triton_rows.py): a program owns BLOCK_ROWS consecutive rows of all clips, which follow each other, so
-that several short clips fill a tile and a long clip is cut into pieces. It meets only the rows that share a window with
+that several short clips fill a tile and a long clip is cut into pieces. It reads only the rows that share a window with
 its own. Neighbouring programs read neighbouring addresses, as head and position are the fastest axes of a video.
 
-Output and gradients are computed in one of two ways. On tensor cores ("by tile"), rows meet tiles of other rows, and a
-mask removes what is outside the window. There zero times NaN is NaN, so that one bad frame would spread over its tile,
-far beyond its window: a program whose result is not finite discards it and goes the other way. "By distance", a row
-meets one frame distance after the other and nothing outside its window. float64 and exact float32 are always computed
-this way, since not every architecture has tensor cores for them.
+Output and gradients are computed in one of two ways. On tensor cores ("by tile"), rows are multiplied with tiles of
+other rows, and a mask removes what is outside the window. There zero times NaN is NaN, so that one bad frame would
+spread over its tile, far beyond its window: a program whose result is not finite discards it and goes the other way.
+"By distance", a row takes one frame distance after the other and nothing outside its window. float64 and exact float32
+are always computed this way, since not every architecture has tensor cores for them.
 
 Scores are kept in natural units, not powers of two: where a row has one weight only, backward finds exactly 1 for it.
 """

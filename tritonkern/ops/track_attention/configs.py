@@ -5,7 +5,7 @@ shows that nothing spills in the tiles compiled there: 16 and 32 bits on the fou
 in float64. `make aot` compiles every one.
 
 Estimates for 37 x 37 cells, 576 tracks, D = 64, sigma = 1/2 in bfloat16, where a pair matters up to about 3.5 cells: a
-tile of 8 x 8 cells matters to 15 x 15 of them. A block of 32 tracks covers about 9 x 9 cells and meets 3 x 3 tiles of
+tile of 8 x 8 cells matters to 15 x 15 of them. A block of 32 tracks covers about 9 x 9 cells and needs 3 x 3 tiles of
 the 25; one of 64 met 4 x 3. The cost of a block falls with its size, so 32 is about even, and needs half the registers.
 On sm_90 forward takes up to 155 registers and 24 KiB of shared memory, backward up to 220 and 28 KiB: three programs of
 128 threads on a multiprocessor, and two.
@@ -53,7 +53,7 @@ def forward_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
 
 
 def backward_tiles(head_dim: int, dtype: torch.dtype) -> Tiles:
-    """Tiles of both backward kernels, which meet the same pairs of blocks."""
+    """Tiles of both backward kernels, which compute the same pairs of blocks."""
     width = block_size(head_dim)
     if dtype == torch.float64:
         return _double(width)

@@ -102,7 +102,7 @@ def _check_points(points: Points, query: Tensor) -> None:
 def track_attention_fwd(
     query: Tensor, key: Tensor, value: Tensor, points: Points, scale: float, splat: bool, culling: bool
 ) -> Results[Tensor]:
-    """Output of query's shape and dtype, contiguous. Rows that meet no column (an invisible track when sampling, every
+    """Output of query's shape and dtype, contiguous. Rows without any column (an invisible track when sampling, every
     cell of a frame without a visible track when splatting) are 0."""
     check_inputs(query, key, value, points, scale, splat)
     return lambda: query.new_empty(query.shape)

@@ -1,7 +1,7 @@
 """Eager PyTorch, the plainest correct form; in float64 it is the oracle of the tests.
 
 Both directions are the same attention: rows (queries) with a position attend to columns (keys) with a position. Every
-row meets every column here; the other backends skip columns that are too far to matter if `culling` is set.
+row attends to every column here; the other backends skip columns that are too far to matter if `culling` is set.
 """
 
 from __future__ import annotations
@@ -78,7 +78,7 @@ def _rows(x: Tensor, visible: Tensor, tracks: bool) -> Tensor:
 
 
 def _geometry(tracks: Tensor, visible: Tensor, grid: torch.Size, splat: bool) -> tuple[Tensor, Tensor]:
-    """Row's position minus column's, `[B, T, rows, columns, 2]`, and which pairs meet, `[B, T, rows, columns]`.
+    """Row's position minus column's, `[B, T, rows, columns, 2]`, and which pairs count, `[B, T, rows, columns]`.
 
     In float64 for every dtype, because distances far outside of the grid hardly differ from each other.
     """
@@ -102,7 +102,7 @@ def _relative(offset: Tensor, valid: Tensor) -> Tensor:
 def _scores(
     query: Tensor, key: Tensor, offset: Tensor, valid: Tensor, inverse_variance: Tensor, scale: float
 ) -> Tensor:
-    """`[B, T, rows, columns, H]`, -inf where a pair does not meet."""
+    """`[B, T, rows, columns, H]`, -inf where a pair does not count."""
     penalty = inverse_variance * torch.where(valid, _relative(offset, valid), 0)
     bias = torch.where(valid, -penalty, -torch.inf).to(query.dtype)
     return scale * torch.einsum("btihd,btjhd->btijh", query, key) + bias[..., None]

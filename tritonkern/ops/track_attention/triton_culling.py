@@ -241,7 +241,7 @@ def track_attention_kernel_visits(
 
 @kernel
 def track_attention_kernel_lists(visits, lists, counts, others: tl.int32, CHUNK: tl.constexpr):
-    """The numbers of the blocks that a block meets, in order, and how many there are."""
+    """The numbers of the blocks that a block is paired with, in order, and how many there are."""
     block = tl.program_id(0).to(tl.int64)
     visits += block * others
     lists += block * others
@@ -388,7 +388,7 @@ def meetings(
 
 
 def listed(visits: Tensor, launch: Launch) -> tuple[Tensor, Tensor]:
-    """For each block of axis 1 the numbers of the blocks of axis 2 that it meets, those first, and how many.
+    """For each block of axis 1 the numbers of the blocks of axis 2 that it is paired with, those first, and how many.
 
     Not by sorting, whose 8 bytes per number were most of the memory in float64, where a block has few members.
     """

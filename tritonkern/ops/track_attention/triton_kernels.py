@@ -1,6 +1,6 @@
 """Triton kernels of track attention, forward and backward, and their launchers.
 
-A program owns one block of rows (or of columns) of one head of one frame and meets the blocks of the other side that
+A program owns one block of rows (or of columns) of one head of one frame and reads the blocks of the other side that
 are on its list (triton_culling.py). Cells and tracks differ only in how a block is numbered (triton_geometry.py), so
 that sampling and splatting are the same kernels. With rows i, columns j and n(i) the column nearest to row i:
 
@@ -57,7 +57,7 @@ def _weight(score, maximum, penalty):
 
 @triton.jit
 def _lowest(ROWS: tl.constexpr, ACC: tl.constexpr):
-    """Start of a running maximum. Finite, because -inf - -inf is NaN where a row meets nothing of a block."""
+    """Start of a running maximum. Finite, because -inf - -inf is NaN where a row takes nothing of a block."""
     LOWEST: tl.constexpr = -1.7976931348623157e308 if ACC == tl.float64 else -3.4028234663852886e38
     return tl.full([ROWS], LOWEST, ACC)
 
@@ -124,18 +124,18 @@ def track_attention_fwd_kernel(
         maximum = new_maximum
         weights = weights * rescale + tl.sum(weight, 1)
         total = product(weight, v, total * rescale[:, None], PRECISION)
-    # Rows that take part meet a column, and divide by zero only where all scores are -inf; others are zero.
+    # Rows that take part have a column, and divide by zero only where all scores are -inf; others are zero.
     total = tl.where(visible[:, None], total / tl.where(visible, weights, 1.0)[:, None], 0.0)
     geometry.store(geometry.contiguous(out, place, head, y, x, scene, SPLAT, H, D), in_range, total, D, BLOCK_D)
 
 
 @triton.jit
-def _meet(
+def _pairs(
     other, scene, rows, row_tensors, column_frames, scale, inverse_variance,
     SPLAT: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr, COLUMNS: tl.constexpr,
     TILE_W: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """What a block of columns is to the rows that meet it: score, penalty, distance and grad_out . value, each
+    """What a block of columns is to a block of rows: score, penalty, distance and grad_out . value, each
     `[rows, columns]`; positions, keys (or their addresses where tiles are not held) and their mask."""
     HELD: tl.constexpr = BLOCK_C == BLOCK_D
     q, g, q_rows, g_rows = row_tensors
@@ -164,7 +164,7 @@ def _statistics(
     mean = tl.zeros([ROWS], ACC)
     # The three over the blocks before n; `mean` not yet divided by `weights`.
     for n in tl.range(0, count, num_stages=STAGES):
-        score, penalty, _, grad_weight, _, _, _, _ = _meet(
+        score, penalty, _, grad_weight, _, _, _, _ = _pairs(
             tl.load(lists + n).to(tl.int32), scene, rows, row_tensors, column_frames, scale, inverse_variance,
             SPLAT, D, BLOCK_D, BLOCK_C, COLUMNS, TILE_W, PRECISION,
         )  # fmt: skip
@@ -226,7 +226,7 @@ def track_attention_bwd_kernel_query(
     distances = tl.zeros([ROWS], ACC)
     # The sums of the formulas over the blocks before n.
     for n in tl.range(0, count, num_stages=STAGES):
-        score, penalty, distance, grad_weight, cx, cy, k, other_visible = _meet(
+        score, penalty, distance, grad_weight, cx, cy, k, other_visible = _pairs(
             tl.load(lists + n).to(tl.int32), scene, rows, row_tensors, column_frames, scale, inverse_variance,
             SPLAT, D, BLOCK_D, BLOCK_C, COLUMNS, TILE_W, PRECISION,
         )  # fmt: skip
@@ -268,7 +268,7 @@ def track_attention_bwd_kernel_key_value(
     SPLAT: tl.constexpr, POINTS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr, TILE_W: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """A program owns a block of columns and meets blocks of rows; scores are `[columns, rows]` here."""
+    """A program owns a block of columns and reads blocks of rows; scores are `[columns, rows]` here."""
     ACC: tl.constexpr = positions.dtype.element_ty
     HELD: tl.constexpr = BLOCK_C == BLOCK_D
     scene, block, b, t, head, place = geometry.enter(
