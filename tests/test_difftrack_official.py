@@ -267,8 +267,8 @@ def test_guidance(renormalise):
     )
     samples = 2 if renormalise else 3
     video, words = torch.randn(samples, frames * cells, heads * dim), torch.randn(samples, text, heads * dim)
-    shown, told = theirs(attn, video, words)
+    shown, given = theirs(attn, video, words)
     joined = torch.cat([words, video], 1)[-1:]
     ours = frame_local_attention(*projected(attn, joined), text=text, frames=frames, renormalise=renormalise)
     ours = attn.to_out[0](ours.flatten(2))
-    torch.testing.assert_close(ours, torch.cat([told, shown], 1)[-1:], atol=2e-6, rtol=1e-5)
+    torch.testing.assert_close(ours, torch.cat([given, shown], 1)[-1:], atol=2e-6, rtol=1e-5)

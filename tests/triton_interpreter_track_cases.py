@@ -154,7 +154,7 @@ def meetings(this, culling=True):
 
 
 def visits_of(lists, counts):
-    """Whether each pair of blocks meets, from lists whose entries beyond `counts` are anything."""
+    """Whether each pair of blocks is computed, from lists whose entries beyond `counts` are anything."""
     listed = torch.arange(lists.shape[-1]) < counts[..., None]
     result = torch.zeros(*lists.shape[:-1], lists.shape[-1] + 1, dtype=torch.bool)
     return result.scatter_(-1, torch.where(listed, lists, lists.shape[-1]).long(), True)[..., :-1]

@@ -36,7 +36,7 @@ def temporal_window_attention_fwd_kernel_tma(
     D: tl.constexpr, BLOCK_D: tl.constexpr, HEADS: tl.constexpr, FRAMES: tl.constexpr, HALO: tl.constexpr,
     OTHERS: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """`..._tiles` are descriptors of `[B, N, H, T, D]`. A tile meets OTHERS frames, from HALO before its first on."""
+    """`..._tiles` are descriptors of `[B, N, H, T, D]`. A tile takes OTHERS frames, from HALO before its first on."""
     scale = tl.full([], scale, tl.float32)
     lane, other_lane = tl.arange(0, HEADS * FRAMES), tl.arange(0, HEADS * OTHERS)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):

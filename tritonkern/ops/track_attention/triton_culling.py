@@ -85,7 +85,7 @@ def track_attention_kernel_nearest(
 ):  # fmt: skip
     """Entry of the visible track nearest to each cell, the first of several; 0 if there is none.
 
-    A program has SIDE x SIDE cells. Of CHUNK groups of tracks at a time it meets the one whose box is nearest, until
+    A program has SIDE x SIDE cells. Of CHUNK groups of tracks at a time it takes the one whose box is nearest, until
     the boxes of all others are farther away than the tracks found so far.
     """
     ACC: tl.constexpr = positions.dtype.element_ty
@@ -185,7 +185,7 @@ def track_attention_kernel_visits(
 ):  # fmt: skip
     """Lists the blocks of columns that a block of rows visits, in order: the comparison at the top of this file.
 
-    With `visits`, `[places, column blocks, row blocks]`, it is noted there whether each pair meets.
+    With `visits`, `[places, column blocks, row blocks]`, it is noted there whether each pair is computed.
     """
     ACC: tl.constexpr = positions.dtype.element_ty
     scene, block, b, t, head, place = geometry.enter(
@@ -272,11 +272,11 @@ class Scene(NamedTuple):
 
 
 class Meetings(NamedTuple):
-    """For each block of rows the numbers of the blocks of columns that it meets, those first, and how many."""
+    """For each block of rows the numbers of the blocks of columns that it is paired with, those first, and how many."""
 
     lists: Tensor  # [B * T * H, row blocks, column blocks], int32
     counts: Tensor  # [B * T * H, row blocks], int32
-    visits: Tensor | None  # whether they meet, [B * T * H, column blocks, row blocks]
+    visits: Tensor | None  # whether they are paired, [B * T * H, column blocks, row blocks]
     list_visits: Launch  # what makes of `visits` the lists of the blocks of columns; see `listed`
 
 
@@ -369,7 +369,7 @@ def meetings(
     tiles: configs.Tiles,
     noted: bool,
 ) -> Meetings:
-    """Which blocks meet; all of them if `eps` is 0. `noted`: whether `visits` are wanted."""
+    """Which blocks are paired; all of them if `eps` is 0. `noted`: whether `visits` are wanted."""
     heads, D = query.shape[-2:]
     places, positions = scene.frames * heads, scene.positions
     dtypes, strides = (query.dtype, positions.dtype), (q_strides, k_strides)
