@@ -51,6 +51,7 @@ def adapter_in_backward(
     tokens = adjacent_channels(tokens)
     patches = _patches(tokens, grid)
     gate, grad = _tiled(hidden.contiguous(), grid), _tiled(grad_hidden.contiguous(), grid)
+    mean, rstd = mean.contiguous(), rstd.contiguous()
 
     if of_conv:
         grad_weight, grad_bias = hidden.new_zeros(conv_weight.shape), hidden.new_zeros(len(conv_weight))
