@@ -91,7 +91,7 @@ KINDS = {
     "list": lambda x: x.tolist(),
     "NumPy": lambda x: x.numpy(),
     "0-d": lambda x: x.flatten()[0],
-    "no dimension more": lambda x: x[0] if x.ndim else x[None],
+    "too few dimensions": lambda x: x[(0,) * max(x.ndim - 1, 1)] if x.ndim else x[None],
     "nested": lambda x: torch.nested.as_nested_tensor([torch.randn(2, 8), torch.randn(3, 8)]),
     "jagged": lambda x: torch.nested.as_nested_tensor([torch.randn(2, 8), torch.randn(3, 8)], layout=torch.jagged),
     "sparse": lambda x: x.to_sparse(),

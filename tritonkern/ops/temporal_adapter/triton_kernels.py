@@ -54,6 +54,7 @@ def adapter_in_backward(
     grad_weight = conv_weight.new_zeros(conv_weight.shape if of_conv else 0)
     grad_bias = conv_weight.new_zeros(len(conv_weight) if of_conv else 0)
     if tokens.numel() and any(needs_grad):
+        mean, rstd = mean.contiguous(), rstd.contiguous()
         grad = _from_hidden(grad_hidden, grid, aligned(hidden))
         if of_conv:
             normed = _normalised(tokens, norm, mean, rstd, grid, hidden.dtype)
