@@ -26,7 +26,7 @@ _STRIDES = (2, 4, 8)
 _NEIGHBOURS = (1.5, 5.0)
 """Frames in which the weight of a neighbouring frame falls to 1 / e, of the two proposals from neighbours."""
 _SCALARS = 39
-_POSITIONS = 16384
+_POSITIONS = 8192
 """Points times frames that are refined together."""
 _CERTAIN = 8.0
 """Logit of what is known."""
@@ -74,6 +74,7 @@ class Nano(ChronoNano):
     """
 
     steps = 4
+    span = 112  # a process that tracks 100 points stays below 1 GB
 
     def __init__(self, dim: int = 192, depth: int = 4, num_heads: int = 4, local_dim: int = 64, out_dim: int = 128):
         super().__init__(dim, depth, num_heads, local_dim, out_dim)
@@ -98,8 +99,8 @@ class Nano(ChronoNano):
 
         Raises `FileNotFoundError` if there is no such file, `ValueError` if it does not hold this model's weights.
         """
-        with torch.device("meta"):
-            model = cls()
+        # Not on the meta device: normal numbers there import PyTorch's decompositions, which take 150 MB.
+        model = cls()
         load_strict(model, read_state_dict(path), str(path))
         return model.eval()
 
