@@ -253,11 +253,19 @@ def test_non_finite_input_stays_with_the_frames_that_see_it(where, at, bad, caus
             assert not after[5].isfinite().all()
 
 
-def test_operator_with_a_state(where):
-    *inputs, _ = random_inputs(1, 700, 3, 7, device=where[1])
-    states = [torch.randn(1, 700, 2, c, device=where[1]) for c in (7, 28)]
-    call = lambda *states: FWD(*inputs, True, EPS, *states, where[0])  # noqa: E731
+def inputs_with_a_state(device, tracks):
+    *inputs, _ = random_inputs(1, tracks, 3, 7, device=device)
+    return inputs, [torch.randn(1, tracks, 2, c, device=device) for c in (7, 28)]
+
+
+def test_opcheck_with_a_state(where):
+    inputs, states = inputs_with_a_state(where[1], 3)
     torch.library.opcheck(FWD, (*inputs, True, EPS, *states, where[0]))
+
+
+def test_operator_with_a_state(where):
+    inputs, states = inputs_with_a_state(where[1], 700)
+    call = lambda *states: FWD(*inputs, True, EPS, *states, where[0])  # noqa: E731
     expected, before = call(*states), torch.get_num_threads()
     odd = call(*(x.as_strided(x.shape, (3, *x.stride()[1:])) for x in states))  # an axis of size 1
     assert all(map(torch.equal, odd, expected))
