@@ -191,7 +191,7 @@ def start_worker(cache, folder):
 
 
 @functools.cache
-def workers(cache, folder):
+def workers(cache, folder, owner):
     """Processes of their own: they change Triton's driver, and compile side by side."""
     context = multiprocessing.get_context("spawn")
     return concurrent.futures.ProcessPoolExecutor(os.cpu_count(), context, start_worker, (str(cache), folder))
@@ -203,7 +203,9 @@ def pool(request, tmp_path_factory):
     if older and not OLDER.exists():
         pytest.skip(f"pip install --no-deps --target {OLDER} 'triton==3.6.*'")
     cache = tmp_path_factory.mktemp("triton") if EVERYTHING else CACHE / "triton"  # `make aot` shows compile times
-    processes = workers(cache, str(OLDER) if older else None)  # kept for the next file that runs in this process
+    # Kept for the next file that runs in this process, unless this one changes kernels in another way.
+    owner = request.module.__name__ if getattr(request.module, "OWN_PROCESSES", False) else None
+    processes = workers(cache, str(OLDER) if older else None, owner)
     assert processes.submit(triton_version).result().startswith("3.6") == older
     return processes
 

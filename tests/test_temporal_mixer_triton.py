@@ -38,10 +38,16 @@ def measure(target, channels, dtype):
     return [resources(kernel, target) for kernel in {kernel.hash: kernel for kernel in compiled}.values()]
 
 
+def stack(case, used):
+    """Bytes of stack without a shortage of registers (56 of 255 are used): Triton 3.9 keeps one number across the
+    subroutine of a 64-bit division, outside of loops."""
+    return 8 * ((case, used.kernel) == (("sm_80", 19, torch.float32), "temporal_mixer_bwd_kernel_norm"))
+
+
 @pytest.mark.slow
 def test_no_kernel_spills_or_overflows_shared_memory(pool):  # noqa: F811
     chosen = {target: CASES for target in TARGETS} | ({} if EVERYTHING else dict.fromkeys(SIBLINGS, CASES[:2]))
-    check_resources(pool, measure, [(target, *case) for target in chosen for case in chosen[target]])
+    check_resources(pool, measure, [(target, *case) for target in chosen for case in chosen[target]], stack=stack)
 
 
 def variants(target):

@@ -263,7 +263,7 @@ _whole_clip(_read(reader, 8, quiet), reader.size)
                 raster[0:4:2]
 
     @pytest.mark.slow
-    @pytest.mark.parametrize(("frames", "gigabytes"), [(60, 0.8), (420, 1.0)])
+    @pytest.mark.parametrize(("frames", "gigabytes"), [(60, 0.8), (200, 1.0)])
     def test_memory(self, frames, gigabytes):
         """nano on a clip of 480p, measured in a process of its own."""
         program = f"""

@@ -298,10 +298,11 @@ def _scene_launches(shape, grid, splat: bool, dtype, has_visibility: bool) -> tu
     band = max(1.0, math.sqrt(configs.GROUP * h * w / M))
     order = Launch(track_attention_kernel_order, triton.cdiv(frames * M, 256), frames * M, h, w, band, BLOCK=256)
     place = Launch(track_attention_kernel_place, frames * groups, M, groups, GROUP=configs.GROUP, num_warps=1)
-    tiles = triton.cdiv(h, 8) * triton.cdiv(w, 8)
+    side = 8 if dtype == torch.float32 else 4  # 8 x 8 distances in float64 spill
+    tiles = triton.cdiv(h, side) * triton.cdiv(w, side)
     nearest = Launch(
         track_attention_kernel_nearest, frames * tiles, M, h, w, groups,
-        SIDE=8, GROUP=configs.GROUP, CHUNK=128, EPS=torch.finfo(dtype).eps,
+        SIDE=side, GROUP=configs.GROUP, CHUNK=128, EPS=torch.finfo(dtype).eps,
     )  # fmt: skip
     return order, place, nearest, groups
 
