@@ -272,6 +272,7 @@ def test_command_on_tapvid(tmp_path, weights):
         (["--folder", "missing"], "holds no tracks/NNN.npy"),
         (["--tapvid", "missing"], "no such file"),
         (["--synthetic", "--steps", "1,x"], "--steps must be whole numbers with commas between them, got '1,x'"),
+        (["--synthetic", "--layers", "1_0"], "--layers must be whole numbers with commas between them, got '1_0'"),
         (["--folder", "x", "--layers", "9"], "layers must be some from 0 to 3, got [9]"),
         (["--synthetic", "--model", "nano"], "--model must be difftrack or difftrack-nano, got 'nano'"),
     ],

@@ -1,12 +1,13 @@
 """`tritonkern analyse`: where and at which noise a video diffusion transformer matches points."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tritonkern.commands._terminal import Stages, one_line_errors, output_path, print_path, writable_folder
+from tritonkern.commands._terminal import Stages, one_line_errors, output_path, print_path, whole, writable_folder
 
 if TYPE_CHECKING:
     from tritonkern.tracking.tapvid import TapVidClip
@@ -30,11 +31,11 @@ def analyse(
     steps: Annotated[
         str | None, typer.Option(help="Steps of 50, from noise (0) to data (49).  [default: every fifth]")
     ] = None,
-    max_clips: Annotated[int | None, typer.Option(help="At most so many clips.", min=1)] = None,
+    max_clips: Annotated[int | None, typer.Option(help="At most so many clips.", **whole(1))] = None,
     official: Annotated[
         bool, typer.Option("--official", help="Repeat the choices of the published code; docs/difftrack.md lists them.")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the noise.", min=0)] = 0,
+    seed: Annotated[int, typer.Option(help="Of the noise.", **whole(0))] = 0,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda if there is one]")] = None,
 ) -> None:
     """Matching accuracy, confidence and attention of a video diffusion transformer, by layer and noise level."""
@@ -62,10 +63,9 @@ def analyse(
 
 
 def _numbers(option: str, text: str) -> list[int]:
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError:
-        raise ValueError(f"{option} must be whole numbers with commas between them, got {text!r}") from None
+    if not re.fullmatch(r"[0-9]{1,9}(,[0-9]{1,9})*", text, re.ASCII):
+        raise ValueError(f"{option} must be whole numbers with commas between them, got {text!r}")
+    return [int(number) for number in text.split(",")]
 
 
 def _clips(tapvid: Path | None, folder: Path | None, most: int | None) -> Iterable["TapVidClip"]:

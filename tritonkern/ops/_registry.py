@@ -84,7 +84,7 @@ def operator(operation: str, kernel: str) -> Callable[[Callable], torch._ops.OpO
             call, signature = call_of(given), signature_of(given)
             if signature not in right:
                 declaration(*call)
-                if len(right) == _SIGNATURES:
+                if len(right) >= _SIGNATURES:
                     right.clear()
                 right.add(signature)
             module = _backends.load(operation, given[where].device, given[count] if len(given) > count else None)

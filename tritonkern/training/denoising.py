@@ -169,7 +169,7 @@ def train_denoiser(
     """Train `transformer` in place and write `output` (safetensors, float16) when done.
 
     `output` with the suffix `.checkpoint` is written every `save_every` steps and resumes an interrupted run of the
-    same plan, but for `steps` and `drifts`; `report(step, losses)` is called after each step. Raises `ValueError` if
+    same plan, but for `steps`; `report(step, losses)` is called after each step. Raises `ValueError` if
     the checkpoint is damaged, belongs to another plan or has more steps behind it than the plan.
     """
     checkpoint, device = output.with_suffix(".checkpoint"), next(transformer.parameters()).device
@@ -178,7 +178,7 @@ def train_denoiser(
     )
     done = 0
     if checkpoint.exists():
-        saved = read_checkpoint(checkpoint, {"plan", "step", "model", "optimiser"}, plan, free=("steps", "drifts"))
+        saved = read_checkpoint(checkpoint, {"plan", "step", "model", "optimiser"}, plan, free=("steps",))
         with fitting(checkpoint):
             transformer.load_state_dict(saved["model"])
             optimiser.load_state_dict(saved["optimiser"])
