@@ -47,6 +47,7 @@ class VideoReader:
 
             - a video file that FFmpeg reads;
             - a folder of equally large images, read in natural order (`2.png` before `10.png`);
+            - a list of paths of image files, read in its order;
             - an image file: all frames of an APNG, WebP, AVIF or TIFF file, or one still
               (more than 8 bits per sample: `tritonkern.tracking.image_files`);
             - an open binary file object with the contents of a video or image file, such as `io.BytesIO`;
@@ -119,6 +120,8 @@ class VideoReader:
 
 
 def _open(source: Any) -> _Source:
+    if isinstance(source, (list, tuple)) and source and all(isinstance(item, (str, PathLike)) for item in source):
+        return ImageFiles(f"the list of {len(source)} image files", [Path(item) for item in source])
     if isinstance(source, (np.ndarray, torch.Tensor, list, tuple)):
         return FramesInMemory(source)
     if isinstance(source, (str, PathLike)):
