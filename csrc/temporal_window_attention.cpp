@@ -1,6 +1,6 @@
 // Temporal window attention on the CPU: every query attends to the keys of the frames around it in its own sequence.
 //
-//   out_i = sum_j p_ij v_j,   p_i = softmax over i - left <= j <= i + right of scale * q_i . k_j,   0 <= j < T
+//   out_i = sum_j p_ij v_j,   p_i = softmax over i + offset - left <= j <= i + offset + right of scale * q_i . k_j,   0 <= j < S
 //
 // The weights are stored by diagonals, one row per offset in the window, so that all lanes of a vector do the same:
 //

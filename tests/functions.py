@@ -35,6 +35,11 @@ def window(B=2, T=7, N=3, H=2, D=8):
     return {name: torch.randn(B, T, N, H, D) for name in ("query", "key", "value")}
 
 
+def window_among_more_keys(T=6, before=3, after=2, **sizes):
+    tensors = window(T=T, **sizes)
+    return tensors | {name: window(T=T + before + after, **sizes)[name] for name in ("key", "value")}
+
+
 def tracks_and_grid(splat, B=2, T=3, M=6, h=4, w=5, H=2, D=8):
     tracked, gridded = (B, T, M, H, D), (B, T, h, w, H, D)
     query, key = (gridded, tracked) if splat else (tracked, gridded)
@@ -106,6 +111,10 @@ WINDOW = Function(
     partial(tritonkern.temporal_window_attention, window=(2, 1)), window, "BT", "BTNH",
     ones=(dict(B=1, N=1, H=1), dict(T=1, N=1)), many=(dict(B=3, T=50, N=5, H=4, D=32),), tiny=dict(N=1, H=1),
 )  # fmt: skip
+OFFSET = WINDOW._replace(
+    call=partial(WINDOW.call, query_offset=3), make=window_among_more_keys,
+    ones=(dict(B=1, N=1, H=1), dict(T=1, N=1, after=0)), tiny=dict(T=3, N=1, H=1, after=1),
+)  # fmt: skip
 SAMPLE = Function(
     tritonkern.track_sample_attention, partial(tracks_and_grid, False), "BT", "BTMH",
     ones=(dict(B=1, T=1, M=3, h=1, w=4, H=1), dict(B=1, M=1, h=3, w=1)),
@@ -157,6 +166,7 @@ LOCATED = Function(
 )  # fmt: skip
 FUNCTIONS = {
     "temporal_window_attention": WINDOW,
+    "temporal_window_attention-offset": OFFSET,
     "track_attention-sample": SAMPLE,
     "track_attention-splat": SAMPLE._replace(
         call=tritonkern.track_splat_attention, make=partial(tracks_and_grid, True)

@@ -58,9 +58,13 @@ def positions(*shape, dtype):
 def window(dtype, n):
     x = [torch.randn(1, n, 2, 1, 24).to(dtype) for _ in range(3)]
     out = window_op.temporal_window_attention_fwd
-    yield out, (*x, 2, 1, 0.3)
-    made = out(*x, 2, 1, 0.3, "reference")
-    yield window_op.temporal_window_attention_bwd, (x[0], *x, *made, 2, 1, 0.3)
+    query = x[0][:, n // 2 :]
+    for inputs, offset in ((x, 0), ((query, *x[1:]), n // 2)):
+        call = *inputs, 2, 1, 0.3, offset
+        yield out, (*call, 0)
+        yield out, (*call, max(n - 1, 0))
+        made = out(*call, 0, "reference")
+        yield window_op.temporal_window_attention_bwd, (inputs[0], *inputs, *made, 2, 1, 0.3, offset)
 
 
 def full(dtype, n):
@@ -161,8 +165,8 @@ def adapter(dtype, n):
     tokens, weight = torch.randn(1, 2, 1 + 4 * n, 5).to(dtype), torch.randn(3, 5, 3, 3).to(dtype)
     norm, bias = torch.ones(5, dtype=dtype), torch.ones(3, dtype=dtype)
     grid = (2, 2 * n, 2)
-    yield adapter_op.adapter_in_fwd, (tokens, norm, norm, 1e-5, weight, bias, *grid, dtype)
-    made = adapter_op.adapter_in_fwd(tokens, norm, norm, 1e-5, weight, bias, *grid, dtype, "reference")
+    yield adapter_op.adapter_in_fwd, (tokens, norm, norm, 1e-5, weight, bias, *grid, dtype, None)
+    made = adapter_op.adapter_in_fwd(tokens, norm, norm, 1e-5, weight, bias, *grid, dtype, None, "reference")
     call = (tokens, norm, norm, 1e-5, weight, *made, *grid, dtype)
     yield adapter_op.adapter_in_bwd, (made[0], *call, [True] * 3)
     hidden, back = made[0], torch.randn(5, 3, 3, 3).to(dtype)

@@ -51,41 +51,43 @@ def run_python(code, **environment):
     return done.stdout
 
 
-def textbook(query, key, value, left, right, scale):
-    """`[B, T, N, H, D]`: one query, one key at a time, as on a blackboard. Differentiable, slow."""
+def textbook(query, key, value, left, right, scale, query_offset=0):
+    """`[B, T or S, N, H, D]`: one query, one key at a time, as on a blackboard. Differentiable, slow."""
     B, T, N, H, _ = query.shape
     out = []
     for b in range(B):
         for t in range(T):
             for n in range(N):
                 for h in range(H):
-                    frames = [j for j in range(T) if t - left <= j <= t + right]
+                    frames = [j for j in range(key.shape[1]) if -left <= j - t - query_offset <= right]
                     scores = torch.stack([scale * (query[b, t, n, h] * key[b, j, n, h]).sum() for j in frames])
                     weights = scores.softmax(0)
                     out.append(sum(weight * value[b, j, n, h] for weight, j in zip(weights, frames, strict=True)))
     return torch.stack(out).view_as(query)
 
 
-def eager(query, key, value, left, right, scale):
-    """What a PyTorch user writes: a dense `[T, T]` mask, softmax, two matmuls, all in the inputs' dtype."""
+def eager(query, key, value, left, right, scale, query_offset=0):
+    """What a PyTorch user writes: a dense `[T, S]` mask, softmax, two matmuls, all in the inputs' dtype."""
     query, key, value = (x.movedim(1, 3) for x in (query, key, value))  # [B, N, H, T, D]
-    frames = torch.arange(query.shape[-2], device=query.device)
-    distance = frames[None, :] - frames[:, None]
+    frames, keys = (torch.arange(x.shape[-2], device=query.device) for x in (query, key))
+    distance = keys[None, :] - frames[:, None] - query_offset
     scores = (query @ key.mT) * scale
     scores = scores.masked_fill((distance < -left) | (distance > right), float("-inf"))
     return (scores.softmax(-1) @ value).movedim(3, 1)
 
 
-def eager_roundings(inputs, grad_out, left, right, scale):
+def eager_roundings(inputs, grad_out, left, right, scale, query_offset=0):
     """Output and gradients of the eager form, four times: as is, and with frames, channels or both in reverse order.
 
     All four are the same mathematics with sums in another order, so together they show how large eager's rounding
     error is; a single one may be lucky on a small tensor.
     """
     for axes in ((), (1,), (-1,), (1, -1)):
-        extent = (right, left) if 1 in axes else (left, right)
+        call = left, right, scale, query_offset
+        if 1 in axes:
+            call = right, left, scale, inputs[1].shape[1] - inputs[0].shape[1] - query_offset
         flipped = [x.flip(axes) for x in inputs]
-        results = gradients(lambda *x, extent=extent: eager(*x, *extent, scale), flipped, grad_out.flip(axes))
+        results = gradients(lambda *x, call=call: eager(*x, *call), flipped, grad_out.flip(axes))
         yield [x.flip(axes) for x in results]
 
 

@@ -36,7 +36,8 @@ def test_what_is_no_tensor_is_a_type_error():
 def forward(**changed):
     q = torch.zeros(2, 5, 3, 2, 8)
     arguments = {"query": q, "key": q, "value": q, "out": torch.empty_like(q), "lse": torch.empty(2, 5, 3, 2)}
-    _cpp.temporal_window_attention_forward(**{**arguments, **changed}, left=1, right=1, scale=1.0, num_threads=1)
+    options = {"left": 1, "right": 1, "scale": 1.0, "offset": 0, "start": 0, "num_threads": 1}
+    _cpp.temporal_window_attention_forward(**{**arguments, **options, **changed})
 
 
 @pytest.mark.parametrize(
@@ -51,7 +52,8 @@ def forward(**changed):
         ),
         ("query", torch.zeros(2, 5, 3, 2, 8, dtype=torch.complex64), TypeError, "must be float64.*, got other"),
         ("key", torch.zeros(2, 5, 3, 2, 8).double(), TypeError, "must be float32, got float64"),
-        ("key", torch.zeros(2, 4, 3, 2, 8), ValueError, r"must have shape \[2, 5, 3, 2, 8\], got \[2, 4, 3, 2, 8\]"),
+        ("key", torch.zeros(2, 5, 3, 1, 8), ValueError, r"must have shape \[2, 5, 3, 2, 8\], got \[2, 5, 3, 1, 8\]"),
+        ("value", torch.zeros(2, 4, 3, 2, 8), ValueError, r"must have shape \[2, 5, 3, 2, 8\], got \[2, 4, 3, 2, 8\]"),
         ("value", torch.zeros(2, 5, 3, 2, 8, device="meta"), ValueError, "must be on the CPU"),
         ("value", None, TypeError, "must be a tensor, got None"),
         ("out", torch.zeros(2, 5, 3, 2, 16)[..., :8], ValueError, "must be contiguous, got strides"),
@@ -64,3 +66,9 @@ def test_a_wrong_tensor_is_an_error_that_names_the_argument(name, x, error, mess
     forward()
     with pytest.raises(error, match=f"^{name} {message}"):
         forward(**{name: x})
+
+
+@pytest.mark.parametrize(("name", "number"), [("offset", 1), ("offset", -1), ("start", 5), ("start", -1)])
+def test_a_frame_outside_the_keys_is_refused(name, number):
+    with pytest.raises(ValueError, match=f"^{name} must be"):
+        forward(**{name: number})

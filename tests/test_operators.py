@@ -23,7 +23,7 @@ def where(request):
 def test_schemas_follow_the_declared_functions():
     assert str(FWD._schema) == (
         "tritonkern::temporal_window_attention_fwd(Tensor query, Tensor key, Tensor value, SymInt left, SymInt right,"
-        " float scale, str? backend=None) -> (Tensor, Tensor)"
+        " float scale, SymInt query_offset, SymInt start, str? backend=None) -> (Tensor, Tensor)"
     )
     # Fields of named tuples are arguments of their own.
     assert str(adapter_op.adapter_out_fwd._schema) == (
@@ -80,10 +80,22 @@ GOOD = torch.randn(2, 5, 3, 2, 8)
         ({"value": GOOD.to_sparse()}, TypeError, "value must be a dense"),
         ({"value": GOOD.to("meta")}, ValueError, "value must be on the device of query, cpu, got meta"),
         (
-            {"key": GOOD[:, :4]},
+            {"key": GOOD[:, :, :2]},
             ValueError,
-            r"the shape of query, \(2, 5, 3, 2, 8\), got \(2, 4, 3, 2, 8\)",
+            r"key must have the shape of query, \(2, 5, 3, 2, 8\), but for the number of frames, got \(2, 5, 2, 2, 8\)",
         ),
+        (
+            {"value": GOOD[:, :4]},
+            ValueError,
+            r"value must have the shape of key, \(2, 5, 3, 2, 8\), got \(2, 4, 3, 2, 8\)",
+        ),
+        (dict.fromkeys(("key", "value"), GOOD[:, :4]), ValueError, r"key must have at least .* = 0 \+ 5 frames, got 4"),
+        ({"query_offset": 1}, ValueError, r"key must have at least query_offset \+ T = 1 \+ 5 frames, got 5"),
+        ({"query_offset": -1}, ValueError, r"query_offset must be from 0 to 2\*\*30, got -1"),
+        ({"query_offset": 1.0}, TypeError, "query_offset must be an int, got float"),
+        ({"start": 5}, ValueError, "start must be a row of key, from 0 to 4, got 5"),
+        ({"start": -1}, ValueError, "start must be a row of key, from 0 to 4, got -1"),
+        ({"start": True}, TypeError, "start must be an int, got bool"),
         ({"query": GOOD[0, 0]}, ValueError, "query must have shape"),
         (dict.fromkeys(("query", "key", "value"), GOOD[..., :4]), ValueError, "multiple of 8 from 8 to 256, got 4"),
         (dict.fromkeys(("query", "key", "value"), GOOD[..., :0]), ValueError, "multiple of 8 from 8 to 256, got 0"),

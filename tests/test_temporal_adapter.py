@@ -192,7 +192,7 @@ def test_statistics_keep_their_digits(native, kind):
     truth = plain_in(*[tensors[0].double(), (8, 8), *(x.double() for x in tensors[1:])], 1)
     eager = plain_in(tensors[0], (8, 8), *tensors[1:], 1)
     norm, conv = tensors[1:3], tensors[3:]
-    call = (tensors[0], *norm, 1e-5, *conv, 8, 8, 1, torch.float32, native[0])
+    call = (tensors[0], *norm, 1e-5, *conv, 8, 8, 1, torch.float32, None, native[0])
     actual, *moments = op.adapter_in_fwd(*call)
     assert_as_exact_as_eager(actual, [eager], truth)
     # Eager's GroupNorm loses more digits of a large mean than its variance does.
@@ -202,6 +202,28 @@ def test_statistics_keep_their_digits(native, kind):
     simple, exact = (mean, (variance + 1e-5).rsqrt()), (exact_mean, (exact_variance + 1e-5).rsqrt())
     for number in range(2):
         assert_as_exact_as_eager(moments[number].float(), [simple[number]], exact[number])
+
+
+def test_given_statistics(native):
+    """The clip's own give its bits, frame by frame; others are used as they are; there is no derivative."""
+    backend, device = native
+    tokens, *parameters = in_tensors((2, 3, 24), (4, 4), 1, 8, torch.float32, device)
+    options = (4, 4, 2, torch.float32)
+    whole, *moments = op.adapter_in_fwd(tokens, *parameters[:2], 1e-5, *parameters[2:], *options, None, backend)
+    own = torch.stack(moments)
+    for t in range(3):
+        part = adapter_in(tokens[:, t, None], (4, 4), *parameters, pool=2, statistics=own, backend=backend)
+        assert torch.equal(part, whole[:, t, None])
+    other = torch.tensor([[0.1, 0.2], [2.0, 3.0]], dtype=torch.float64, device=device)
+    hidden = adapter_in(tokens, (4, 4), *parameters, pool=2, statistics=other, backend=backend)
+    exact = adapter_in(
+        tokens.double(), (4, 4), *(x.double() for x in parameters), pool=2, statistics=other, backend="reference"
+    )
+    torch.testing.assert_close(hidden.double(), exact, rtol=1e-4, atol=1e-4)
+    with pytest.raises(NotImplementedError, match="no derivative where statistics are given"):
+        adapter_in(tokens.requires_grad_(), (4, 4), *parameters, statistics=own, backend=backend)
+    with pytest.raises(ValueError, match=r"statistics must be float64 of shape \(2, 2\) on"):
+        adapter_in(tokens.detach(), (4, 4), *parameters, statistics=own[:, :1], backend=backend)
 
 
 def test_convolutions_without_a_bias(native):
@@ -234,10 +256,11 @@ def test_autocast_rounds_nothing_inside(native):
     """Operators compute in the dtype that `hidden_dtype` names, also native a caller's autocast is on."""
     tokens, *parameters = in_tensors((1, 2, 24), (4, 8), 1, 16, torch.float32, native[1])
     options = (4, 8, 1, torch.float32, native[0])
-    expected = op.adapter_in_fwd(tokens, *parameters[:2], 1e-5, *parameters[2:], *options)[0]
+    first = (*options[:-1], None, native[0])
+    expected = op.adapter_in_fwd(tokens, *parameters[:2], 1e-5, *parameters[2:], *first)[0]
     weight, bias = (x.to(native[1]) for x in (torch.randn(24, 16, 3, 3), torch.randn(24)))
     with torch.autocast(native[1], torch.bfloat16):
-        hidden = op.adapter_in_fwd(tokens, *parameters[:2], 1e-5, *parameters[2:], *options)[0]
+        hidden = op.adapter_in_fwd(tokens, *parameters[:2], 1e-5, *parameters[2:], *first)[0]
         out = op.adapter_out_fwd(hidden, weight, bias, None, *options)
     assert torch.equal(hidden, expected)
     assert torch.equal(out, op.adapter_out_fwd(hidden, weight, bias, None, *options))

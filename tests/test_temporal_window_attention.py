@@ -32,45 +32,57 @@ def where(request):
     return request.param
 
 
-def run(where, tensors, window, scale=None):
+def run(where, tensors, window, scale=None, query_offset=0):
     """Output and gradients of `tensors` = query, key, value, grad_out on a backend."""
     *inputs, grad_out = tensors
-    return gradients(lambda *x: temporal_window_attention(*x, window, scale=scale, backend=where[0]), inputs, grad_out)
+    options = dict(scale=scale, query_offset=query_offset, backend=where[0])
+    return gradients(lambda *x: temporal_window_attention(*x, window, **options), inputs, grad_out)
 
 
-def check(where, tensors, window, scale=None):
+def check(where, tensors, window, scale=None, query_offset=0):
     """Forward and backward against the float64 reference, by the rule of `oracle.assert_as_exact_as_eager`."""
-    results = run(where, tensors, window, scale)
+    results = run(where, tensors, window, scale, query_offset)
     *inputs, grad_out = (x.detach().unsqueeze(2) if x.dim() == 4 else x.detach() for x in tensors)
     left, right = (window // 2, window // 2) if isinstance(window, int) else window
     scale = inputs[0].shape[-1] ** -0.5 if scale is None else scale
-    plain = zip(*eager_roundings(inputs, grad_out, left, right, scale), strict=True)
+    plain = zip(*eager_roundings(inputs, grad_out, left, right, scale, query_offset), strict=True)
     doubles, grad_out = [x.double().cpu() for x in inputs], grad_out.double().cpu()
-    exact = exact_results(doubles, grad_out, left, right, scale)
+    exact = exact_results(doubles, grad_out, left, right, scale, query_offset)
     terms = largest_terms(doubles, grad_out, scale)
     for name, result, simple, truth, term in zip(NAMES, results, plain, exact, terms, strict=True):
         assert result.dtype == inputs[0].dtype
         assert_as_exact_as_eager(result.cpu().view(truth.shape), [x.cpu() for x in simple], truth, term, name)
 
 
-def exact_results(inputs, grad_out, left, right, scale):
+def exact_results(inputs, grad_out, left, right, scale, query_offset=0):
     """Output and gradients by the reference."""
-    out, lse = reference.forward(*inputs, left, right, scale)
-    return [out, *reference.backward(grad_out, *inputs, out, lse, left, right, scale)]
+    out, lse = reference.forward(*inputs, left, right, scale, query_offset)
+    return [out, *reference.backward(grad_out, *inputs, out, lse, left, right, scale, query_offset)]
+
+
+def among_more_keys(before, after, tensors):
+    """`tensors` = query, key, value, grad_out, with so many more frames of keys and values on either side."""
+    query, key, value, grad_out = tensors
+    first, last = (torch.randn(2, len(key), n, *key.shape[2:]).to(key) for n in (before, after))
+    longer = [torch.cat([first[i], x, last[i]], 1) for i, x in enumerate((key, value))]
+    return [query, *longer, grad_out]
 
 
 @pytest.mark.parametrize("extent", [(0, 0), (1, 1), (2, 0), (0, 3), (9, 9)])
-def test_reference_is_the_textbook_loop(extent):
-    query, key, value, grad_out = random_inputs(2, 6, 2, 2, 8, dtype=torch.float64)
-    truth = gradients(lambda *x: textbook(*x, *extent, 0.3), (query, key, value), grad_out)
-    for result, expected in zip(exact_results((query, key, value), grad_out, *extent, 0.3), truth, strict=True):
+@pytest.mark.parametrize("around", [(0, 0), (2, 0), (0, 3), (4, 1)])
+def test_reference_is_the_textbook_loop(extent, around):
+    tensors = random_inputs(2, 6, 2, 2, 8, dtype=torch.float64)
+    *inputs, grad_out = among_more_keys(*around, tensors)
+    options = *extent, 0.3, around[0]
+    truth = gradients(lambda *x: textbook(*x, *options), inputs, grad_out)
+    for result, expected in zip(exact_results(inputs, grad_out, *options), truth, strict=True):
         torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-13)
 
 
 def test_lse_is_the_log_of_the_softmax_denominator(where):
     backend, device = where
     query, key, value, _ = random_inputs(1, 5, 1, 2, 8, device=device)
-    _, lse = torch.ops.tritonkern.temporal_window_attention_fwd(query, key, value, 1, 1, 0.5, backend)
+    _, lse = torch.ops.tritonkern.temporal_window_attention_fwd(query, key, value, 1, 1, 0.5, 0, 0, backend)
     scores = 0.5 * torch.einsum("binhd,bjnhd->bnihj", query.double(), key.double())
     for i in range(5):
         expected = scores[:, :, i, :, max(0, i - 1) : i + 2].logsumexp(-1)
@@ -96,6 +108,80 @@ def test_lse_is_the_log_of_the_softmax_denominator(where):
 )
 def test_result_and_gradients(where, shape, window, dtype):
     check(where, random_inputs(*shape, dtype=dtype, device=where[1]), window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "around", "window"),
+    [
+        ((2, 24, 3, 4, 32), (12, 5), 13),
+        ((1, 1, 5, 2, 16), (12, 0), (12, 0)),  # one frame of a causal stream
+        ((1, 3, 2, 2, 64), (6, 6), 13),
+        ((1, 20, 1, 1, 8), (0, 300), (3, 2)),  # tasks whose keys no query sees
+        ((2, 5, 1, 2, 8), (400, 150), 13),
+        ((2, 7, 2, 8), (1, 0), (2**30, 2**30)),  # [B, T, H, D]
+        ((1, 100, 1, 1, 8), (150, 60), (300, 80)),  # the C++ backward pass goes block by block
+    ],
+    ids=str,
+)
+def test_keys_of_more_frames(where, shape, around, window, dtype):
+    tensors = among_more_keys(*around, random_inputs(*shape, dtype=dtype, device=where[1]))
+    check(where, tensors, window, query_offset=around[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("head_dim", [8, 24, 64])
+def test_ring(where, head_dim, dtype):
+    """A ring gives the bits of the same keys in order, wherever it starts."""
+    backend, device = where
+    query, key, value, _ = among_more_keys(9, 3, random_inputs(2, 7, 3, 2, head_dim, dtype=dtype, device=device))
+    options = dict(window=(8, 3), query_offset=9, backend=backend)
+    expected = temporal_window_attention(query, key, value, **options)
+    for start in range(key.shape[1]):
+        ring = [x.roll(start, 1) for x in (key, value)]
+        assert torch.equal(temporal_window_attention(query, *ring, start=start, **options), expected)
+
+
+def test_a_ring_has_no_derivative(where):
+    query, key, value, _ = random_inputs(1, 5, 1, 2, 8, device=where[1])
+    options = dict(window=3, start=2, backend=where[0])
+    for at in range(3):
+        tensors = [x.clone().requires_grad_(i == at) for i, x in enumerate((query, key, value))]
+        with pytest.raises(NotImplementedError, match="temporal_window_attention has no derivative with start=2"):
+            temporal_window_attention(*tensors, **options)
+        with torch.no_grad():
+            temporal_window_attention(*tensors, **options)
+
+
+@pytest.mark.parametrize("window", [13, (9, 0), (2, 5)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_stream_has_the_bits_of_the_clip(window, dtype):
+    """Frame by frame from a ring that holds one window, against one call."""
+    if "cpp" not in [where.values[0][0] for where in fast_backends(op.NAME) if not where.marks]:
+        pytest.skip("the C++ extension was not built")
+    query, key, value, _ = random_inputs(1, 40, 5, 2, 32, dtype=dtype)
+    left, right = window if isinstance(window, tuple) else (window // 2,) * 2
+    whole = temporal_window_attention(query, key, value, window, backend="cpp")
+    size = left + 1 + right
+    ring = [torch.zeros_like(x[:, :size]) for x in (key, value)]
+    for frame in range(40 + right):
+        if frame < 40:
+            for stored, x in zip(ring, (key, value), strict=True):
+                stored[:, frame % size] = x[:, frame]
+        t = frame - right
+        first, last = max(0, frame - size + 1, t - left), min(frame, 39)
+        if t < 0:
+            continue
+        # Before the ring is full and after the last frame it holds fewer than its size.
+        start = first % size
+        rows = [x.roll(-start, 1)[:, : last - first + 1] for x in ring]
+        if last - first + 1 == size:
+            out = temporal_window_attention(
+                query[:, t, None], *ring, window, query_offset=t - first, start=start, backend="cpp"
+            )
+        else:
+            out = temporal_window_attention(query[:, t, None], *rows, window, query_offset=t - first, backend="cpp")
+        assert torch.equal(out[:, 0], whole[:, t])
 
 
 @pytest.mark.parametrize("head_dim", range(8, 257, 8))
@@ -138,7 +224,7 @@ def test_four_axes_equal_five(where):
 
 def test_log_sum_exp_carries_no_gradient():
     query = torch.randn(1, 4, 1, 1, 8, requires_grad=True)
-    out, lse = torch.ops.tritonkern.temporal_window_attention_fwd(query, query, query, 1, 1, 0.5, "reference")
+    out, lse = torch.ops.tritonkern.temporal_window_attention_fwd(query, query, query, 1, 1, 0.5, 0, 0, "reference")
     assert out.requires_grad and not lse.requires_grad
 
 

@@ -36,6 +36,7 @@ class Case(NamedTuple):
     dtype: torch.dtype
     window: int = NARROW
     tf32: bool = False
+    more: int = 0  # frames of keys than of queries
 
 
 def cases():
@@ -56,26 +57,30 @@ def cases():
                 yield from (Case(target, direction, head_dim, torch.bfloat16, window=WIDE) for head_dim in special)
             if not target.startswith("gfx"):  # PyTorch has no TF32 there
                 yield from (Case(target, direction, head_dim, torch.float32, tf32=True) for head_dim in special)
+            continued = [(64, torch.bfloat16), (256, torch.bfloat16), (32, torch.float32)]
+            yield from (Case(target, direction, *choice, more=30) for choice in continued)
         if not EVERYTHING:
             yield from (Case(target, direction, d, torch.bfloat16) for target in SIBLINGS for d in (64, 256))
 
 
 def launch(kernels, direction, tensors, window):
     query, key, value = tensors
-    half = window // 2
+    half, offset = window // 2, key.shape[1] - query.shape[1]
     if direction == "forward":
-        kernels.forward(query, key, value, half, half, 0.125)
+        kernels.forward(query, key, value, half, half, 0.125, offset)
     else:
         lse = query.new_zeros(query.shape[:-1], dtype=torch.promote_types(query.dtype, torch.float32))
-        kernels.backward(value, query, key, value, key, lse, half, half, 0.125)
+        kernels.backward(query, query, key, value, query, lse, half, half, 0.125, offset)
 
 
 def measure(*case):
-    target, direction, head_dim, dtype, window, tf32 = case
+    target, direction, head_dim, dtype, window, tf32, more = case
     kernels, compiled = compile_only("temporal_window_attention", target, tf32)
-    launch(kernels, direction, [torch.zeros(1, window, 1, 1, head_dim, dtype=dtype)] * 3, window)
-    (kernel,) = compiled
-    return [resources(kernel, target)]
+    frames = window + 3 * (more > 0)  # of 16 frames on, tiles are used
+    query, key = (torch.zeros(1, n, 1, 1, head_dim, dtype=dtype) for n in (frames, frames + more))
+    launch(kernels, direction, [query, key, key], window)
+    assert len(compiled) == (2 if more and direction == "backward" else 1)
+    return [resources(kernel, target) for kernel in compiled]
 
 
 def other_faults(case, used):

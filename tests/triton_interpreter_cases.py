@@ -7,8 +7,9 @@ import pytest
 import torch
 from oracle import gradients, largest_terms, random_inputs, textbook
 from test_contracts import LAYOUTS, laid_out
-from test_temporal_window_attention import NAMES, check, exact_results, run
+from test_temporal_window_attention import NAMES, among_more_keys, check, exact_results, run
 
+from tritonkern import temporal_window_attention
 from tritonkern.ops.temporal_window_attention import configs, reference
 
 WHERE = ("triton", "cpu")
@@ -33,6 +34,31 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 )
 def test_result_and_gradients(shape, window, dtype):
     check(WHERE, random_inputs(*shape, dtype=dtype), window)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("shape", "around", "window"),
+    [
+        ((2, 7, 2, 2, 8), (4, 1), (3, 2)),
+        ((1, 1, 3, 2, 16), (6, 2), 5),
+        ((1, 20, 1, 2, 8), (0, 45), 5),  # by tile, with keys that no query sees
+        ((1, 17, 1, 1, 40), (33, 0), (0, 4)),
+    ],
+    ids=str,
+)
+def test_keys_of_more_frames(shape, around, window, dtype):
+    check(WHERE, among_more_keys(*around, random_inputs(*shape, dtype=dtype)), window, query_offset=around[0])
+
+
+@pytest.mark.parametrize("frames", [3, 18])
+def test_ring(frames):
+    query, key, value, _ = among_more_keys(5, 2, random_inputs(1, frames, 2, 1, 8, dtype=torch.float16))
+    options = dict(window=(4, 2), query_offset=5, backend="triton")
+    expected = temporal_window_attention(query, key, value, **options)
+    for start in (1, frames, frames + 6):
+        ring = [x.roll(start, 1) for x in (key, value)]
+        assert torch.equal(temporal_window_attention(query, *ring, start=start, **options), expected)
 
 
 @pytest.mark.parametrize("window", [13, 1, (0, 5), (40, 0), 91, (0, 300)], ids=str)

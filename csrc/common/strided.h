@@ -41,6 +41,12 @@ struct Sequence {
         if constexpr (std::is_same_v<S, A>) {
             if (usable_in_place()) return {data + first * time_stride, time_stride};
         }
+        copy_rows(first, last, scratch);
+        return {scratch, round_up(dim, kLanes<A>)};
+    }
+
+    // As `rows`, always copied.
+    void copy_rows(int64_t first, int64_t last, A* scratch) const {
         const int64_t padded = round_up(dim, kLanes<A>);
         for (int64_t t = first; t < last; ++t) {
             const S* in = data + t * time_stride;
@@ -52,7 +58,6 @@ struct Sequence {
             }
             for (int64_t d = dim; d < padded; ++d) out[d] = 0;
         }
-        return {scratch, padded};
     }
 
     // Writes frame t of a tensor whose channels are contiguous; past the caches, if it consists of whole cache lines.

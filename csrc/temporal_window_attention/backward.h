@@ -3,6 +3,8 @@
 //   ds_ij = scale * p_ij * (dp_ij - sum_k p_ik dp_ik)
 //   grad_query_i = sum_j ds_ij k_j,   grad_key_j = sum_i ds_ij q_i,   grad_value_j = sum_i p_ij grad_out_i
 //
+// Time is that of the keys: query i stands at key i + offset, and is called by that number here.
+//
 // A task owns a stretch of keys and of queries. It computes every query that sees one of its keys, those of its neighbours
 // included, so that no task adds to the result of another. With a wide window it walks over these queries in blocks, and adds
 // up what each block gives to the gradients of keys and values: scratch memory grows with the window, not with its square.
@@ -49,11 +51,13 @@ class Backward {
     // Queries next to a stretch are computed by both of its neighbours: a stretch is much longer than what it sees.
     explicit Backward(const TemporalWindowAttention& c)
         : call(c),
-          left(min(c.left, c.T - 1)),
-          right(min(c.right, c.T - 1)),
-          plan(c, left, right, /*longest=*/max<int64_t>(128, 4 * (left + right)), /*queries_around=*/left + right),
-          streams(worth_streaming<S>(call.grad_query, call) && worth_streaming<S>(call.grad_key, call) &&
-                  worth_streaming<S>(call.grad_value, call)) {}
+          left(min(c.left, c.offset + c.T - 1)),
+          right(min(c.right, c.S - 1 - c.offset)),
+          plan(c, c.S, left, right, /*longest=*/max<int64_t>(128, 4 * (left + right)),
+               /*queries_around=*/left + right),
+          streams(worth_streaming<S>(call.grad_query, call.T, call) &&
+                  worth_streaming<S>(call.grad_key, call.S, call) &&
+                  worth_streaming<S>(call.grad_value, call.S, call)) {}
 
     void run() const {
         Arena count;
@@ -63,15 +67,15 @@ class Backward {
             for (int64_t i = first; i < last; ++i) {
                 const Task task(call, plan, i);
                 Prefetcher<S> ahead(call, Task(call, plan, min(i + 1, last - 1)),
-                                    {{&call.query, left},
-                                     {&call.key, left + right},
-                                     {&call.value, left + right},
-                                     {&call.grad_out, left},
-                                     {&call.grad_query, 0},
-                                     {&call.grad_key, 0},
-                                     {&call.grad_value, 0}},
+                                    {{&call.query, left - call.offset, call.T},
+                                     {&call.key, left + right, call.S},
+                                     {&call.value, left + right, call.S},
+                                     {&call.grad_out, left - call.offset, call.T},
+                                     {&call.grad_query, -call.offset, call.T},
+                                     {&call.grad_key, 0, call.S},
+                                     {&call.grad_value, 0, call.S}},
                                     streams ? 3 : 0);
-                mark_existing(max<int64_t>(task.begin - right, 0) - left, call.T, plan.key_columns, scratch.exists);
+                mark_existing(max(task.begin - right, call.offset) - left, call.S, plan.key_columns, scratch.exists);
                 for (int64_t s = 0; s < task.sequences; ++s) sequence(task, task.first_sequence + s, ahead, scratch);
             }
         });
@@ -81,8 +85,17 @@ class Backward {
     void sequence(const Task& task, int64_t index, Prefetcher<S>& ahead, const Scratch& scratch) const {
         const int64_t n = index / call.H, h = index % call.H;
         const auto view = [&](const TensorView& tensor) { return Sequence<S>(tensor, call.D, task.b, n, h); };
-        const int64_t first_query = max<int64_t>(task.begin - right, 0), last_query = min(task.end + left, call.T);
-        const int64_t first_key = max<int64_t>(first_query - left, 0), last_key = min(last_query + right, call.T);
+        const int64_t first_query = max(task.begin - right, call.offset);
+        const int64_t last_query = min(task.end + left, call.offset + call.T);
+        if (first_query >= last_query) {  // no query sees these keys
+            std::fill_n(scratch.out, plan.padded_dim, A(0));
+            for (int64_t t = task.begin; t < task.end; ++t) {
+                view(call.grad_key).write(t, scratch.out, streams);
+                view(call.grad_value).write(t, scratch.out, streams);
+            }
+            return;
+        }
+        const int64_t first_key = max<int64_t>(first_query - left, 0), last_key = min(last_query + right, call.S);
 
         // Column 0 is key first_query - left, which may be before the clip.
         const int64_t missing = first_key - (first_query - left);
@@ -90,8 +103,11 @@ class Backward {
         transpose_rows(values, last_key - first_key, call.D, scratch.value_columns + missing, plan.key_columns);
         const Rows<A> keys = view(call.key).rows(first_key, last_key, scratch.rows);
         transpose_rows(keys, last_key - first_key, call.D, scratch.key_columns + missing, plan.key_columns);
-        const Rows<A> queries = view(call.query).rows(first_query, last_query, scratch.query);
-        const Rows<A> grad_outs = view(call.grad_out).rows(first_query, last_query, scratch.grad_out);
+        const auto of_queries = [&](const TensorView& tensor, A* copy) {
+            return view(tensor).rows(first_query - call.offset, last_query - call.offset, copy);
+        };
+        const Rows<A> queries = of_queries(call.query, scratch.query);
+        const Rows<A> grad_outs = of_queries(call.grad_out, scratch.grad_out);
 
         const bool in_blocks = plan.block < plan.queries;
         if (in_blocks) {
@@ -106,10 +122,10 @@ class Backward {
 
             // Rows are queries and what they see is keys, or the other way round.
             const int64_t begin = max(q, task.begin);
-            const Diagonals<A> of_queries = {scratch.grad_scores + (begin - q), 1 - plan.pitch, plan.pitch};
-            gather_frames<S>(plan.window, plan.padded_dim, begin, min(q + count, task.end), of_queries, keys,
-                             begin - left - first_key, last_key - first_key, view(call.grad_query), streams,
-                             scratch.out);
+            const Diagonals<A> grad_scores = {scratch.grad_scores + (begin - q), 1 - plan.pitch, plan.pitch};
+            gather_frames<S>(plan.window, plan.padded_dim, begin - call.offset, min(q + count, task.end) - call.offset,
+                             grad_scores, keys, begin - left - first_key, last_key - first_key, view(call.grad_query),
+                             streams, scratch.out);
             if (in_blocks) {
                 add_block(task, q, count, scratch.grad_scores, block_queries, scratch, scratch.grad_key);
                 add_block(task, q, count, scratch.weights, block_grad_outs, scratch, scratch.grad_value);

@@ -1,4 +1,5 @@
-// Bindings of temporal window attention: tensors [B, T, N, H, D] of one dtype, of any strides where they are inputs.
+// Bindings of temporal window attention: tensors [B, T, N, H, D], and [B, S, N, H, D] of keys and values, of one dtype, of any
+// strides where they are inputs.
 #include "common/bindings.h"
 
 #include "temporal_window_attention/call.h"
@@ -7,12 +8,19 @@ namespace tritonkern {
 namespace {
 
 TemporalWindowAttention describe(const TensorView& query, const TensorView& key, const TensorView& value, int64_t left,
-                                 int64_t right, double scale, int num_threads) {
+                                 int64_t right, double scale, int64_t offset, int64_t start, int num_threads) {
     expect_rank("query", query, 5);
     expect_floating("query", query);
-    expect_like("key", key, query);
-    expect_like("value", value, query);
+    expect_rank("key", key, 5);
+    expect("key", key, query.dtype, {query.shape[0], key.shape[1], query.shape[2], query.shape[3], query.shape[4]});
+    expect_like("value", value, key);
+    if (offset < 0 || offset > key.shape[1] - query.shape[1])
+        throw std::invalid_argument("offset must be from 0 to S - T, got " + std::to_string(offset) + " with S = " +
+                                    std::to_string(key.shape[1]) + " and T = " + std::to_string(query.shape[1]));
+    if (start < 0 || (start && start >= key.shape[1]))
+        throw std::invalid_argument("start must be a row of key, got " + std::to_string(start));
     TemporalWindowAttention call{};
+    call.S = key.shape[1], call.offset = offset, call.start = start;
     call.dtype = query.dtype;
     call.B = query.shape[0], call.T = query.shape[1], call.N = query.shape[2], call.H = query.shape[3];
     call.D = query.shape[4];
@@ -21,15 +29,16 @@ TemporalWindowAttention describe(const TensorView& query, const TensorView& key,
     return call;
 }
 
-TensorView result(const char* name, const TensorView& x, const TensorView& query) {
-    expect_like(name, x, query);
+TensorView result(const char* name, const TensorView& x, const TensorView& like) {
+    expect_like(name, x, like);
     expect_contiguous(name, x);
     return x;
 }
 
 void forward(const TensorView& query, const TensorView& key, const TensorView& value, int64_t left, int64_t right,
-             double scale, int num_threads, const TensorView& out, const TensorView& lse) {
-    auto call = describe(query, key, value, left, right, scale, num_threads);
+             double scale, int64_t offset, int64_t start, int num_threads, const TensorView& out,
+             const TensorView& lse) {
+    auto call = describe(query, key, value, left, right, scale, offset, start, num_threads);
     call.out = result("out", out, query);
     expect("lse", lse, accumulator(call.dtype), {call.B, call.T, call.N, call.H});
     expect_contiguous("lse", lse);
@@ -38,14 +47,14 @@ void forward(const TensorView& query, const TensorView& key, const TensorView& v
 }
 
 void backward(const TensorView& grad_out, const TensorView& query, const TensorView& key, const TensorView& value,
-              int64_t left, int64_t right, double scale, int num_threads, const TensorView& grad_query,
+              int64_t left, int64_t right, double scale, int64_t offset, int num_threads, const TensorView& grad_query,
               const TensorView& grad_key, const TensorView& grad_value) {
-    auto call = describe(query, key, value, left, right, scale, num_threads);
+    auto call = describe(query, key, value, left, right, scale, offset, 0, num_threads);
     expect_like("grad_out", grad_out, query);
     call.grad_out = grad_out;
     call.grad_query = result("grad_query", grad_query, query);
-    call.grad_key = result("grad_key", grad_key, query);
-    call.grad_value = result("grad_value", grad_value, query);
+    call.grad_key = result("grad_key", grad_key, key);
+    call.grad_value = result("grad_value", grad_value, key);
     TRITONKERN_KERNEL(temporal_window_attention, backward)(call);
 }
 
@@ -54,10 +63,11 @@ void backward(const TensorView& grad_out, const TensorView& query, const TensorV
 TRITONKERN_BINDINGS(m) {
     using py::arg;
     m.def("temporal_window_attention_forward", forward, arg("query"), arg("key"), arg("value"), arg("left"),
-          arg("right"), arg("scale"), arg("num_threads"), arg("out"), arg("lse"), Unlocked());
+          arg("right"), arg("scale"), arg("offset"), arg("start"), arg("num_threads"), arg("out"), arg("lse"),
+          Unlocked());
     m.def("temporal_window_attention_backward", backward, arg("grad_out"), arg("query"), arg("key"), arg("value"),
-          arg("left"), arg("right"), arg("scale"), arg("num_threads"), arg("grad_query"), arg("grad_key"),
-          arg("grad_value"), Unlocked());
+          arg("left"), arg("right"), arg("scale"), arg("offset"), arg("num_threads"), arg("grad_query"),
+          arg("grad_key"), arg("grad_value"), Unlocked());
 }
 
 }  // namespace tritonkern

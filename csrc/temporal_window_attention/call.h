@@ -9,10 +9,13 @@ namespace tritonkern {
 struct TemporalWindowAttention {
     DType dtype;
     int64_t B, T, N, H, D;
+    int64_t S;            // frames of keys and values, at least offset + T
+    int64_t offset;       // the key frame of query frame 0
+    int64_t start;        // forward: key frame j is stored in row (start + j) % S
     int64_t left, right;  // frames seen before and after a query
     double scale;
     int num_threads;
-    TensorView query, key, value;
+    TensorView query, key, value;                 // [B, T, N, H, D] and, of keys and values, [B, S, N, H, D]
     TensorView out;                               // forward
     void* lse;                                    // forward: [B, T, N, H], contiguous, in the type of the accumulator
     TensorView grad_out;                          // backward

@@ -9,21 +9,24 @@
 namespace tritonkern::TRITONKERN_ISA::temporal_window_attention {
 
 // How the work is cut. A task is a stretch of time of a few sequences that are adjacent in memory: `group` of the N * H
-// sequences of one batch entry. Such a group is read frame by frame, in long runs.
+// sequences of one batch entry. Such a group is read frame by frame, in long runs. Time is that of the queries in forward and
+// that of the keys in backward.
 template <class S>
 struct Plan {
     using A = Accumulator<S>;
 
-    int64_t chunk, chunks, group, groups, tasks, grain, window, padded_dim, key_columns;
+    int64_t frames, chunk, chunks, group, groups, tasks, grain, window, padded_dim, key_columns;
     int64_t queries;  // per task, rounded up
     int64_t block,
         pitch;  // queries whose weights exist at a time, and their number rounded up: the pitch of a diagonal
     int threads;
 
-    Plan(const TemporalWindowAttention& call, int64_t left, int64_t right, int64_t longest, int64_t queries_around) {
-        chunks = ceil_div(call.T, longest);
-        chunk = round_up(ceil_div(call.T, chunks), kBlock);
-        chunks = ceil_div(call.T, chunk);
+    Plan(const TemporalWindowAttention& call, int64_t frames, int64_t left, int64_t right, int64_t longest,
+         int64_t queries_around)
+        : frames(frames) {
+        chunks = ceil_div(frames, longest);
+        chunk = round_up(ceil_div(frames, chunks), kBlock);
+        chunks = ceil_div(frames, chunk);
         // Two groups, the current one and the next, of three tensors should fit into a second-level cache.
         constexpr int64_t group_bytes = 64 << 10;
         const int64_t sequences = call.N * call.H;
@@ -41,7 +44,7 @@ struct Plan {
         block = in_blocks ? queries_per_block : queries;
         pitch = in_blocks ? round_up(block + kBlock, kLanes<A>) | kLanes<A> : queries;
         // Waking a thread costs some microseconds; give it at least that much work.
-        const int64_t work = call.B * call.T * sequences * (left + right + kBlock) * call.D;
+        const int64_t work = call.B * frames * sequences * (left + right + kBlock) * call.D;
         threads = int(max<int64_t>(1, min<int64_t>(call.num_threads, work >> 17)));
         grain = ceil_div(tasks, int64_t(threads) * 16);
     }
@@ -56,18 +59,18 @@ struct Task {
         first_sequence = index % plan.groups * plan.group, index /= plan.groups;
         sequences = min(plan.group, call.N * call.H - first_sequence);
         begin = index % plan.chunks * plan.chunk, b = index / plan.chunks;
-        end = min(begin + plan.chunk, call.T);
+        end = min(begin + plan.chunk, plan.frames);
     }
 };
 
 // Whether a result is so large that it leaves the caches before it is read. Then it is written past them, in whole cache lines:
 // an ordinary write of a line that is not in a cache reads the line first.
 template <class S>
-inline bool worth_streaming(const TensorView& result, const TemporalWindowAttention& call) {
+inline bool worth_streaming(const TensorView& result, int64_t frames, const TemporalWindowAttention& call) {
     constexpr int64_t large = 32 << 20;
     const int64_t row = call.D * int64_t(sizeof(S));
     return row % kCacheLine == 0 && reinterpret_cast<uintptr_t>(result.data) % kCacheLine == 0 &&
-           call.B * call.T * call.N * call.H * row >= large;
+           call.B * frames * call.N * call.H * row >= large;
 }
 
 // Prefetches the frames of the next task while the current one computes, in memory order. The rows of one sequence alone would
@@ -77,13 +80,14 @@ class Prefetcher {
   public:
     struct Target {
         const TensorView* tensor;
-        int64_t later;  // frames: those before were read by the task before
+        int64_t later;   // frames: those before were read by the task before
+        int64_t frames;  // of the tensor
     };
 
     // Results come last among the targets, and are left out where they bypass the caches.
     Prefetcher(const TemporalWindowAttention& call, const Task& coming, std::initializer_list<Target> targets,
                int64_t left_out)
-        : sequences(coming.sequences), t(coming.begin), end(coming.end), last_frame(call.T - 1) {
+        : sequences(coming.sequences), t(coming.begin), end(coming.end) {
         const int64_t n = coming.first_sequence / call.H, h = coming.first_sequence % call.H;
         const bool spans = (coming.first_sequence + sequences - 1) / call.H != n;
         for (const Target* target = targets.begin(); target < targets.end() - left_out; ++target) {
@@ -92,7 +96,7 @@ class Prefetcher {
             const bool dense = x.stride[3] == call.D && (!spans || x.stride[2] == call.H * call.D);
             const int64_t element = sizeof(S), bytes = (dense ? sequences : 1) * call.D * element;
             const char* first = reinterpret_cast<const char*>(Sequence<S>(x, call.D, coming.b, n, h).row(0));
-            streams[count++] = {first, x.stride[1] * element, bytes, target->later};
+            streams[count++] = {first, x.stride[1] * element, bytes, target->later, target->frames - 1};
         }
     }
 
@@ -101,7 +105,8 @@ class Prefetcher {
         for (due += rows; due >= sequences && t < end; due -= sequences, ++t) {
             for (int i = 0; i < count; ++i) {
                 const Stream& stream = streams[i];
-                const char* row = stream.first + min(t + stream.later, last_frame) * stream.stride;
+                const int64_t frame = max<int64_t>(min(t + stream.later, stream.last_frame), 0);
+                const char* row = stream.first + frame * stream.stride;
                 const char *stop = row + stream.bytes, *whole = stop - 3 * kCacheLine;
                 for (; row < whole; row += 4 * kCacheLine) {
                     TRITONKERN_UNROLL
@@ -115,22 +120,22 @@ class Prefetcher {
   private:
     struct Stream {
         const char* first;  // frame 0
-        int64_t stride, bytes, later;
+        int64_t stride, bytes, later, last_frame;
     };
     Stream streams[7];
     int count = 0;
     const int64_t sequences;
     int64_t t, due = 0;
-    const int64_t end, last_frame;
+    const int64_t end;
 };
 
-// Marks of the keys first..first+count-1: -1 for one of the clip's frames 0..T-1, else 0.
+// Marks of the keys first..first+count-1: -1 for one of the frames 0..S-1, else 0.
 template <class A>
 using Exists = typename VecTypes<A>::Integer;
 
 template <class Integer>
-inline void mark_existing(int64_t first, int64_t T, int64_t count, Integer* exists) {
-    for (int64_t i = 0; i < count; ++i) exists[i] = first + i >= 0 && first + i < T ? -1 : 0;
+inline void mark_existing(int64_t first, int64_t S, int64_t count, Integer* exists) {
+    for (int64_t i = 0; i < count; ++i) exists[i] = first + i >= 0 && first + i < S ? -1 : 0;
 }
 
 // Turns the dot products of a vector of queries into weights, lane by lane. `exists` marks the keys of its

@@ -25,6 +25,7 @@ from tritonkern.functional._full_attention import full_attention
 @dataclasses.dataclass(frozen=True)
 class WindowCase(Case):
     shape: tuple[int, ...]  # [B, T, N, H, D], or [B, T, H, D]
+    around: tuple[int, int]  # frames of keys and values before and after those of the queries
     window: int | tuple[int, int]
     scale: float | None
     dtype: torch.dtype
@@ -33,16 +34,21 @@ class WindowCase(Case):
 
     def all_tensors(self):
         torch.manual_seed(self.seed)
-        return [v.store(torch.randn(self.shape, dtype=torch.float64).to(self.dtype)) for v in self.views]
+        B, T, *rest = self.shape
+        longer = B, T + sum(self.around), *rest
+        shapes = self.shape, longer, longer, self.shape
+        made = (torch.randn(shape, dtype=torch.float64).to(self.dtype) for shape in shapes)
+        return [v.store(x) for v, x in zip(self.views, made, strict=True)]
 
     def tensors(self):
         return self.all_tensors()[:3]
 
     def function(self):
-        return lambda *x: tritonkern.temporal_window_attention(*x, self.window, scale=self.scale)
+        options = dict(scale=self.scale, query_offset=self.around[0])
+        return lambda *x: tritonkern.temporal_window_attention(*x, self.window, **options)
 
     def compare(self):
-        window_tests.check(WHERE, self.all_tensors(), self.window, self.scale)
+        window_tests.check(WHERE, self.all_tensors(), self.window, self.scale, self.around[0])
 
     @classmethod
     def random(cls) -> st.SearchStrategy[WindowCase]:
@@ -56,6 +62,7 @@ class WindowCase(Case):
             lambda shape: st.builds(
                 cls,
                 shape=st.just(shape),
+                around=st.just((0, 0)) | st.tuples(st.integers(0, 30), st.integers(0, 30)),
                 window=windows,
                 scale=st.none() | st.floats(-2, 2),
                 dtype=st.sampled_from(DTYPES),

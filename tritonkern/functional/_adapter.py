@@ -20,6 +20,7 @@ def adapter_in(
     *,
     pool: int = 1,
     eps: float = 1e-5,
+    statistics: Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """The first end: GroupNorm over the whole clip, 3 x 3 convolution, ReLU.
@@ -36,6 +37,8 @@ def adapter_in(
         weight, bias: ``[O, C, 3, 3]`` and ``[O]`` or None.
         pool: side p of the patches that the result is stored in.
         eps: added to the variance, positive, at least the smallest normal number of the type of sums.
+        statistics: ``[2, B]`` float64, mean and ``1 / sqrt(variance + eps)`` to normalise with in place of the tokens'
+            own; forward only.
         backend: ``"cpp"``, ``"triton"`` (around cuDNN's convolutions) or ``"reference"``; None chooses by device.
 
     Returns:
@@ -55,7 +58,8 @@ def adapter_in(
     parameters = {"norm_weight": norm_weight, "norm_bias": norm_bias, "weight": weight}
     check_types(backend, tokens=tokens, **parameters, **({} if bias is None else {"bias": bias}))
     norm = Norm(norm_weight, norm_bias, real("eps", eps))
-    return adapter_in_fwd(tokens, *norm, *Conv(weight, bias), *_grid(grid, pool), autocast_dtype(tokens), backend)[0]
+    dtype = autocast_dtype(tokens)
+    return adapter_in_fwd(tokens, *norm, *Conv(weight, bias), *_grid(grid, pool), dtype, statistics, backend)[0]
 
 
 def adapter_out(

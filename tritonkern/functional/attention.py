@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tritonkern.functional._arguments import autocast, check_types, real, softmax_scale, window_extent
+from tritonkern.functional._arguments import autocast, check_types, integer, real, softmax_scale, window_extent
 from tritonkern.ops._checks import check_dense, check_strided
 from tritonkern.ops._dtypes import accumulator
 from tritonkern.ops.temporal_window_attention import op as _window_op
@@ -19,6 +19,8 @@ def temporal_window_attention(
     window: int | tuple[int, int] = 13,
     *,
     scale: float | None = None,
+    query_offset: int = 0,
+    start: int = 0,
     backend: str | None = None,
 ) -> Tensor:
     """Attention over time in which every frame sees only the frames near it.
@@ -35,18 +37,27 @@ def temporal_window_attention(
         i = 4         . . . 1 1 1        i = 4              . . 1 1 1 .
         i = 5         . . . . 1 1        i = 5              . . . 1 1 1
 
+    Keys and values may cover more frames than the queries, as they do in a stream: query frame i stands at key frame
+    ``query_offset + i``, and everything above counts from there. With T = 2 queries, S = 6 keys, ``query_offset=3`` and
+    ``window=3``, query 0 sees the keys 2, 3 and 4, and query 1 the keys 3, 4 and 5.
+
     Time and memory grow with T times the window, never with T squared. The first derivative is supported; a second one
     raises RuntimeError.
 
     Args:
-        query, key, value: ``[B, T, H, D]`` or ``[B, T, N, H, D]`` (batch, frames, spatial positions, heads, head
-            dimension), all three of one shape, dtype and device; any strides, so no ``permute().contiguous()`` is ever
-            needed. float64, float32, bfloat16 or float16; D a multiple of 8 from 8 to 256. Any other size may be 0.
-            Sums are kept in float32 (float64 for float64). Under autocast they are cast to the autocast dtype, as
+        query: ``[B, T, H, D]`` or ``[B, T, N, H, D]`` (batch, frames, spatial positions, heads, head dimension).
+            float64, float32, bfloat16 or float16; D a multiple of 8 from 8 to 256. Any other size may be 0. Sums are
+            kept in float32 (float64 for float64). Under autocast the tensors are cast to the autocast dtype, as
             `torch.nn.functional.scaled_dot_product_attention` does.
+        key, value: of the shape, dtype and device of query, but for the number of frames S, which is at least
+            ``query_offset + T``. All three may have any strides, so no ``permute().contiguous()`` is ever needed.
         window: odd number of frames in all (13 sees six on each side), or the inclusive counts ``(left, right)`` of
             frames before and after. Windows are cut off, not shifted, at the ends of the clip; longer than it is legal.
         scale: factor on the scores, from -2**64 to 2**64; ``D ** -0.5`` if None.
+        query_offset: the key frame of query frame 0.
+        start: the row of `key` and `value` in which frame 0 is stored, for keys and values in a ring: frame j is in row
+            ``(start + j) % S``, so that a stream overwrites its oldest frame and never moves the others. Forward only:
+            where a gradient is recorded, another start than 0 is refused.
         backend: ``"cpp"``, ``"triton"`` or ``"reference"``; None chooses by device.
 
     Returns:
@@ -55,9 +66,10 @@ def temporal_window_attention(
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
-        NotImplementedError: an input carries a forward-mode tangent, or `torch.func` differentiates the call.
-        ValueError: shapes or devices that do not fit together, a window that is even or negative, a scale out of
-            range, or a backend that cannot run this call (the message lists every backend with its reason and the way
+        NotImplementedError: an input carries a forward-mode tangent, `torch.func` differentiates the call, or a
+            gradient is recorded with a start that is not 0.
+        ValueError: shapes or devices that do not fit together, a window that is even or negative, a scale,
+            query_offset or start out of range, or a backend that cannot run this call (the message lists every backend with its reason and the way
             out).
 
     The operation is the temporal attention of Chrono (Kim et al., "Exploring Temporally-Aware Features for Point
@@ -67,11 +79,12 @@ def temporal_window_attention(
     check_types(backend, query=query, key=key, value=value)
     query, key, value = autocast(query, key, value)
     scale = softmax_scale(scale, query)
+    options = left, right, scale, integer("query_offset", query_offset), integer("start", start), backend
     attend = _window_op.temporal_window_attention_fwd
     if not query.dim() == key.dim() == value.dim() == 4:
-        return attend(query, key, value, left, right, scale, backend)[0]
+        return attend(query, key, value, *options)[0]
     query, key, value = query.unsqueeze(2), key.unsqueeze(2), value.unsqueeze(2)
-    return attend(query, key, value, left, right, scale, backend)[0].squeeze(2)
+    return attend(query, key, value, *options)[0].squeeze(2)
 
 
 def track_sample_attention(

@@ -1,6 +1,8 @@
 """The temporal adapter which lets the tokens of a per-frame backbone attend along time."""
 
-from typing import Any, cast
+from __future__ import annotations
+
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -11,10 +13,25 @@ from tritonkern.functional._adapter import adapter_in, adapter_out
 from tritonkern.functional._arguments import autocast_dtype
 from tritonkern.nn._inputs import check_inputs
 from tritonkern.nn._plain import input_dtype, is_plain
-from tritonkern.nn.temporal import TemporalWindowAttention
+from tritonkern.nn.temporal import AttentionState, TemporalWindowAttention
+from tritonkern.ops.temporal_adapter.op import adapter_in_fwd
 
 # What the fused computation assumes of the 3x3 convolutions.
 _SAME = dict(kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, padding_mode="zeros")
+
+
+class AdapterState(NamedTuple):
+    """What `TemporalAdapter.step` carries from frame to frame."""
+
+    attention: AttentionState
+    waiting: list[tuple[Tensor, Tensor]]
+    """Of each frame whose output waits, the tokens and what is added to the output of the attention."""
+    statistics: Any
+    """`[2, B]` float64, mean and 1 / deviation of every frame's norm; None: those of the frames in `moments`."""
+    moments: list[Tensor]
+    """`[2, B]` float64 of each of the last frames: mean and mean square of the patches."""
+    window: int
+    """Frames of `moments`, at most."""
 
 
 class TemporalAdapter(nn.Module):
@@ -90,6 +107,80 @@ class TemporalAdapter(nn.Module):
         update = self(patches.unflatten(2, grid)).flatten(2, 3)
         return torch.cat([tokens[:, :, :prefix], patches + update.to(tokens.dtype)], dim=2)
 
+    def begin(
+        self, lookahead: int | None = None, *, statistics: Tensor | None = None, statistics_window: int = 24
+    ) -> AdapterState:
+        """The state before the first frame, for `step`.
+
+        Args:
+            lookahead: frames that the result of a frame waits for; windows reach no further ahead. None: as many as the
+                windows have.
+            statistics: `[2, B]` float64, mean and `1 / sqrt(variance + eps)` for the norm of all frames, as
+                `clip_statistics` returns them.
+            statistics_window: without `statistics`, the norm of a frame has the statistics of so many frames: itself
+                and those before it, as far as there are any.
+        """
+        return AdapterState(self.attn_temp.begin(lookahead), [], statistics, [], statistics_window)
+
+    @torch.no_grad()
+    def clip_statistics(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        """`[2, B]` float64: what `add_to` normalises these tokens with."""
+        norm, conv, grid_ = self.norm, self.conv1, (*grid, self.pool)
+        call = (norm.weight, norm.bias, norm.eps, conv.weight, conv.bias, *grid_, autocast_dtype(tokens), None)
+        return torch.stack(adapter_in_fwd(tokens, *call)[1:])
+
+    @torch.no_grad()
+    def step(self, state: AdapterState, tokens: Tensor, grid: tuple[int, int]) -> tuple[AdapterState, Tensor | None]:
+        """The next frame of a stream: `add_to` of tokens `[B, 1, prefix + h * w, C]`.
+
+        Returns the state, and the new tokens of the frame `lookahead` frames ago, or None while there is none. Forward
+        only. With the whole window as lookahead, the clip's own statistics and `finish` at the end, a stream of a clip
+        has the results of one call of `add_to`, and its bits where PyTorch's linear layers have the same bits for one
+        frame as for many. `state` is used up.
+
+        Raises:
+            ValueError: not one frame, or a submodule that must be called (LoRA, hooks, quantised layers).
+        """
+        check_inputs(self, tokens=tokens)
+        if tokens.ndim != 4 or tokens.shape[1] != 1 or tokens.shape[3] != self.dim:
+            raise ValueError(f"tokens must be one frame, [B, 1, prefix + h * w, {self.dim}], got {list(tokens.shape)}")
+        if not self._reads_weights() or not is_plain(self.attn_temp, TemporalWindowAttention):
+            raise ValueError(
+                "step needs an adapter of plain layers, without hooks, LoRA or quantised weights: the norm of a stream "
+                "has other statistics than the layer itself; merge or remove them"
+            )
+        attention, waiting, statistics, moments, window = state
+        if statistics is None:
+            moments = (
+                [*moments[1 - window :], self._moments(tokens, grid)] if window > 1 else [self._moments(tokens, grid)]
+            )
+            mean, square = torch.stack(moments).mean(0)
+            statistics = torch.stack([mean, ((square - mean.square()).clamp(min=0) + self.norm.eps).rsqrt()])
+        x = self._pooled(tokens, grid, statistics)
+        attention, attended = self.attn_temp.step(attention, _call(self.norm2, x))
+        waiting = [*waiting, (tokens, x)]
+        state = AdapterState(attention, waiting, state.statistics, moments, window)
+        if attended is None:
+            return state, None
+        out = self._added(*waiting[0], attended, grid)
+        return state._replace(waiting=waiting[1:]), out
+
+    @torch.no_grad()
+    def finish(self, state: AdapterState, grid: tuple[int, int]) -> Tensor | None:
+        """New tokens of the frames that still wait, `[B, T, prefix + h * w, C]`; their windows end with the stream."""
+        attended = self.attn_temp.finish(state.attention)
+        if attended is None:
+            return None
+        parts = zip(state.waiting, attended.split(1, 1), strict=True)
+        return torch.cat([self._added(*waiting, out, grid) for waiting, out in parts], 1)
+
+    def _moments(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
+        patches = tokens[:, :, tokens.shape[2] - grid[0] * grid[1] :].double()
+        return torch.stack([patches.mean((1, 2, 3)), patches.square().mean((1, 2, 3))])
+
+    def _added(self, tokens: Tensor, x: Tensor, attended: Tensor, grid: tuple[int, int]) -> Tensor:
+        return self._last_convolution(self._upsampled(x + attended.to(x.dtype)), grid, tokens=tokens)
+
     def _reads_weights(self) -> bool:
         """Whether the fused computation may take the place of calls; otherwise each submodule is called."""
         patch: dict[str, Any] = dict(
@@ -123,17 +214,21 @@ class TemporalAdapter(nn.Module):
 
     def _bottleneck(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         """`[B, T, prefix + h * w, C]` -> the image that the last ReLU and convolution take, patch after patch."""
-        norm, conv, pool, upsample = self.norm, self.conv1, self.conv_pool, self.conv_upsample
-        hidden = adapter_in(
-            tokens, grid, norm.weight, norm.bias, conv.weight, cast(Tensor, conv.bias), pool=self.pool, eps=norm.eps
-        )
+        x = self._pooled(tokens, grid)
+        return self._upsampled(x + self.attn_temp(_call(self.norm2, x)).to(x.dtype))
+
+    def _pooled(self, tokens: Tensor, grid: tuple[int, int], statistics: Tensor | None = None) -> Tensor:
+        """`[B, T, prefix + h * w, C]` -> what attends along time, `[B, T, h/pool * w/pool, hidden]`."""
+        norm, conv, pool = self.norm, self.conv1, self.conv_pool
+        parameters = norm.weight, norm.bias, conv.weight, cast(Tensor, conv.bias)
+        hidden = adapter_in(tokens, grid, *parameters, pool=self.pool, eps=norm.eps, statistics=statistics)
         # What follows has the dtype that the convolution chose: on the CPU float32 even for half precision.
         with torch.autocast(tokens.device.type, enabled=False):
             # Patches are rows: a convolution whose kernel is its stride is a product with the kernel as a matrix.
-            x = F.relu(_linear(hidden, rearrange(pool.weight, "o c h w -> o (h w c)"), pool.bias))
-        del hidden
-        # [B, T, h/pool * w/pool, hidden]
-        x = x + self.attn_temp(_call(self.norm2, x)).to(x.dtype)
+            return F.relu(_linear(hidden, rearrange(pool.weight, "o c h w -> o (h w c)"), pool.bias))
+
+    def _upsampled(self, x: Tensor) -> Tensor:
+        upsample = self.conv_upsample
         with torch.autocast(tokens.device.type, enabled=False):
             bias = upsample.bias.repeat(self.pool**2)  # type: ignore[union-attr]
             return _linear(x, rearrange(upsample.weight, "c o h w -> (h w o) c"), bias)

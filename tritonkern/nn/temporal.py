@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
+import torch
 from torch import Tensor, nn
 
 from tritonkern.functional import temporal_window_attention
 from tritonkern.functional._arguments import window_extent
 from tritonkern.nn._inputs import check_inputs
 from tritonkern.ops.temporal_window_attention.op import check_window
+
+
+class AttentionState(NamedTuple):
+    """What `TemporalWindowAttention.step` carries from frame to frame."""
+
+    lookahead: int
+    """Frames that an output waits for."""
+    frames: int
+    """Frames seen."""
+    queries: Any
+    """`[B, <= lookahead, N, H, D]` of the frames whose output waits; None before the first frame."""
+    keys: Any
+    """`[B, left + 1 + lookahead, N, H, D]`, a ring: frame t is in row t modulo its length."""
+    values: Any
 
 
 class TemporalWindowAttention(nn.Module):
@@ -66,6 +83,70 @@ class TemporalWindowAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``[B, T, C]`` or ``[B, T, N, C]`` -> the same shape; every position n attends along T on its own."""
+        query, key, value = self._heads(x)
+        return self._merged(temporal_window_attention(query, key, value, self.window))
+
+    def begin(self, lookahead: int | None = None) -> AttentionState:
+        """The state before the first frame, for `step`.
+
+        Args:
+            lookahead: frames that an output waits for. Windows reach `min(right, lookahead)` frames ahead; None waits
+                for the whole window.
+        """
+        right = self.window[1]
+        return AttentionState(right if lookahead is None else min(right, lookahead), 0, None, None, None)
+
+    @torch.no_grad()
+    def step(self, state: AttentionState, x: Tensor) -> tuple[AttentionState, Tensor | None]:
+        """The next frame of a stream: ``[B, 1, N, C]`` -> the output of the frame `lookahead` frames ago, or None.
+
+        Forward only. A stream of a clip, with the whole window as lookahead and `finish` at its end, has the results of
+        one call. Keys and values are kept in a ring of one window, which is written in place: `state` is used up.
+
+        Raises:
+            ValueError: not one frame.
+        """
+        if x.dim() != 4 or x.shape[1] != 1:
+            raise ValueError(f"x must be one frame, [B, 1, N, {self.qkv.in_features}], got {tuple(x.shape)}")
+        query, key, value = self._heads(x)
+        lookahead, frames, queries, keys, values = state
+        if queries is None:
+            size = self.window[0] + 1 + lookahead
+            queries, keys, values = (
+                y.new_zeros((len(y), n, *y.shape[2:])) for y, n in ((query, 0), (key, size), (value, size))
+            )
+        keys[:, frames % keys.shape[1]] = key[:, 0]
+        values[:, frames % keys.shape[1]] = value[:, 0]
+        state = AttentionState(lookahead, frames + 1, torch.cat([queries, query], 1), keys, values)
+        if state.queries.shape[1] <= lookahead:
+            return state, None
+        out = self._attended(state, 1)
+        return state._replace(queries=state.queries[:, 1:]), out
+
+    @torch.no_grad()
+    def finish(self, state: AttentionState) -> Tensor | None:
+        """The outputs of the frames that still wait, ``[B, T, N, C]``; their windows end with the stream. None where
+        there are none."""
+        waiting = 0 if state.queries is None else state.queries.shape[1]
+        return self._attended(state, waiting) if waiting else None
+
+    def _attended(self, state: AttentionState, count: int) -> Tensor:
+        """The first `count` of the waiting frames."""
+        lookahead, frames, queries, keys, values = state
+        stored = min(frames, keys.shape[1])
+        oldest = frames - stored
+        out = temporal_window_attention(
+            queries[:, :count],
+            keys[:, :stored],
+            values[:, :stored],
+            (self.window[0], lookahead),
+            query_offset=frames - queries.shape[1] - oldest,
+            start=oldest % keys.shape[1],
+        )
+        return self._merged(out)
+
+    def _heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Query, key and value, ``[..., H, D]``."""
         check_inputs(self, x=x)
         if x.dim() not in (3, 4) or x.shape[-1] != self.qkv.in_features:
             raise ValueError(
@@ -73,7 +154,9 @@ class TemporalWindowAttention(nn.Module):
                 f"got {tuple(x.shape)}"
             )
         query, key, value = self.qkv(x).unflatten(-1, (3, self.num_heads, self.head_dim)).unbind(-3)
-        out = temporal_window_attention(self.q_norm(query), self.k_norm(key), value, self.window)
+        return self.q_norm(query), self.k_norm(key), value
+
+    def _merged(self, out: Tensor) -> Tensor:
         return self.proj_drop(self.proj(out.flatten(-2)))
 
     def extra_repr(self) -> str:

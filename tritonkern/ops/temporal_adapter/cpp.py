@@ -11,15 +11,19 @@ from tritonkern.ops.temporal_adapter.op import HALF, Conv, Grid, Norm, hidden_dt
 
 
 def adapter_in_forward(
-    tokens: Tensor, norm: Norm, conv: Conv, grid: Grid, dtype: torch.dtype
+    tokens: Tensor, norm: Norm, conv: Conv, grid: Grid, dtype: torch.dtype, statistics: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.adapter_in_forward`. The normalised tokens are never stored."""
     compute = hidden_dtype(tokens.device, dtype)
     hidden = tokens.new_empty(hidden_shape(tokens, grid, len(conv.weight)), dtype=compute)
-    mean, rstd = (tokens.new_zeros(len(tokens), dtype=torch.float64) for _ in range(2))
+    if statistics is None:
+        mean, rstd = (tokens.new_zeros(len(tokens), dtype=torch.float64) for _ in range(2))
+    else:
+        mean, rstd = (x.clone() for x in statistics.unbind())
     if hidden.numel():
         patches, threads = _patches(adjacent_channels(tokens), grid), torch.get_num_threads()
-        _cpp.temporal_adapter_statistics(patches, norm.eps, threads, mean, rstd)
+        if statistics is None:
+            _cpp.temporal_adapter_statistics(patches, norm.eps, threads, mean, rstd)
         scale, shift = _affine(norm, mean, rstd, compute)
         out = _tiled(hidden, grid)
         weight, bias = conv.weight.to(compute), _as(conv.bias, compute)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from tritonkern.ops._checks import check_eps, check_flags, check_saved, check_tensors
+from tritonkern.ops._checks import check_eps, check_flags, check_saved, check_strided, check_tensors
 from tritonkern.ops._registry import Results, differentiable, operator
 
 NAME = "temporal_adapter"
@@ -58,14 +58,22 @@ def hidden_shape(like: Tensor, grid: Grid, channels: int) -> tuple[int, int, int
 
 @operator(NAME, "adapter_in_forward")
 def adapter_in_fwd(
-    tokens: Tensor, norm: Norm, conv: Conv, grid: Grid, dtype: torch.dtype
+    tokens: Tensor, norm: Norm, conv: Conv, grid: Grid, dtype: torch.dtype, statistics: Tensor | None
 ) -> Results[tuple[Tensor, Tensor, Tensor]]:
     """relu(conv(norm(patches))) as `hidden`, and mean and 1 / deviation of the patches, `[B]`, float64.
 
-    `dtype` says how precise the convolution is.
+    `dtype` says how precise the convolution is. `statistics` `[2, B]`, float64, are a mean and a 1 / deviation to use in
+    place of the patches' own.
     """
     check_inputs_in(tokens, norm, conv, grid, dtype)
     batch = tokens.shape[0]
+    if statistics is not None:
+        check_strided("statistics", statistics)
+        if statistics.dtype != torch.float64 or statistics.shape != (2, batch) or statistics.device != tokens.device:
+            raise ValueError(
+                f"statistics must be float64 of shape {(2, batch)} on {tokens.device}, got {statistics.dtype} of shape "
+                f"{tuple(statistics.shape)} on {statistics.device}"
+            )
     return lambda: (
         tokens.new_empty(hidden_shape(tokens, grid, conv.weight.shape[0]), dtype=hidden_dtype(tokens.device, dtype)),
         tokens.new_empty((batch,), dtype=torch.float64),
@@ -140,8 +148,12 @@ def adapter_out_bwd(
 
 
 def _save_in(ctx: Any, inputs: Any, output: Any) -> None:
-    tokens, norm_weight, norm_bias, eps, conv_weight, _, *ctx.options = inputs
-    ctx.eps = eps
+    tokens, norm_weight, norm_bias, eps, conv_weight, _, *options, statistics, backend = inputs
+    if statistics is not None:
+        raise NotImplementedError(
+            "temporal_adapter has no derivative where statistics are given; call it under torch.no_grad()"
+        )
+    ctx.eps, ctx.options = eps, (*options, backend)
     ctx.mark_non_differentiable(*output[1:])
     ctx.save_for_backward(tokens, norm_weight, norm_bias, conv_weight, *output)
 

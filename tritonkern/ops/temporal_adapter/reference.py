@@ -13,17 +13,20 @@ from tritonkern.ops.temporal_adapter.op import Conv, Grid, Norm, hidden_dtype
 
 @full_precision
 def adapter_in_forward(
-    tokens: Tensor, norm: Norm, conv: Conv, grid: Grid, dtype: torch.dtype
+    tokens: Tensor, norm: Norm, conv: Conv, grid: Grid, dtype: torch.dtype, statistics: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`[B, T, prefix + h * w, C]` -> relu(conv(norm(patches))) as `hidden`; mean and 1 / deviation `[B]`, float64."""
     patches = accurate(_patches(tokens, grid))
-    mean = patches.mean((1, 2, 3))
-    variance = (patches - _per_entry(mean)).square().mean((1, 2, 3))
-    rstd = (variance + norm.eps).rsqrt()
+    if statistics is None:
+        mean = patches.mean((1, 2, 3))
+        variance = (patches - _per_entry(mean)).square().mean((1, 2, 3))
+        rstd = (variance + norm.eps).rsqrt()
+    else:
+        mean, rstd = statistics.to(patches.dtype, copy=True).unbind()
     compute = hidden_dtype(tokens.device, dtype)
     image = _image(_normed(patches, norm, mean, rstd).to(compute), grid)
     image = _convolved(image, conv).relu()
-    return _to_hidden(image, tokens.shape, grid.pool), mean.double(), rstd.double()
+    return _to_hidden(image, tokens.shape, grid.pool), mean.double().clone(), rstd.double().clone()
 
 
 def adapter_in_backward(

@@ -20,7 +20,7 @@ from tritonkern.ops.temporal_adapter.op import Conv, Grid, Norm, hidden_dtype, h
 
 @full_precision
 def adapter_in_forward(
-    tokens: Tensor, norm: Norm, conv: Conv, grid: Grid, dtype: torch.dtype
+    tokens: Tensor, norm: Norm, conv: Conv, grid: Grid, dtype: torch.dtype, statistics: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """As `reference.adapter_in_forward`."""
     compute = hidden_dtype(tokens.device, dtype)
@@ -28,7 +28,10 @@ def adapter_in_forward(
         hidden = tokens.new_empty(hidden_shape(tokens, grid, len(conv.weight)), dtype=compute)
         mean, rstd = (tokens.new_zeros(len(tokens), dtype=torch.float64) for _ in range(2))
         return hidden, mean, rstd
-    mean, rstd = _statistics(tokens, grid.rows * grid.columns, norm.eps)
+    if statistics is None:
+        mean, rstd = _statistics(tokens, grid.rows * grid.columns, norm.eps)
+    else:
+        mean, rstd = (x.clone() for x in statistics.unbind())
     image = _convolved(_normalised(tokens, norm, mean, rstd, grid, compute), conv.weight)
     return _to_hidden(image, tokens, grid, conv.bias), mean, rstd
 

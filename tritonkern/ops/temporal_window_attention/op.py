@@ -1,4 +1,8 @@
-"""Checks, operators and gradient of temporal window attention. Tensors in here are always `[B, T, N, H, D]`."""
+"""Checks, operators and gradient of temporal window attention.
+
+Tensors in here are always `[B, T, N, H, D]`, or `[B, S, N, H, D]` of keys and values. Query frame i stands at key frame
+`query_offset + i`, and key frame j is stored in row `(start + j) % S`.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +27,9 @@ def check_window(left: int, right: int) -> None:
             raise ValueError(f"window must have a {side} count from 0 to 2**30 frames, got {count}")
 
 
-def check_inputs(query: Tensor, key: Tensor, value: Tensor, left: int, right: int, scale: float) -> None:
+def check_inputs(
+    query: Tensor, key: Tensor, value: Tensor, left: int, right: int, scale: float, query_offset: int, start: int = 0
+) -> None:
     """Raise TypeError or ValueError unless the arguments fit together."""
     check_tensors(query=query, key=key, value=value)
     check_same_dtype(query=query, key=key, value=value)
@@ -33,11 +39,23 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, left: int, right: in
             "use unsqueeze(2)"
         )
     for name, x in (("key", key), ("value", value)):
-        if x.shape != query.shape:
+        if x.dim() != 5 or x.shape[:1] != query.shape[:1] or x.shape[2:] != query.shape[2:]:
             raise ValueError(
-                f"{name} must have the shape of query, {tuple(query.shape)}, got {tuple(x.shape)}; "
-                "expand() it if it is meant to be broadcast"
+                f"{name} must have the shape of query, {tuple(query.shape)}, but for the number of frames, got "
+                f"{tuple(x.shape)}; expand() it if it is meant to be broadcast"
             )
+    if value.shape != key.shape:
+        raise ValueError(f"value must have the shape of key, {tuple(key.shape)}, got {tuple(value.shape)}")
+    frames, keys = query.shape[1], key.shape[1]
+    if not 0 <= query_offset <= MAX_WINDOW_COUNT:
+        raise ValueError(f"query_offset must be from 0 to 2**30, got {query_offset}")
+    if query_offset + frames > keys:
+        raise ValueError(
+            f"key must have at least query_offset + T = {query_offset} + {frames} frames, got {keys}: query frame i "
+            "stands at key frame query_offset + i"
+        )
+    if start and not 0 <= start < keys:
+        raise ValueError(f"start must be a row of key, from 0 to {keys - 1}, got {start}")
     head_dim = query.shape[-1]
     if head_dim % 8 != 0 or not 8 <= head_dim <= MAX_HEAD_DIM:
         raise ValueError(
@@ -50,10 +68,10 @@ def check_inputs(query: Tensor, key: Tensor, value: Tensor, left: int, right: in
 
 @operator(NAME, "forward")
 def temporal_window_attention_fwd(
-    query: Tensor, key: Tensor, value: Tensor, left: int, right: int, scale: float
+    query: Tensor, key: Tensor, value: Tensor, left: int, right: int, scale: float, query_offset: int, start: int
 ) -> Results[tuple[Tensor, Tensor]]:
     """Output `[B, T, N, H, D]` and log-sum-exp of the scores `[B, T, N, H]`, both contiguous."""
-    check_inputs(query, key, value, left, right, scale)
+    check_inputs(query, key, value, left, right, scale, query_offset, start)
     return lambda: (
         query.new_empty(query.shape),
         query.new_empty(query.shape[:-1], dtype=accumulator(query.dtype)),
@@ -71,16 +89,23 @@ def temporal_window_attention_bwd(
     left: int,
     right: int,
     scale: float,
+    query_offset: int,
 ) -> Results[tuple[Tensor, Tensor, Tensor]]:
     """Gradients of query, key and value, contiguous."""
-    check_inputs(query, key, value, left, right, scale)
+    check_inputs(query, key, value, left, right, scale, query_offset)
     of_query, of_lse = (query.shape, query.dtype), (query.shape[:-1], accumulator(query.dtype))
     check_saved({"grad_out": (grad_out, *of_query), "out": (out, *of_query), "lse": (lse, *of_lse)}, query.device)
-    return lambda: (query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape))
+    return lambda: (query.new_empty(query.shape), query.new_empty(key.shape), query.new_empty(key.shape))
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:
-    query, key, value, *ctx.options = inputs
+    query, key, value, *options, start, backend = inputs
+    if start:
+        raise NotImplementedError(
+            f"temporal_window_attention has no derivative with start={start}: a ring is read forward only. Differentiate "
+            "with key.roll(-start, 1) and value.roll(-start, 1) instead, or call it under torch.no_grad()."
+        )
+    ctx.options = *options, backend
     ctx.mark_non_differentiable(output[1])
     ctx.save_for_backward(query, key, value, *output)
 

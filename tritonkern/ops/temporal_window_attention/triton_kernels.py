@@ -10,10 +10,14 @@ spread over its tile, far beyond its window: a program whose result is not finit
 "By distance", a row takes one frame distance after the other and nothing outside its window. float64 and exact float32
 are always computed this way, since not every architecture has tensor cores for them.
 
+Where keys and values have other frames than the queries ("continued"), rows of the two sides are numbered differently
+and the kernels are compiled once more: the plain case pays nothing. Backward is then launched for each side.
+
 Scores are kept in natural units, not powers of two: where a row has one weight only, backward finds exactly 1 for it.
 """
 
 import functools
+from typing import NamedTuple
 
 import torch
 import triton
@@ -28,47 +32,76 @@ from tritonkern.ops.temporal_window_attention.triton_backward import temporal_wi
 from tritonkern.ops.temporal_window_attention.triton_forward import temporal_window_attention_fwd_kernel
 
 
+class _Clip(NamedTuple):
+    """What the frames of queries and keys have to do with each other; see op.py."""
+
+    keys: int
+    query_offset: int
+    start: int
+
+    def continues(self, frames: int) -> bool:
+        """Whether keys are not just those of the queries' frames."""
+        return self != (frames, 0, 0)
+
+
 @functools.lru_cache(maxsize=1024)
-def _launch(backward: bool, shape, dtype, tf32: bool, strides, left: int, right: int, scale: float) -> Launch:
-    """`tf32` is what the choice of tiles looks up."""
+def _launch(side: str, shape, dtype, tf32: bool, strides, clip: _Clip, left: int, right: int, scale: float) -> Launch:
+    """`shape` of query; `side` is "forward", or which gradients backward computes. `tf32`: what the choice of tiles
+    looks up."""
     B, T, N, H, D = shape
-    rows = B * T * N * H
-    if rows * D >= configs.MAX_ELEMENTS or T >= configs.MAX_FRAMES:
+    S, query_offset, start = clip
+    if B * S * N * H * D >= configs.MAX_ELEMENTS or S >= configs.MAX_FRAMES:
         raise ValueError(
-            f"query must have fewer than 2**34 elements and 2**29 frames on the triton backend, got {(B, T, N, H, D)}; "
-            "split the batch or the positions over several calls"
+            f"query and key must have fewer than 2**34 elements and 2**29 frames on the triton backend, got "
+            f"{(B, T, N, H, D)} and {(B, S, N, H, D)}; split the batch or the positions over several calls"
         )
-    left, right = min(left, T - 1), min(right, T - 1)
-    tiles = (configs.backward_tiles if backward else configs.forward_tiles)(D, left + right + 1, dtype)
-    sizes = (*flat.divisor(T), *flat.divisor(N), *flat.divisor(H), rows, left, right, scale)
+    rows = B * (S if side == "keys" else T) * N * H
+    left, right = min(left, query_offset + T - 1), min(right, S - 1 - query_offset)
+    forward, continued = side == "forward", clip.continues(T)
+    tiles = (configs.forward_tiles if forward else configs.backward_tiles)(D, left + right + 1, dtype)
+    tensor_cores = tiles.tensor_cores and (not continued or T >= configs.TILE_FRAMES)
+    of_keys = (*flat.divisor(S), query_offset, *((start,) if forward else ()))
+    sizes = (*flat.divisor(T), *flat.divisor(N), *flat.divisor(H), *of_keys, rows, left, right, scale)
     return Launch(
-        temporal_window_attention_bwd_kernel if backward else temporal_window_attention_fwd_kernel,
+        temporal_window_attention_fwd_kernel if forward else temporal_window_attention_bwd_kernel,
         triton.cdiv(rows, tiles.block_rows), *sizes, *(stride for units in strides for stride in units),
-        D=D, BLOCK_D=block_size(D), TENSOR_CORES=tiles.tensor_cores, BLOCK_ROWS=tiles.block_rows,
+        D=D, BLOCK_D=block_size(D), TENSOR_CORES=tensor_cores, BLOCK_ROWS=tiles.block_rows,
         BLOCK_OTHERS=tiles.block_others, ROWS=tiles.rows, STAGES=tiles.num_stages,
+        **({"CONTINUED": continued} if forward else {"SIDE": side}),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
 
 
-def _run(backward: bool, inputs, saved, outputs, left: int, right: int, scale: float) -> None:
-    """Run a kernel on inputs of any strides, contiguous saved tensors and contiguous outputs."""
+def _run(sides: tuple[str, ...], inputs, saved, outputs, clip: _Clip, left: int, right: int, scale: float) -> None:
+    """Run a kernel for each of `sides`, on inputs of any strides, contiguous saved tensors and contiguous outputs."""
     like = outputs[0]
-    if not like.numel():
-        return
     inputs, strides = zip(*[readable(x, configs.MAX_ELEMENTS) for x in inputs], strict=True)
-    if configs.DESCRIPTORS and not backward and configs.has_descriptors() and tma.suits(inputs, strides, left, right):
+    descriptors = configs.DESCRIPTORS and sides == ("forward",) and configs.has_descriptors()
+    if descriptors and not clip.continues(like.shape[1]) and tma.suits(inputs, strides, left, right):
         tma.forward(inputs, strides, outputs, left, right, scale, tma.programs_of(like.device))
         return
     tf32 = like.dtype == torch.float32 and configs.tf32_allowed()
-    launch = _launch(backward, like.shape, like.dtype, tf32, strides, left, right, scale)
-    launch(*inputs, *[aligned(x) for x in saved], *outputs)
+    saved = [aligned(x) for x in saved]
+    for side in sides:
+        _launch(side, like.shape, like.dtype, tf32, strides, clip, left, right, scale)(*inputs, *saved, *outputs)
 
 
-def forward(query: Tensor, key: Tensor, value: Tensor, left: int, right: int, scale: float) -> tuple[Tensor, Tensor]:
-    """`[B, T, N, H, D]` three times -> out `[B, T, N, H, D]` and the log-sum-exp of the scores `[B, T, N, H]`."""
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    left: int,
+    right: int,
+    scale: float,
+    query_offset: int = 0,
+    start: int = 0,
+) -> tuple[Tensor, Tensor]:
+    """`[B, T, N, H, D]`, twice `[B, S, N, H, D]` -> out `[B, T, N, H, D]`, log-sum-exp of the scores `[B, T, N, H]`."""
     out = query.new_empty(query.shape)
     lse = query.new_empty(query.shape[:-1], dtype=accumulator(query.dtype))
-    _run(False, (query, key, value), (), (out, lse), left, right, scale)
+    if out.numel():
+        clip = _Clip(key.shape[1], query_offset, start)
+        _run(("forward",), (query, key, value), (), (out, lse), clip, left, right, scale)
     return out, lse
 
 
@@ -82,8 +115,13 @@ def backward(
     left: int,
     right: int,
     scale: float,
+    query_offset: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and value, each `[B, T, N, H, D]`; out and lse are what `forward` returned."""
-    grads = query.new_empty(query.shape), query.new_empty(query.shape), query.new_empty(query.shape)
-    _run(True, (grad_out, query, key, value), (out, lse), grads, left, right, scale)
+    """Gradients of query, key and value, in their shapes; out and lse are what `forward` returned."""
+    if not query.numel():  # no query sees any key
+        return query.new_empty(query.shape), query.new_zeros(key.shape), query.new_zeros(key.shape)
+    grads = query.new_empty(query.shape), query.new_empty(key.shape), query.new_empty(key.shape)
+    clip = _Clip(key.shape[1], query_offset, 0)
+    sides = ("queries", "keys") if clip.continues(query.shape[1]) else ("both",)
+    _run(sides, (grad_out, query, key, value), (out, lse), grads, clip, left, right, scale)
     return grads

@@ -77,7 +77,10 @@ def temporal_window_attention_fwd_kernel_tma(
                 first, place = flat.origin((position * H + h) * T + t0, divisor_t, divisor_n, divisor_h)
                 for begin in tl.range(0, count, ROWS, num_stages=1):
                     row = first + begin + tl.arange(0, ROWS)
-                    _forward_by_distance(tensors, row, row < first + count, place, left, right, scale, D, BLOCK_D)
+                    clips = (place, place, 0, 0)
+                    _forward_by_distance(
+                        tensors, row, row < first + count, clips, left, right, scale, D, BLOCK_D, False
+                    )
 
 
 def suits(tensors: tuple[Tensor, ...], strides: tuple[tuple[int, ...], ...], left: int, right: int) -> bool:
