@@ -112,7 +112,7 @@ WINDOW = Function(
     ones=(dict(B=1, N=1, H=1), dict(T=1, N=1)), many=(dict(B=3, T=50, N=5, H=4, D=32),), tiny=dict(N=1, H=1),
 )  # fmt: skip
 OFFSET = WINDOW._replace(
-    call=partial(WINDOW.call, query_offset=3), make=window_among_more_keys,
+    call=partial(WINDOW.call, query_offset=3), make=window_among_more_keys, clip="B",
     ones=(dict(B=1, N=1, H=1), dict(T=1, N=1, after=0)), tiny=dict(T=3, N=1, H=1, after=1),
 )  # fmt: skip
 SAMPLE = Function(

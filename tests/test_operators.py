@@ -87,7 +87,7 @@ GOOD = torch.randn(2, 5, 3, 2, 8)
         (
             {"value": GOOD[:, :4]},
             ValueError,
-            r"value must have the shape of key, \(2, 5, 3, 2, 8\), got \(2, 4, 3, 2, 8\)",
+            r"value must have the shape of key, .* got \(2, 4, 3, 2, 8\)",
         ),
         (dict.fromkeys(("key", "value"), GOOD[:, :4]), ValueError, r"key must have at least .* = 0 \+ 5 frames, got 4"),
         ({"query_offset": 1}, ValueError, r"key must have at least query_offset \+ T = 1 \+ 5 frames, got 5"),

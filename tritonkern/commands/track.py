@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from tritonkern.commands._stream import parse_size, track_stream
 from tritonkern.commands._terminal import Stages, one_line_errors, output_path, print_path, whole, writable_folder
 
 _RESULTS = ("tracks.npz", "tracks.csv", "overlay.mp4", "report.html")
@@ -53,6 +54,22 @@ def track(
     ] = None,
     report: Annotated[bool, typer.Option(help="Write report.html, or do not.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda if there is one]")] = None,
+    stream: Annotated[
+        bool,
+        typer.Option(
+            "--stream",
+            help="Read VIDEO once, as it arrives, in memory that does not grow, and write tracks.csv frame by frame. "
+            "VIDEO may then be a camera (/dev/video0), an address (rtsp://...) or - for standard input, too.",
+        ),
+    ] = False,
+    lookahead: Annotated[int, typer.Option(help="With --stream: frames that a result waits for.", **whole(0))] = 6,
+    drop: Annotated[
+        bool, typer.Option("--drop", help="With --stream: drop frames, and count them, where tracking is too slow.")
+    ] = False,
+    buffer: Annotated[int, typer.Option(help="With --stream: frames that may wait to be tracked.", **whole(1))] = 64,
+    raw_size: Annotated[
+        str | None, typer.Option(help="With --stream -: standard input is raw RGB of 8 bits of WIDTHxHEIGHT pixels.")
+    ] = None,
 ) -> None:
     """Track points through a video.
 
@@ -67,6 +84,18 @@ def track(
             raise ValueError("--grid and --queries exclude each other: give one of them")
         if queries is not None and query_frame:
             raise ValueError("--query-frame goes with --grid: the file of --queries has a frame t for each point")
+        if stream:
+            if resize is not None:
+                raise ValueError("--resize goes with overlay.mp4, which --stream does not write")
+            with writable_folder(folder):
+                track_stream(
+                    video, folder, grid=grid, queries=queries, query_frame=query_frame, model=model, weights=weights,
+                    device=device, max_frames=max_frames, stride=stride, min_confidence=min_confidence,
+                    lookahead=lookahead, drop=drop, buffer=buffer, raw_size=parse_size(raw_size),
+                )  # fmt: skip
+            return
+        if drop or raw_size is not None:
+            raise ValueError("--drop and --raw-size go with --stream")
         with writable_folder(folder):
             from tritonkern.files import atomic_paths
             from tritonkern.tracking import PointTracker, VideoReader, write_overlay, write_report
@@ -104,4 +133,6 @@ def track(
 
 
 def _default_folder(video: str) -> Path:
+    if video == "-":
+        return Path("stream-tracks")
     return Path(f"{Path(os.path.abspath(video)).stem}-tracks")

@@ -68,9 +68,9 @@ def temporal_window_attention(
         TypeError: an argument of the wrong type or dtype.
         NotImplementedError: an input carries a forward-mode tangent, `torch.func` differentiates the call, or a
             gradient is recorded with a start that is not 0.
-        ValueError: shapes or devices that do not fit together, a window that is even or negative, a scale,
-            query_offset or start out of range, or a backend that cannot run this call (the message lists every backend with its reason and the way
-            out).
+        ValueError: shapes or devices that do not fit together, a window that is even or negative, a scale, query_offset
+            or start out of range, or a backend that cannot run this call (the message lists every backend with its
+            reason and the way out).
 
     The operation is the temporal attention of Chrono (Kim et al., "Exploring Temporally-Aware Features for Point
     Tracking", CVPR 2025), which is sliding-window attention (Beltagy et al., "Longformer", 2020) along time.

@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
+from tritonkern.models._streaming import FeatureState, StreamedTracker
 from tritonkern.models.chrono import Chrono
 from tritonkern.models.chrono_nano import ChronoNano
 from tritonkern.models.cogvideox import CogVideoX
@@ -31,6 +32,7 @@ __all__ = [
     "DepthModel",
     "DiffTrack",
     "DiffTrackNano",
+    "FeatureState",
     "LocoTrackFeatures",
     "LocoTrackRefiner",
     "MODELS",
@@ -38,6 +40,7 @@ __all__ = [
     "NamedModel",
     "Nano",
     "Preset",
+    "StreamedTracker",
     "TAPIR",
     "TAPIRFeatures",
     "Tracker",

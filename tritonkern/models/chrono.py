@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonkern.functional._arguments import autocast_dtype
+from tritonkern.models._streaming import Frames, StreamedTracker
 from tritonkern.models.checkpoints import load_strict, read_state_dict
 from tritonkern.models.dinov2 import DINOv2, DINOv2Config, infer_config
 from tritonkern.models.matching import MatchingTracker
 from tritonkern.nn import TemporalAdapter
+from tritonkern.nn._plain import has_hooks
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class Chrono(MatchingTracker):
+class Chrono(StreamedTracker, MatchingTracker):
     """DINOv2 with a temporal adapter after every block but the last, and the matching head of `MatchingTracker`.
 
     Computes in the dtype of its weights, float32 unless converted, on every device. The published numbers were measured
@@ -89,6 +93,27 @@ class Chrono(MatchingTracker):
         x = dino.per_frame(embed, dino.patch_embed, video.flatten(0, 1), tokens)
         (x,) = dino.run_blocks(x, video.shape[:2], grid, {last}, list(self.adapter), norm=False)
         return dino.per_frame(self._unit_features, dino.norm, x, tokens).unflatten(0, (batch, frames))
+
+    def _stages(self) -> list[Callable[[Frames], Any]]:
+        if has_hooks(self.dino):
+            raise ValueError("step needs a backbone without hooks, which see whole clips; remove them from dino")
+
+        def first(frame: Frames) -> Frames:
+            positions = self.dino.position_embedding(self.cells, self.cells)
+            return (self._embed(frame[0].flatten(0, 1), positions).unflatten(0, frame[0].shape[:2]),)
+
+        def block(number: int, frame: Frames) -> Frames:
+            return (self.dino.blocks[number](frame[0].flatten(0, 1)).unflatten(0, frame[0].shape[:2]),)
+
+        def last(frame: Frames) -> Tensor:
+            tokens = block(-1, frame)[0]
+            return self._unit_features(tokens.flatten(0, 1)).unflatten(0, tokens.shape[:2])
+
+        middle = [partial(block, number) for number in range(1, len(self.adapter))]
+        return [lambda frame: block(0, first(frame)), *middle, last] if self.adapter else [lambda x: last(first(x))]
+
+    def _adapters(self) -> list[tuple[TemporalAdapter, tuple[int, int]]]:
+        return [(cast(TemporalAdapter, adapter), (self.cells, self.cells)) for adapter in self.adapter]
 
     def _embed(self, frames: Tensor, positions: Tensor) -> Tensor:
         """Frames `[N, 256, 256, 3]` in [-1, 1] -> what enters the first block of DINOv2."""

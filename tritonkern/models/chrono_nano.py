@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from tritonkern.models._streaming import Frames, StreamedTracker
 from tritonkern.models.checkpoints import load_strict, read_state_dict
 from tritonkern.models.dinov2 import Block
 from tritonkern.models.matching import MatchingTracker
@@ -38,7 +39,7 @@ class ResidualBlock(nn.Module):
         return F.relu(self.shortcut(x) + self.norm2(self.conv2(y)))
 
 
-class ChronoNano(MatchingTracker):
+class ChronoNano(StreamedTracker, MatchingTracker):
     """A small vision transformer with temporal adapters and Chrono's matching head.
 
     A convolutional stem gives 64x64 cells of local appearance; a transformer on 16x16 tokens, with a
@@ -112,9 +113,40 @@ class ChronoNano(MatchingTracker):
         modules = [self.local_norm, self.head]
         return frames_in_blocks(self._unit_features, modules, cells.flatten(0, 1)).unflatten(0, (batch, frames))
 
+    def _stages(self) -> list[Callable[[Frames], Any]]:
+        if not self.temporal:
+            return [lambda frame: self.features(frame[0])]
+        middle = [lambda frame, block=block: (_each(block, frame[0]), *frame[1:]) for block in self.blocks[1:-1]]
+        return [self._first_stage, *middle, self._cells_stage, self._last_stage]
+
+    def _adapters(self) -> list[tuple[TemporalAdapter, tuple[int, int]]]:
+        adapters = [*cast(list[TemporalAdapter], list(self.adapter)), self.local_adapter]
+        grids = [(16, 16)] * len(self.adapter) + [(64, 64)]
+        return list(zip(adapters, grids, strict=True)) if self.temporal else []
+
+    def _first_stage(self, frame: Frames) -> Frames:
+        video = frame[0]
+        local = self.stem(rearrange(video.to(self.pos_embed.dtype), "b t h w c -> (b t) c h w"))
+        tokens = rearrange(self.patch_embed(local), "n c h w -> n (h w) c") + self.pos_embed
+        return self.blocks[0](tokens).unflatten(0, video.shape[:2]), local.unflatten(0, video.shape[:2])
+
+    def _cells_stage(self, frame: Frames) -> Frames:
+        tokens, local, *others = frame
+        context = rearrange(self.norm(_each(self.blocks[-1], tokens)).flatten(0, 1), "n (h w) c -> n c h w", h=16)
+        cells = self.fuse(local.flatten(0, 1) + self.upsample(context))
+        return rearrange(cells, "(b t) c h w -> b t (h w) c", b=len(tokens)), *others
+
+    def _last_stage(self, frame: Frames) -> Any:
+        return self._unit_features(frame[0].unflatten(2, (64, 64)))
+
     def _unit_features(self, cells: Tensor) -> Tensor:
         features = self.head(self.local_norm(cells))
         return F.normalize(features.to(torch.promote_types(features.dtype, torch.float32)), dim=-1)
+
+
+def _each(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """`function` of frames `[N, ...]`, of frames `[B, T, ...]`."""
+    return function(x.flatten(0, 1)).unflatten(0, x.shape[:2])
 
 
 def frames_in_blocks(function: Callable[..., Tensor], modules: Sequence[nn.Module], *frames: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -12,6 +12,7 @@ from einops import rearrange, reduce
 from torch import Tensor, nn
 
 from tritonkern.functional import correlation_soft_argmax, local_correlation_linear, temporal_mixer
+from tritonkern.models._streaming import Frames
 from tritonkern.models.checkpoints import load_strict, read_state_dict
 from tritonkern.models.chrono_nano import ChronoNano, frames_in_blocks
 from tritonkern.nn import TemporalWindowAttention
@@ -113,6 +114,17 @@ class Nano(ChronoNano):
         cells = self.cells(video)
         fine = frames_in_blocks(lambda x: self._stored(self.fine(x[None])[0]), [self.fine], video.flatten(0, 1))
         return make_maps(fine.unflatten(0, video.shape[:2]), cells)
+
+    def _stages(self) -> list[Callable[[Frames], Any]]:
+        stages = super()._stages()
+        if len(stages) == 1:
+            return stages
+        first, *others, last = stages
+        return [
+            lambda frame: (*first(frame), self._stored(self.fine(frame[0]))),
+            *others,
+            lambda frame: make_maps(frame[1], last(frame)),
+        ]
 
     def _unit_features(self, cells: Tensor) -> Tensor:
         return self._stored(super()._unit_features(cells))

@@ -151,9 +151,7 @@ class TemporalAdapter(nn.Module):
             )
         attention, waiting, statistics, moments, window = state
         if statistics is None:
-            moments = (
-                [*moments[1 - window :], self._moments(tokens, grid)] if window > 1 else [self._moments(tokens, grid)]
-            )
+            moments = [*moments, self._moments(tokens, grid)][-window:]
             mean, square = torch.stack(moments).mean(0)
             statistics = torch.stack([mean, ((square - mean.square()).clamp(min=0) + self.norm.eps).rsqrt()])
         x = self._pooled(tokens, grid, statistics)
@@ -229,7 +227,7 @@ class TemporalAdapter(nn.Module):
 
     def _upsampled(self, x: Tensor) -> Tensor:
         upsample = self.conv_upsample
-        with torch.autocast(tokens.device.type, enabled=False):
+        with torch.autocast(x.device.type, enabled=False):
             bias = upsample.bias.repeat(self.pool**2)  # type: ignore[union-attr]
             return _linear(x, rearrange(upsample.weight, "c o h w -> (h w o) c"), bias)
 

@@ -112,9 +112,8 @@ class TemporalWindowAttention(nn.Module):
         lookahead, frames, queries, keys, values = state
         if queries is None:
             size = self.window[0] + 1 + lookahead
-            queries, keys, values = (
-                y.new_zeros((len(y), n, *y.shape[2:])) for y, n in ((query, 0), (key, size), (value, size))
-            )
+            ring = (len(query), size, *query.shape[2:])
+            queries, keys, values = query[:, :0], key.new_zeros(ring), value.new_zeros(ring)
         keys[:, frames % keys.shape[1]] = key[:, 0]
         values[:, frames % keys.shape[1]] = value[:, 0]
         state = AttentionState(lookahead, frames + 1, torch.cat([queries, query], 1), keys, values)

@@ -26,13 +26,16 @@ from tritonkern.tracking.predictor import PointTracker
 from tritonkern.tracking.queries import grid_queries, read_queries
 from tritonkern.tracking.report import write_report
 from tritonkern.tracking.results import PointTracks
+from tritonkern.tracking.stream import PointStream, StreamOutput
 from tritonkern.tracking.tapvid import TapVidClip, read_tapvid
 from tritonkern.tracking.video import VideoReader
 from tritonkern.tracking.video_writer import VideoWriter
 
 __all__ = [
+    "PointStream",
     "PointTracker",
     "PointTracks",
+    "StreamOutput",
     "TapVidClip",
     "VideoReader",
     "VideoWriter",

@@ -8,16 +8,17 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tritonkern.models import build_model
+from tritonkern.models._streaming import StreamedTracker
 from tritonkern.models.tracker import Tracker
 from tritonkern.tracking.cotracker import Predictor, call_predictor
 from tritonkern.tracking.queries import DEFAULT_GRID, check_queries, grid_queries, open_queries
-from tritonkern.tracking.raster import Raster
+from tritonkern.tracking.raster import Raster, resized
 from tritonkern.tracking.results import PointTracks
 from tritonkern.tracking.spans import Progress, track_in_spans
+from tritonkern.tracking.stream import PointStream
 from tritonkern.tracking.video import VideoReader, VideoSource, whole_number
 
 VISIBLE = 0.5
@@ -120,7 +121,7 @@ class PointTracker:
             points = torch.from_numpy(np.column_stack([rows[:, 0], (rows[:, 1:] * scale)[:, ::-1]])).float()
             with Raster((height, width)) as raster:
                 for frame in _read(reader, max_frames, report):
-                    raster.append(_resize(frame, (height, width)))
+                    raster.append(resized(frame, (height, width)))
                 check_queries(rows, reader.size, len(raster), name)
                 positions, certainty = track_in_spans(self.model, raster, points, self.device, report)
         else:
@@ -140,6 +141,57 @@ class PointTracker:
         confidence[number, own_frame] = 1
         visibility = confidence >= min_confidence
         return PointTracks(tracks, visibility, confidence, rows.astype(np.float32), reader.fps, reader.size)
+
+    def stream(
+        self,
+        *,
+        lookahead: int = 6,
+        max_points: int = 1024,
+        max_sources: int = 32,
+        min_confidence: float = VISIBLE,
+        size: tuple[int, int] | None = None,
+        statistics: Sequence[Tensor] | None = None,
+    ) -> PointStream:
+        """Follow points through frames that arrive one by one, in memory that does not grow with their number.
+
+        ```python
+        stream = PointTracker().stream(lookahead=6)
+        ids = stream.add([[120.0, 80.5]])  # (x, y) in pixels of the frame that comes next
+        for frame in frames:  # uint8 RGB [H, W, 3]
+            out = stream.step(frame)  # the points in the frame 6 frames ago; None before there is one
+        rest = stream.finish()
+        ```
+
+        What a stream loses against a clip that is read as a whole: docs/tracking.md.
+
+        Args:
+            lookahead: frames that a result waits for, 0 or more. More of them make it more exact.
+            max_points: points at a time, at most.
+            max_sources: frames with points at a time, at most. The features of each are kept, 2.4 MB of nano.
+            min_confidence: a point is visible from this confidence on, 0 to 1.
+            size: (width, height) of the frames; None takes that of the first one.
+            statistics: of a similar clip, for models with temporal adapters: `model.clip_statistics(video)`. None takes
+                those of the last 24 frames, wherever the stream is.
+
+        Raises:
+            ValueError: an argument out of range, or a model that needs the whole clip.
+        """
+        for name, least, number in (
+            ("lookahead", 0, lookahead), ("max_points", 1, max_points), ("max_sources", 1, max_sources)
+        ):  # fmt: skip
+            if isinstance(number, bool) or not isinstance(number, int) or number < least:
+                raise ValueError(f"{name} must be a whole number of {least} or more, got {number!r}")
+        if not 0 <= min_confidence <= 1:
+            raise ValueError(f"min_confidence must be 0 to 1, got {min_confidence}")
+        model = self.model
+        if not (isinstance(model, StreamedTracker) or isinstance(model, Tracker) and model.context == 0):
+            raise ValueError(
+                f"{type(model).__name__} cannot run frame by frame: a stream needs nano, chrono-nano, Chrono, or a "
+                "tritonkern.models.Tracker whose features are those of one frame (context = 0)"
+            )
+        if statistics is not None and not isinstance(model, StreamedTracker):
+            raise ValueError(f"statistics are those of temporal adapters, which {type(model).__name__} does not have")
+        return PointStream(model, self.device, size, lookahead, max_points, max_sources, min_confidence, statistics)
 
     def as_predictor(self) -> Predictor:
         """This tracker with the signature of CoTracker's offline predictor, for programs that are written for it."""
@@ -166,14 +218,6 @@ def _whole_clip(frames: Iterable[np.ndarray], size: tuple[int, int]) -> Tensor:
         done += 1
     clip.resize((done, *clip.shape[1:]), refcheck=False)
     return torch.from_numpy(clip)
-
-
-def _resize(frame: np.ndarray, resolution: tuple[int, int]) -> np.ndarray:
-    """Bilinear with antialiasing, on the raster convention: position x becomes x * W_model / W, without a shift."""
-    # PyTorch warns about arrays that are read-only or have negative strides; these are copied.
-    image = torch.from_numpy(np.require(frame, requirements=["C", "W"])).permute(2, 0, 1)[None]
-    resized = F.interpolate(image, size=resolution, mode="bilinear", antialias=True, align_corners=False)
-    return resized[0].permute(1, 2, 0).numpy()
 
 
 def _check_memory(points: int, reader: VideoReader, max_frames: int | None) -> None:

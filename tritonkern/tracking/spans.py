@@ -63,15 +63,18 @@ def track_in_spans(
             encoded = None
             video = raster[span.context_start : span.context_stop].to(device)[None].float().div_(127.5).sub_(1)
             features = model.features(video)
-            encoded = span, _frames(features, slice(span.start - span.context_start, span.stop - span.context_start))
+            encoded = (
+                span,
+                some_frames(features, slice(span.start - span.context_start, span.stop - span.context_start)),
+            )
         return encoded[1]
 
     # Two passes, as a query may be in any span. `encoded` avoids the second encoding of a clip of one span.
     sources = []
     for done, span in enumerate(wanted, start=1):
-        sources.append(_frames(encode(span), frames[span.holds(frames)] - span.start))
+        sources.append(some_frames(encode(span), frames[span.holds(frames)] - span.start))
         report("tracking", done, steps)
-    source = _joined(*sources)
+    source = joined(*sources)
     # The same queries in the clip that consists of the queries' frames.
     local = torch.cat([index[:, None].to(queries), queries[:, 1:]], 1).to(device)
 
@@ -81,12 +84,14 @@ def track_in_spans(
     for done, span in enumerate(spans, start=len(wanted) + 1):
         for rows in _chunks(index, _CHUNK if matcher else _CHUNK_OWN_TRACK):
             if matcher:
-                positions, certainty = _match(matcher, cast(Tensor, source), cast(Tensor, encode(span)), local[rows])
+                positions, certainty = match_part(
+                    matcher, cast(Tensor, source), cast(Tensor, encode(span)), local[rows]
+                )
             elif len(spans) == 1:
                 output = model.track(encode(span), queries[None, rows].to(device))
                 positions, certainty = output.tracks[0], output.confidence[0]
             else:
-                positions, certainty = _track(model, source, encode(span), local[rows])
+                positions, certainty = track_part(model, source, encode(span), local[rows])
             tracks[rows, span.start : span.stop] = positions.float().cpu()
             confidence[rows, span.start : span.stop] = certainty.float().cpu()
         report("tracking", done, steps)
@@ -100,7 +105,7 @@ def _chunks(index: Tensor, size: int) -> list[Tensor]:
     return [part for rows in order.split(torch.bincount(group).tolist()) for part in rows.split(size)]
 
 
-def _match(model: MatchingTracker, source: Tensor, features: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
+def match_part(model: MatchingTracker, source: Tensor, features: Tensor, queries: Tensor) -> tuple[Tensor, Tensor]:
     """Frame by frame, with the way back. `queries` `[n, 3]` (frame of `source`, y, x)."""
     output = model.match(model.query_features(source, queries[None]), features)
     tracks, confidence = output.tracks[0], output.confidence[0]
@@ -121,20 +126,20 @@ def _match(model: MatchingTracker, source: Tensor, features: Tensor, queries: Te
     return tracks, torch.where(closed, confidence, 0)
 
 
-def _track(model: Tracker, source: Features, features: Features, queries: Tensor) -> tuple[Tensor, Tensor]:
+def track_part(model: Tracker, source: Features, features: Features, queries: Tensor) -> tuple[Tensor, Tensor]:
     """By the model's own `track`, in the clip of the queries' frames followed by the span."""
     frames, index = torch.unique(queries[:, 0].long(), return_inverse=True)
     local = torch.cat([index[:, None].to(queries), queries[:, 1:]], 1)
-    output = model.track(_joined(_frames(source, frames), features), local[None])
+    output = model.track(joined(some_frames(source, frames), features), local[None])
     return output.tracks[0, :, len(frames) :], output.confidence[0, :, len(frames) :]
 
 
-def _frames(features: Features, index: slice | Tensor) -> Features:
+def some_frames(features: Features, index: slice | Tensor) -> Features:
     """Some frames of features, whether they are one tensor or several."""
     return tree_map(lambda x: x[:, index], features)
 
 
-def _joined(*parts: Features) -> Features:
+def joined(*parts: Features) -> Features:
     """The same features of all frames of `parts`."""
     return tree_map(lambda *x: torch.cat(x, 1), *parts)
 

@@ -62,7 +62,7 @@ def adapter_in_fwd(
 ) -> Results[tuple[Tensor, Tensor, Tensor]]:
     """relu(conv(norm(patches))) as `hidden`, and mean and 1 / deviation of the patches, `[B]`, float64.
 
-    `dtype` says how precise the convolution is. `statistics` `[2, B]`, float64, are a mean and a 1 / deviation to use in
+    `dtype` says how precise the convolution is. `statistics` `[2, B]`, float64: a mean and a 1 / deviation to use in
     place of the patches' own.
     """
     check_inputs_in(tokens, norm, conv, grid, dtype)

@@ -28,8 +28,8 @@ MAX_ELEMENTS = 2**34
 # Row numbers count from the start of a clip and go a window and a tile beyond it.
 MAX_FRAMES = 2**29
 NARROW = 64  # frames
-# From so many query frames on, tiles are used where keys have other frames than queries. A tile of fewer frames has many
-# sequences, and nearly all products of its rows with the rows they share windows with are masked. Estimated.
+# From so many query frames on, tiles are used where keys have other frames than queries. A tile of shorter clips has
+# many sequences, and the mask removes nearly all products of its rows with what they share windows with. Estimated.
 TILE_FRAMES = 16
 # Whether forward uses the kernel of triton_tma.py where it can; off until a GPU has timed both. Triton 3.9 compiles it
 # without spills for sm_90, sm_100 and sm_120 (147 to 232 registers); Triton 3.6 fails inside its passes. Its tiles have

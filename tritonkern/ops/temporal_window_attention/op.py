@@ -102,8 +102,8 @@ def _save(ctx: Any, inputs: Any, output: Any) -> None:
     query, key, value, *options, start, backend = inputs
     if start:
         raise NotImplementedError(
-            f"temporal_window_attention has no derivative with start={start}: a ring is read forward only. Differentiate "
-            "with key.roll(-start, 1) and value.roll(-start, 1) instead, or call it under torch.no_grad()."
+            f"temporal_window_attention has no derivative with start={start}: a ring is read forward only. Give "
+            "key.roll(-start, 1) and value.roll(-start, 1) without start, or call it under torch.no_grad()."
         )
     ctx.options = *options, backend
     ctx.mark_non_differentiable(output[1])

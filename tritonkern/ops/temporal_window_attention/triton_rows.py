@@ -4,8 +4,8 @@ Sequences (batch, position, head) follow each other, head fastest, and row `sequ
 numbers. Row numbers inside a program count from the first frame of the sequence that holds its first row. `T`, `N` and
 `H` are what `divisor` makes of these sizes, and a tensor is its pointer and four strides in UNITs.
 
-Keys and values may have more frames S than the queries (CONTINUED): their rows are then numbered by S, and query frame t
-stands at their frame t + shift. Otherwise both sides have the same rows.
+Keys and values may have more frames S than the queries (CONTINUED): their rows are then numbered by S, and query frame
+t stands at their frame t + shift. Otherwise both sides have the same rows.
 """
 
 import functools
