@@ -36,15 +36,17 @@ class Swaying(Tracker):
         cells = F.avg_pool2d(video.flatten(0, 1).movedim(-1, 1), 4).movedim(1, -1).unflatten(0, video.shape[:2])
         return Maps(cells, cells.mean((2, 3, 4)))
 
-    def track(self, features, queries):
+    def evidence(self, features, queries):
         t, y, x = queries[0].unbind(-1)
         colour = features.colours[0, t.long(), (y / 4).long().clamp(0, 3), (x / 4).long().clamp(0, 3)]  # [N, 3]
-        light = features.brightness[0]
-        time = torch.arange(len(light), dtype=light.dtype)
-        near = (-(time[:, None] - time).abs() / 3).exp() @ light  # [T]
-        tracks = queries[0, :, None, [2, 1]] + near[:, None] * colour[:, None, :2]
-        logits = 5 * near * colour[:, None, 2].squeeze(-1)[:, None]
-        return TrackerOutput(tracks[None], logits[None], -logits[None] / 2 - 3)
+        return (features.brightness[0][:, None] * colour[:, None])[None]  # [1, N, T, 3]
+
+    def track(self, features, queries, evidence=None):
+        found = self.evidence(features, queries) if evidence is None else evidence
+        time = torch.arange(found.shape[2], dtype=found.dtype)
+        near = (-(time[:, None] - time).abs() / 3).exp() @ found  # [1, N, T, 3]
+        logits = 5 * near[..., 2]
+        return TrackerOutput(queries[:, :, None, [2, 1]] + near[..., :2], logits, -logits / 2 - 3)
 
 
 class Matching(ColourTracker):

@@ -132,19 +132,35 @@ class Nano(ChronoNano):
     def _stored(self, features: Tensor) -> Tensor:
         return features if torch.is_grad_enabled() or features.dtype == torch.float64 else features.half()
 
-    def track(self, features: Maps, queries: Tensor) -> TrackerOutput:  # type: ignore[override]
-        """Tracks of `queries` `[B, N, 3]` (t, y, x), of `features` as the method of this name returns them."""
+    def track(  # type: ignore[override]
+        self, features: Maps, queries: Tensor, evidence: Tensor | None = None
+    ) -> TrackerOutput:
+        """Tracks of `queries` `[B, N, 3]` (t, y, x), of `features` as the method of this name returns them.
+
+        `evidence` is what `evidence(features, queries)` returns, if it is known already.
+        """
         few = max(1, _POSITIONS // features.cells.shape[1])
-        parts = [self.refine(features, part)[-1].output for part in queries.split(few, 1)]
+        parts = []
+        for start in range(0, max(queries.shape[1], 1), few):
+            rows = slice(start, start + few)
+            known = None if evidence is None else evidence[:, rows]
+            parts.append(self.refine(features, queries[:, rows], known)[-1].output)
         tracks, *logits = (torch.cat(part, 1) for part in zip(*parts, strict=True))
         return TrackerOutput(tracks, *(x - _CALIBRATION for x in logits))
 
-    def refine(self, maps: Maps, queries: Tensor) -> list[Step]:
+    @torch.no_grad()
+    def evidence(self, features: Maps, queries: Tensor) -> Tensor:
+        """`[B, N, T, 6]`: the positions of the global match, its similarities, and how far from the query its own match
+        is. Those of a frame depend on no other frame but the query's."""
+        queries = queries.to(torch.promote_types(features.cells.dtype, torch.float32))
+        match = super().track(features.cells, queries).tracks
+        return torch.cat([match, self._evidence(features.cells, queries, match)], -1)
+
+    def refine(self, maps: Maps, queries: Tensor, evidence: Tensor | None = None) -> list[Step]:
         """The match, and the result of every step."""
         queries = queries.to(torch.promote_types(maps.cells.dtype, torch.float32))
-        with torch.no_grad():
-            match = super().track(maps.cells, queries).tracks
-            evidence = self._evidence(maps.cells, queries, match)
+        found = self.evidence(maps, queries) if evidence is None else evidence
+        match, evidence = found[..., :2], found[..., 2:]
         guess = self._at_queries(TrackerOutput(match, *self.refiner.first_logits(evidence)), queries)
         supports = [_supports(grid, queries, stride) for grid, stride in zip(maps, _STRIDES, strict=True)]
         steps = [Step(guess, match, None)]

@@ -34,6 +34,11 @@ class Tracker(nn.Module):
         """Tracks `queries` `[B, N, 3]` (t, y, x), of `features` as the method of this name returns them."""
         raise NotImplementedError(f"{type(self).__name__} does not implement track(features, queries)")
 
+    def evidence(self, features: Any, queries: Tensor) -> Tensor | None:
+        """What `track` begins with and what of each frame depends on no other frame but the query's, `[B, N, T, ...]`:
+        a stream keeps it, and gives it to `track` as its third argument. None: there is nothing of the kind."""
+        return None
+
     def forward(self, video: Tensor, queries: Tensor) -> TrackerOutput:
         """Tracks `queries` through `video`.
 

@@ -126,11 +126,17 @@ def match_part(model: MatchingTracker, source: Tensor, features: Tensor, queries
     return tracks, torch.where(closed, confidence, 0)
 
 
-def track_part(model: Tracker, source: Features, features: Features, queries: Tensor) -> tuple[Tensor, Tensor]:
-    """By the model's own `track`, in the clip of the queries' frames followed by the span."""
+def track_part(
+    model: Tracker, source: Features, features: Features, queries: Tensor, evidence: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """By the model's own `track`, in the clip of the queries' frames followed by the span.
+
+    `evidence` is what `model.evidence` says of this clip, if it is known already.
+    """
     frames, index = torch.unique(queries[:, 0].long(), return_inverse=True)
     local = torch.cat([index[:, None].to(queries), queries[:, 1:]], 1)
-    output = model.track(joined(some_frames(source, frames), features), local[None])
+    known = () if evidence is None else (evidence,)
+    output = model.track(joined(some_frames(source, frames), features), local[None], *known)
     return output.tracks[0, :, len(frames) :], output.confidence[0, :, len(frames) :]
 
 

@@ -94,6 +94,8 @@ class PointStream:
         self._window: list[list[Tensor]] = []  # features of the last frames
         self._encoded = 0  # frames whose features exist; those of the last ones are in `_window`
         self._points: dict[int, _Point] = {}
+        # By point and frame, or -1 for the point's own frame: what `Tracker.evidence` says.
+        self._evidence: dict[int, dict[int, Tensor]] = {}
         self._sources: dict[int, list[Tensor]] = {}
         self._next_id, self._next_descriptor = 0, -1
         self._spec: TreeSpec | None = None
@@ -172,6 +174,7 @@ class PointStream:
             raise ValueError(f"ids: no point has the id {unknown[0]}")
         for number in numbers:
             self._points.pop(number, None)
+            self._evidence.pop(number, None)
         used = {point.source for point in self._points.values()}
         self._sources = {source: features for source, features in self._sources.items() if source in used}
 
@@ -293,6 +296,7 @@ class PointStream:
             for row in saved["points"]
         }
         self._next_id, self._next_descriptor = saved["next"]
+        self._evidence = {}  # is computed again
 
     def _add_descriptors(self, descriptors: dict[str, Any]) -> np.ndarray:
         expected = self._shapes()
@@ -365,6 +369,9 @@ class PointStream:
         if drop and len(self._window) > self._kept:
             self._window.pop(0)
         self._encoded += 1
+        oldest = self._encoded - len(self._window)
+        for known in self._evidence.values():
+            known.pop(oldest - 1, None)
         if any(point.source == self._encoded - 1 for point in self._points.values()):
             self._keep_source(self._encoded - 1)
 
@@ -420,10 +427,29 @@ class PointStream:
                 if self._matcher:
                     found = match_part(self._matcher, source, cast(Tensor, window), places[part])
                 else:
-                    found = track_part(self._model, source, window, places[part])
+                    numbers = [points[row].id for row in part.tolist()]
+                    evidence = self._known(numbers, source, window, places[part], begin)
+                    found = track_part(self._model, source, window, places[part], evidence)
                 tracks[part] = found[0][:, frame - begin].float().cpu()
                 confidence[part] = found[1][:, frame - begin].float().cpu()
         return tracks, confidence
+
+    def _known(self, ids: list[int], source: Features, window: Features, places: Tensor, begin: int) -> Tensor | None:
+        """`Tracker.evidence` of the clip of the source and the window, which begins with frame `begin`; computed of
+        frames in which it is not known yet."""
+        if type(self._model).evidence is Tracker.evidence:
+            return None
+        frames = [-1, *range(begin, begin + len(cast(Tensor, tree_flatten(window)[0][0])[0]))]
+        missing = [f for f in frames if any(f not in self._evidence.get(number, {}) for number in ids)]
+        if missing:
+            wanted = torch.tensor([frame - begin for frame in missing if frame >= 0], dtype=torch.long)
+            found = self._model.evidence(joined(source, some_frames(window, wanted)), places[None])
+            assert found is not None
+            columns = [0] * (missing[0] == -1) + [1 + at for at in range(len(wanted))]
+            for row, number in enumerate(ids):
+                known = self._evidence.setdefault(number, {})
+                known.update({f: found[0, row, column].clone() for f, column in zip(missing, columns, strict=True)})
+        return torch.stack([torch.stack([self._evidence[number][f] for f in frames]) for number in ids])[None]
 
 
 def _shared(lookahead: int) -> int:
