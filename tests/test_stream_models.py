@@ -112,7 +112,11 @@ def test_models(make):
         rest = model.finish(state)
         done += [] if rest is None else [leaves(rest)]
         for x, expected in zip(zip(*done, strict=True), leaves(whole.features(video)), strict=True):
-            torch.testing.assert_close(torch.cat(x, 1), expected, rtol=2e-3, atol=2e-3)  # nano's maps are float16
+            if isinstance(model, Chrono):
+                assert torch.equal(torch.cat(x, 1), expected)
+            else:
+                # In float16. PyTorch's convolutions and linear layers round differently for many frames than for one.
+                torch.testing.assert_close(torch.cat(x, 1), expected, rtol=2e-3, atol=2e-3)
 
     check(None, model)
     short = copy.deepcopy(model)

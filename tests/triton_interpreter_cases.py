@@ -36,14 +36,14 @@ def test_result_and_gradients(shape, window, dtype):
     check(WHERE, random_inputs(*shape, dtype=dtype), window)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("shape", "around", "window"),
     [
         ((2, 7, 2, 2, 8), (4, 1), (3, 2)),
         ((1, 1, 3, 2, 16), (6, 2), 5),
-        ((1, 20, 1, 2, 8), (0, 45), 5),  # by tile, with keys that no query sees
-        ((1, 17, 1, 1, 40), (33, 0), (0, 4)),
+        ((1, 16, 1, 2, 8), (0, 40), 5),  # by tile, with keys that no query sees
+        ((1, 17, 1, 1, 24), (20, 0), (0, 4)),
     ],
     ids=str,
 )

@@ -137,7 +137,7 @@ class StreamedTracker(Tracker):
         adapters = [adapter for adapter, _ in self._adapters()]
         try:
             for adapter in adapters:
-                adapter.add_to = recorded(adapter)  # type: ignore[method-assign]
+                adapter.__dict__["add_to"] = recorded(adapter)
             self.features(video)
         finally:
             for adapter in adapters:

@@ -22,7 +22,7 @@ from tritonkern.nn._plain import has_hooks
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-class Chrono(StreamedTracker, MatchingTracker):
+class Chrono(StreamedTracker, MatchingTracker):  # type: ignore[misc]  # as MatchingTracker
     """DINOv2 with a temporal adapter after every block but the last, and the matching head of `MatchingTracker`.
 
     Computes in the dtype of its weights, float32 unless converted, on every device. The published numbers were measured

@@ -39,7 +39,7 @@ class ResidualBlock(nn.Module):
         return F.relu(self.shortcut(x) + self.norm2(self.conv2(y)))
 
 
-class ChronoNano(StreamedTracker, MatchingTracker):
+class ChronoNano(StreamedTracker, MatchingTracker):  # type: ignore[misc]  # as MatchingTracker
     """A small vision transformer with temporal adapters and Chrono's matching head.
 
     A convolutional stem gives 64x64 cells of local appearance; a transformer on 16x16 tokens, with a

@@ -83,8 +83,7 @@ class PointStream:
         self._state: FeatureState | None = None
         ahead = lookahead
         if isinstance(model, StreamedTracker):
-            # A matcher looks at one frame, so that its features may wait as long as the stream does.
-            self._state = model.begin(lookahead if self._matcher else _shared(lookahead), statistics=statistics)
+            self._state = model.begin(lookahead, statistics=statistics)
             ahead = lookahead - self._state.lookahead
         self._back, self._ahead = (0, 0) if self._matcher else (BACK, ahead)
         self._kept = self._back + 1 + ahead
@@ -297,6 +296,7 @@ class PointStream:
         }
         self._next_id, self._next_descriptor = saved["next"]
         self._evidence = {}  # is computed again
+        self._spec = self._blank()[1] if self._window else None
 
     def _add_descriptors(self, descriptors: dict[str, Any]) -> np.ndarray:
         expected = self._shapes()
@@ -392,8 +392,12 @@ class PointStream:
         """Of the features of one frame."""
         if self._window:
             return [(x.shape, x.dtype) for x in self._window[0]]
+        return [(x.shape, x.dtype) for x in self._blank()[0]]
+
+    def _blank(self) -> tuple[list[Tensor], TreeSpec]:
+        """Features of a frame without anything, and what they are made of."""
         blank = torch.zeros(1, 1, *self._model.resolution, 3, device=self._device)
-        return [(x.shape, x.dtype) for x in tree_flatten(self._model.features(blank))[0]]
+        return tree_flatten(self._model.features(blank))
 
     def _output(self, frame: int) -> StreamOutput:
         points = [point for point in self._points.values() if point.frame <= frame]
@@ -450,11 +454,6 @@ class PointStream:
                 known = self._evidence.setdefault(number, {})
                 known.update({f: found[0, row, column].clone() for f, column in zip(missing, columns, strict=True)})
         return torch.stack([torch.stack([self._evidence[number][f] for f in frames]) for number in ids])[None]
-
-
-def _shared(lookahead: int) -> int:
-    """How much of a stream's lookahead the features have, where the tracks need some as well."""
-    return lookahead // 2
 
 
 def _only_matches(model: MatchingTracker) -> bool:

@@ -24,7 +24,7 @@ import triton
 from torch import Tensor
 
 from tritonkern.ops._dtypes import accumulator
-from tritonkern.ops._triton import Launch, aligned, block_size, readable
+from tritonkern.ops._triton import Launch, aligned, block_size, readable, register_limit
 from tritonkern.ops.temporal_window_attention import configs
 from tritonkern.ops.temporal_window_attention import triton_rows as flat
 from tritonkern.ops.temporal_window_attention import triton_tma as tma
@@ -67,7 +67,7 @@ def _launch(side: str, shape, dtype, tf32: bool, strides, clip: _Clip, left: int
         triton.cdiv(rows, tiles.block_rows), *sizes, *(stride for units in strides for stride in units),
         D=D, BLOCK_D=block_size(D), TENSOR_CORES=tensor_cores, BLOCK_ROWS=tiles.block_rows,
         BLOCK_OTHERS=tiles.block_others, ROWS=tiles.rows, STAGES=tiles.num_stages,
-        **({"CONTINUED": continued} if forward else {"SIDE": side}),
+        **({"CONTINUED": continued} if forward else {"SIDE": side}), **(register_limit() if continued else {}),
         num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
 
