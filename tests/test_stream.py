@@ -21,7 +21,7 @@ from tritonkern.models.tracker import Tracker
 from tritonkern.nn.correlation import TrackerOutput
 from tritonkern.tracking import PointTracker
 from tritonkern.tracking.raster import resized
-from tritonkern.tracking.stream import BACK
+from tritonkern.tracking.stream_features import BACK
 
 
 class Maps(NamedTuple):

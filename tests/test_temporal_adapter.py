@@ -213,7 +213,10 @@ def test_given_statistics(native):
     own = torch.stack(moments)
     for t in range(3):
         part = adapter_in(tokens[:, t, None], (4, 4), *parameters, pool=2, statistics=own, backend=backend)
-        assert torch.equal(part, whole[:, t, None])
+        if backend == "cpp":
+            assert torch.equal(part, whole[:, t, None])
+        else:  # PyTorch's convolutions
+            torch.testing.assert_close(part, whole[:, t, None], rtol=1e-5, atol=1e-5)
     other = torch.tensor([[0.1, 0.2], [2.0, 3.0]], dtype=torch.float64, device=device)
     hidden = adapter_in(tokens, (4, 4), *parameters, pool=2, statistics=other, backend=backend)
     exact = adapter_in(

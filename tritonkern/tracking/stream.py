@@ -9,20 +9,10 @@ from typing import Any, NamedTuple, cast
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
-from tritonkern.models._streaming import FeatureState, StreamedTracker
-from tritonkern.models.matching import MatchingTracker
-from tritonkern.models.tracker import Features, Tracker
-from tritonkern.nn.adapter import AdapterState
-from tritonkern.nn.temporal import AttentionState
+from tritonkern.models.tracker import Tracker
 from tritonkern.tracking.raster import resized
-from tritonkern.tracking.spans import joined, match_part, some_frames, track_part
-
-BACK = 8
-"""Frames before the one that is tracked that a model with a `track` of its own sees together with it."""
-_STATES: dict[str, Any] = {state.__name__: state for state in (FeatureState, AdapterState, AttentionState)}
-_CHUNK = 512
+from tritonkern.tracking.stream_features import StreamFeatures
 
 
 class StreamOutput(NamedTuple):
@@ -71,7 +61,6 @@ class PointStream:
         statistics: Sequence[Tensor] | None,
     ) -> None:
         self._model, self._device = model, device
-        self._matcher = model if isinstance(model, MatchingTracker) and _only_matches(model) else None
         self._options = {
             "model": type(model).__name__, "resolution": list(model.resolution), "lookahead": lookahead,
             "max_points": max_points, "max_sources": max_sources, "min_confidence": min_confidence,
@@ -80,24 +69,12 @@ class PointStream:
         self._min_confidence = min_confidence
         self.size = size
         """(width, height) of the frames; None before the first one."""
-        self._state: FeatureState | None = None
-        ahead = lookahead
-        if isinstance(model, StreamedTracker):
-            self._state = model.begin(lookahead, statistics=statistics)
-            ahead = lookahead - self._state.lookahead
-        self._back, self._ahead = (0, 0) if self._matcher else (BACK, ahead)
-        self._kept = self._back + 1 + ahead
+        self._features = StreamFeatures(model, device, lookahead, statistics)
         self._frames = 0
         self._ended = False
         self._last: Tensor | None = None  # the raster of the last frame
-        self._window: list[list[Tensor]] = []  # features of the last frames
-        self._encoded = 0  # frames whose features exist; those of the last ones are in `_window`
         self._points: dict[int, _Point] = {}
-        # By point and frame, or -1 for the point's own frame: what `Tracker.evidence` says.
-        self._evidence: dict[int, dict[int, Tensor]] = {}
-        self._sources: dict[int, list[Tensor]] = {}
         self._next_id, self._next_descriptor = 0, -1
-        self._spec: TreeSpec | None = None
 
     @property
     def frames(self) -> int:
@@ -112,7 +89,7 @@ class PointStream:
     @property
     def oldest_frame(self) -> int:
         """The first frame that points may still be added in."""
-        return max(0, self._encoded - len(self._window))
+        return self._features.oldest
 
     @torch.inference_mode()
     def add(
@@ -158,7 +135,7 @@ class PointStream:
             self._points[number] = _Point(number, frame, frame, (y, x), (x, y))
         self._next_id = ids.stop
         if len(given):
-            self._keep_source(frame)
+            self._features.keep(frame)
         return np.array(ids, dtype=np.int64)
 
     def remove(self, ids: Any) -> None:
@@ -173,9 +150,7 @@ class PointStream:
             raise ValueError(f"ids: no point has the id {unknown[0]}")
         for number in numbers:
             self._points.pop(number, None)
-            self._evidence.pop(number, None)
-        used = {point.source for point in self._points.values()}
-        self._sources = {source: features for source, features in self._sources.items() if source in used}
+        self._features.forget(numbers, {point.source for point in self._points.values()})
 
     @torch.inference_mode()
     def step(self, frame: Any) -> StreamOutput | None:
@@ -204,13 +179,8 @@ class PointStream:
                 raise
         self._last = raster
         self._frames += 1
-        video = raster.to(self._device)[None, None].float().div_(127.5).sub_(1)
-        if self._state is None:
-            self._append(self._model.features(video))
-        else:
-            self._state, features = cast(StreamedTracker, self._model).step(self._state, video)
-            if features is not None:
-                self._append(features)
+        self._features.push(raster)
+        self._keep_sources()
         done = self._frames - 1 - self.lookahead
         return self._output(done) if done >= 0 else None
 
@@ -220,10 +190,8 @@ class PointStream:
         if self._ended:
             raise ValueError("the stream has ended: make a new one")
         self._ended = True
-        if self._state is not None:
-            features = cast(StreamedTracker, self._model).finish(self._state)
-            for number in range(0 if features is None else self._frames - self._encoded):
-                self._append(some_frames(features, slice(number, number + 1)), drop=False)
+        self._features.finish(self._frames)
+        self._keep_sources()
         first = max(0, self._frames - self.lookahead)
         return [self._output(number) for number in range(first, self._frames)]
 
@@ -242,7 +210,7 @@ class PointStream:
         for number in numbers:
             if number not in self._points:
                 raise ValueError(f"ids: no point has the id {number}")
-            if self._points[number].source not in self._sources:
+            if self._points[number].source not in self._features.sources:
                 raise ValueError(f"ids: the features of the frame of point {number} are not complete yet")
         points = [self._points[number] for number in numbers]
         sources = sorted({point.source for point in points})
@@ -250,7 +218,7 @@ class PointStream:
         return {
             "model": self._options["model"],
             "queries": torch.tensor(rows, dtype=torch.float64).view(-1, 3),
-            "features": [[x.clone() for x in self._sources[source]] for source in sources],
+            "features": [[x.clone() for x in self._features.sources[source]] for source in sources],
         }
 
     @torch.inference_mode()
@@ -261,12 +229,9 @@ class PointStream:
             "options": dict(self._options),
             "size": None if self.size is None else list(self.size),
             "frames": self._frames,
-            "encoded": self._encoded,
             "ended": self._ended,
             "last": None if self._last is None else self._last.clone(),
-            "state": _plain(self._state),
-            "window": _plain(self._window),
-            "sources": [[source, _plain(features)] for source, features in self._sources.items()],
+            "features": self._features.state_dict(),
             "points": [[p.id, p.frame, p.source, *p.place, *(p.xy or ())] for p in self._points.values()],
             "next": [self._next_id, self._next_descriptor],
         }
@@ -278,28 +243,23 @@ class PointStream:
         Raises:
             ValueError: another model or other options, or not a state of a stream.
         """
-        keys = {"options", "size", "frames", "encoded", "ended", "last", "state", "window", "sources", "points", "next"}
+        keys = {"options", "size", "frames", "ended", "last", "features", "points", "next"}
         if not isinstance(saved, dict) or set(saved) != keys:
             raise ValueError("saved must be what state_dict returned")
         if saved["options"] != self._options:
             raise ValueError(f"saved is the state of a stream with {saved['options']}, this one has {self._options}")
-        move = lambda x: x.to(self._device) if isinstance(x, Tensor) else x  # noqa: E731
-        restored = tree_map(move, _restored({k: saved[k] for k in ("state", "window", "sources")}))
+        self._features.load_state_dict(saved["features"])
         self.size = None if saved["size"] is None else (saved["size"][0], saved["size"][1])
-        self._frames, self._encoded, self._ended = saved["frames"], saved["encoded"], saved["ended"]
+        self._frames, self._ended = saved["frames"], saved["ended"]
         self._last = None if saved["last"] is None else saved["last"].clone()
-        self._state, self._window = restored["state"], restored["window"]
-        self._sources = {source: features for source, features in restored["sources"]}
         self._points = {
             row[0]: _Point(row[0], row[1], row[2], (row[3], row[4]), (row[5], row[6]) if len(row) > 5 else None)
             for row in saved["points"]
         }
         self._next_id, self._next_descriptor = saved["next"]
-        self._evidence = {}  # is computed again
-        self._spec = self._blank()[1] if self._window else None
 
     def _add_descriptors(self, descriptors: dict[str, Any]) -> np.ndarray:
-        expected = self._shapes()
+        expected = self._features.shapes()
         try:
             queries, features = descriptors["queries"], [list(leaves) for leaves in descriptors["features"]]
             fitting = descriptors["model"] == self._options["model"]
@@ -313,7 +273,7 @@ class PointStream:
         keys = [self._next_descriptor - number for number in range(len(features))]
         self._check_room(len(queries), set(keys))
         for key, leaves in zip(keys, features, strict=True):
-            self._sources[key] = [x.to(self._device, copy=True) for x in leaves]
+            self._features.sources[key] = [x.to(self._device, copy=True) for x in leaves]
         ids = range(self._next_id, self._next_id + len(queries))
         for number, (index, y, x) in zip(ids, queries.tolist(), strict=True):
             self._points[number] = _Point(number, self._frames, keys[int(index)], (y, x), None)
@@ -362,24 +322,10 @@ class PointStream:
             )
         return torch.from_numpy(resized(array, self._model.resolution)), size
 
-    def _append(self, features: Features, drop: bool = True) -> None:
-        """Features of the next frame."""
-        leaves, self._spec = tree_flatten(features)
-        self._window.append(leaves)
-        if drop and len(self._window) > self._kept:
-            self._window.pop(0)
-        self._encoded += 1
-        oldest = self._encoded - len(self._window)
-        for known in self._evidence.values():
-            known.pop(oldest - 1, None)
-        if any(point.source == self._encoded - 1 for point in self._points.values()):
-            self._keep_source(self._encoded - 1)
-
-    def _keep_source(self, frame: int) -> None:
-        """Keep the features of a frame that points are in, as soon as they exist."""
-        number = frame - (self._encoded - len(self._window))
-        if 0 <= number < len(self._window) and frame not in self._sources:
-            self._sources[frame] = [x.clone() for x in self._window[number]]
+    def _keep_sources(self) -> None:
+        """Keep the features of frames that points were picked in before these existed."""
+        for frame in {point.source for point in self._points.values() if point.source >= 0}:
+            self._features.keep(frame)
 
     def _place(self, point: _Point) -> tuple[float, float]:
         """(y, x) in the raster, of the point as it was picked."""
@@ -388,23 +334,13 @@ class PointStream:
         (width, height), (rows, columns) = cast(tuple[int, int], self.size), self._model.resolution
         return point.xy[1] * rows / height, point.xy[0] * columns / width
 
-    def _shapes(self) -> list[Any]:
-        """Of the features of one frame."""
-        if self._window:
-            return [(x.shape, x.dtype) for x in self._window[0]]
-        return [(x.shape, x.dtype) for x in self._blank()[0]]
-
-    def _blank(self) -> tuple[list[Tensor], TreeSpec]:
-        """Features of a frame without anything, and what they are made of."""
-        blank = torch.zeros(1, 1, *self._model.resolution, 3, device=self._device)
-        return tree_flatten(self._model.features(blank))
-
     def _output(self, frame: int) -> StreamOutput:
         points = [point for point in self._points.values() if point.frame <= frame]
         ids = np.array([point.id for point in points], dtype=np.int64)
         if not points:
             return StreamOutput(frame, ids, np.zeros((0, 2), np.float32), np.zeros(0, bool), np.zeros(0, np.float32))
-        tracks, certainty = self._tracked(frame, points)
+        sources, places = [point.source for point in points], [self._place(point) for point in points]
+        tracks, certainty = self._features.track(frame, ids.tolist(), sources, places)
         (width, height), (rows, columns) = cast(tuple[int, int], self.size), self._model.resolution
         xy = tracks.numpy() * np.array([width / columns, height / rows], dtype=np.float32)
         confidence = certainty.numpy()
@@ -414,71 +350,3 @@ class PointStream:
             if point.xy is not None and point.frame == frame:
                 xy[number], confidence[number] = point.xy, 1
         return StreamOutput(frame, ids, xy, confidence >= self._min_confidence, confidence)
-
-    def _tracked(self, frame: int, points: list[_Point]) -> tuple[Tensor, Tensor]:
-        """Positions `[n, 2]` in the raster and confidence `[n]` in one frame."""
-        first = self._encoded - len(self._window)
-        begin, end = max(first, frame - self._back), min(self._encoded, frame + self._ahead + 1)
-        spec = cast(TreeSpec, self._spec)
-        window = joined(*(tree_unflatten(leaves, spec) for leaves in self._window[begin - first : end - first]))
-        places = torch.tensor([[0, *self._place(point)] for point in points], dtype=torch.float32, device=self._device)
-        tracks, confidence = torch.empty(len(points), 2), torch.empty(len(points))
-        for key in {point.source for point in points}:
-            # One source at a time: no track depends on what other points there are.
-            source = tree_unflatten(self._sources[key], spec)
-            rows = torch.tensor([number for number, point in enumerate(points) if point.source == key])
-            for part in rows.split(_CHUNK):
-                if self._matcher:
-                    found = match_part(self._matcher, source, cast(Tensor, window), places[part])
-                else:
-                    numbers = [points[row].id for row in part.tolist()]
-                    evidence = self._known(numbers, source, window, places[part], begin)
-                    found = track_part(self._model, source, window, places[part], evidence)
-                tracks[part] = found[0][:, frame - begin].float().cpu()
-                confidence[part] = found[1][:, frame - begin].float().cpu()
-        return tracks, confidence
-
-    def _known(self, ids: list[int], source: Features, window: Features, places: Tensor, begin: int) -> Tensor | None:
-        """`Tracker.evidence` of the clip of the source and the window, which begins with frame `begin`; computed of
-        frames in which it is not known yet."""
-        if type(self._model).evidence is Tracker.evidence:
-            return None
-        frames = [-1, *range(begin, begin + len(cast(Tensor, tree_flatten(window)[0][0])[0]))]
-        missing = [f for f in frames if any(f not in self._evidence.get(number, {}) for number in ids)]
-        if missing:
-            wanted = torch.tensor([frame - begin for frame in missing if frame >= 0], dtype=torch.long)
-            found = self._model.evidence(joined(source, some_frames(window, wanted)), places[None])
-            assert found is not None
-            columns = [0] * (missing[0] == -1) + [1 + at for at in range(len(wanted))]
-            for row, number in enumerate(ids):
-                known = self._evidence.setdefault(number, {})
-                known.update({f: found[0, row, column].clone() for f, column in zip(missing, columns, strict=True)})
-        return torch.stack([torch.stack([self._evidence[number][f] for f in frames]) for number in ids])[None]
-
-
-def _only_matches(model: MatchingTracker) -> bool:
-    """Whether it tracks every frame on its own."""
-    return type(model).track is MatchingTracker.track
-
-
-def _plain(x: Any) -> Any:
-    """States as lists that begin with their name, and copies of tensors."""
-    if isinstance(x, Tensor):
-        return x.clone()
-    if isinstance(x, tuple) and hasattr(x, "_fields"):
-        return ["state", type(x).__name__, [_plain(y) for y in x]]
-    if isinstance(x, tuple):
-        return ["tuple", "", [_plain(y) for y in x]]
-    return ["list", "", [_plain(y) for y in x]] if isinstance(x, list) else x
-
-
-def _restored(x: Any) -> Any:
-    """What `_plain` was made of."""
-    if isinstance(x, dict):
-        return {key: _restored(y) for key, y in x.items()}
-    if isinstance(x, list) and len(x) == 3 and x[0] in ("state", "tuple", "list"):
-        values = [_restored(y) for y in x[2]]
-        return _STATES[x[1]](*values) if x[0] == "state" else tuple(values) if x[0] == "tuple" else values
-    if isinstance(x, list):
-        return [_restored(y) for y in x]
-    return x.clone() if isinstance(x, Tensor) else x
