@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from tritonkern.distributed import moments
 from tritonkern.functional._adapter import adapter_in, adapter_out
 from tritonkern.functional._arguments import autocast_dtype
 from tritonkern.nn._inputs import check_inputs
-from tritonkern.nn._plain import input_dtype, is_plain
+from tritonkern.nn._plain import input_dtype, is_plain, obstacle
 from tritonkern.nn.temporal import AttentionState, TemporalWindowAttention
 from tritonkern.ops.temporal_adapter.op import adapter_in_fwd
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 # What the fused computation assumes of the 3x3 convolutions.
 _SAME = dict(kernel_size=(3, 3), stride=(1, 1), padding=(1, 1), dilation=(1, 1), groups=1, padding_mode="zeros")
@@ -49,6 +53,9 @@ class TemporalAdapter(nn.Module):
 
     Paper: Kim et al., "Exploring Temporally-Aware Features for Point Tracking", CVPR 2025.
     """
+
+    frames_group: ProcessGroup | None = None
+    """Set by `tritonkern.distributed.shard_frames`: the ranks that hold the stretches of the clip."""
 
     def __init__(self, dim: int, hidden: int = 128, num_heads: int = 4, window_size: int = 13, pool: int = 4) -> None:
         super().__init__()
@@ -200,7 +207,12 @@ class TemporalAdapter(nn.Module):
         if rows % self.pool or columns % self.pool:
             raise ValueError(f"tokens must have h and w that are multiples of {self.pool}, got {list(tokens.shape)}")
         # Contiguous: in PyTorch 2.13 the backward pass of a channels-last group norm crashes on CPUs.
-        x = _call(self.norm, rearrange(tokens, "b t h w c -> b c t h w").contiguous())
+        x = rearrange(tokens, "b t h w c -> b c t h w").contiguous()
+        if self.frames_group is None:
+            x = _call(self.norm, x)
+        else:
+            entries = zip(x.split(1), *self._clip_norm(tokens.flatten(2, 3), self.frames_group), strict=True)
+            x = torch.cat([F.group_norm(entry, 1, weight, bias, self.norm.eps) for entry, weight, bias in entries])
         x = F.relu(_call(self.conv1, rearrange(x, "b c t h w -> (b t) c h w")))
         x = F.relu(_call(self.conv_pool, x))
         rows, columns = x.shape[2:]
@@ -218,8 +230,14 @@ class TemporalAdapter(nn.Module):
     def _pooled(self, tokens: Tensor, grid: tuple[int, int], statistics: Tensor | None = None) -> Tensor:
         """`[B, T, prefix + h * w, C]` -> what attends along time, `[B, T, h/pool * w/pool, hidden]`."""
         norm, conv, pool = self.norm, self.conv1, self.conv_pool
-        parameters = norm.weight, norm.bias, conv.weight, cast(Tensor, conv.bias)
-        hidden = adapter_in(tokens, grid, *parameters, pool=self.pool, eps=norm.eps, statistics=statistics)
+        convolution = conv.weight, cast(Tensor, conv.bias)
+        options: dict[str, Any] = dict(pool=self.pool, eps=norm.eps, statistics=statistics)
+        if self.frames_group is None:
+            hidden = adapter_in(tokens, grid, norm.weight, norm.bias, *convolution, **options)
+        else:
+            patches = tokens[:, :, tokens.shape[2] - grid[0] * grid[1] :]
+            entries = zip(tokens.split(1), *self._clip_norm(patches, self.frames_group), strict=True)
+            hidden = torch.cat([adapter_in(x, grid, w, b, *convolution, **options) for x, w, b in entries])
         # What follows has the dtype that the convolution chose: on the CPU float32 even for half precision.
         with torch.autocast(tokens.device.type, enabled=False):
             # Patches are rows: a convolution whose kernel is its stride is a product with the kernel as a matrix.
@@ -230,6 +248,29 @@ class TemporalAdapter(nn.Module):
         with torch.autocast(x.device.type, enabled=False):
             bias = upsample.bias.repeat(self.pool**2)  # type: ignore[union-attr]
             return _linear(x, rearrange(upsample.weight, "c o h w -> (h w o) c"), bias)
+
+    def _clip_norm(self, patches: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor]:
+        """Weight and bias `[B, C]` with which a GroupNorm over this rank's `[B, T, h * w, C]` is that of the clip.
+
+        (x - mean) / deviation of the clip is an affine function of that of this rank's frames, so the fused computation
+        need not know about other ranks; its gradients and those of the moments add up to those of the norm.
+        """
+        part = moments(patches, group)
+        rstd, rstd_of_all = ((v + self.norm.eps).rsqrt() for v in (part.variance, part.variance_of_all))
+        weight, bias = (x.double() for x in (self.norm.weight, self.norm.bias))
+        shift = (part.mean - part.mean_of_all) * rstd_of_all
+        scaled = weight * (rstd_of_all / rstd)[:, None], bias + weight * shift[:, None]
+        return scaled[0].to(self.norm.weight.dtype), scaled[1].to(self.norm.bias.dtype)
+
+    def check_can_shard(self) -> None:
+        """Raise TypeError unless the layers that see several frames are those that `shard_frames` can replace."""
+        obstacles = {
+            "norm": obstacle(self.norm, nn.GroupNorm, num_groups=1, affine=True),
+            "attn_temp": obstacle(self.attn_temp, TemporalWindowAttention),
+        }
+        for name, reason in obstacles.items():
+            if reason is not None:
+                raise TypeError(f"the layer {name} of a TemporalAdapter cannot be computed in stretches: {reason}")
 
     def _last_convolution(
         self, x: Tensor, grid: tuple[int, int], tokens: Tensor | None = None, dtype: torch.dtype | None = None

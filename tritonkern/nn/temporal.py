@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from tritonkern.distributed import halo_window_attention
 from tritonkern.functional import temporal_window_attention
 from tritonkern.functional._arguments import window_extent
 from tritonkern.nn._inputs import check_inputs
 from tritonkern.ops.temporal_window_attention.op import check_window
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class AttentionState(NamedTuple):
@@ -48,6 +52,9 @@ class TemporalWindowAttention(nn.Module):
     Paper: Kim et al., "Exploring Temporally-Aware Features for Point Tracking", CVPR 2025.
     """
 
+    frames_group: ProcessGroup | None = None
+    """Set by `tritonkern.distributed.shard_frames`: the ranks that hold the stretches of the clip."""
+
     def __init__(
         self,
         dim: int,
@@ -84,7 +91,9 @@ class TemporalWindowAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[B, T, C]`` or ``[B, T, N, C]`` -> the same shape; every position n attends along T on its own."""
         query, key, value = self._heads(x)
-        return self._merged(temporal_window_attention(query, key, value, self.window))
+        if self.frames_group is None:
+            return self._merged(temporal_window_attention(query, key, value, self.window))
+        return self._merged(halo_window_attention(query, key, value, self.window, self.frames_group))
 
     def begin(self, lookahead: int | None = None) -> AttentionState:
         """The state before the first frame, for `step`.
