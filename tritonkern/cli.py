@@ -1,4 +1,7 @@
-"""The console script `tritonkern track | pick | eval | analyse | train | doctor | bench`; see `tritonkern.commands`."""
+"""The console script `tritonkern track | label | pick | eval | analyse | train | doctor | bench`.
+
+The commands are in `tritonkern.commands`.
+"""
 
 import sys
 from typing import Annotated
@@ -12,6 +15,7 @@ try:
     from tritonkern.commands.analyse import analyse
     from tritonkern.commands.bench import bench
     from tritonkern.commands.evaluate import evaluate
+    from tritonkern.commands.label import label
     from tritonkern.commands.pick import pick
     from tritonkern.commands.track import track
     from tritonkern.commands.train import train
@@ -29,6 +33,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command()(track)
+app.command()(label)
 app.command()(pick)
 app.command("eval")(evaluate)
 app.command()(analyse)
