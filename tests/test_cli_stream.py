@@ -162,3 +162,4 @@ def test_wrong_calls(call, tmp_path, monkeypatch, arguments, message):  # noqa: 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(ColourTracker, "context", 0)
     assert_one_line_error(call("track", *arguments), message)
+    assert not list(tmp_path.rglob("tracks.csv"))

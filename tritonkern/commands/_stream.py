@@ -6,7 +6,7 @@ import re
 import signal
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -56,12 +56,15 @@ def track_stream(
     tracker = PointTracker(model, weights, device)
     stream = tracker.stream(lookahead=lookahead, max_points=1 << 20, min_confidence=min_confidence)
     path, done, waiting = folder / "tracks.csv", 0, []
+    file: GrowingCsv | None = None
     frames = LiveFrames(source, drop=drop, buffer=buffer, raw_size=raw_size)
     start = time.perf_counter()
-    with Stages() as stages, _stopped_by_signals(frames), GrowingCsv(path) as file:
+    with Stages() as stages, _stopped_by_signals(frames), ExitStack() as files:
         for frame in frames:
             if frame.number % stride:
                 continue
+            if file is None:  # a source that cannot be read leaves an earlier file as it is
+                file = files.enter_context(GrowingCsv(path))
             number = frame.number // stride
             if given is None:
                 size = frame.image.shape[1], frame.image.shape[0]
@@ -76,7 +79,7 @@ def track_stream(
             stages("tracking", done, None)
             if done == max_frames:
                 frames.stop()
-        for out in stream.finish():
+        for out in stream.finish() if file is not None else ():
             file.append(out, *waiting.pop(0))
     if given:
         raise ValueError(f"the points of frame {min(given)} were never tracked: {frames.name} has {done} frames")
