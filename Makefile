@@ -90,7 +90,7 @@ build/triton-3.6-cp312: | .venv/with-test
 ## (the tests do a part of both).
 aot: .venv/with-test build/triton-3.6
 	TRITONKERN_AOT=all $(BIN)/python -m pytest --quiet tests/test_triton_aot.py tests/test_*_triton.py \
-		tests/test_cpp_build.py::test_sanitizers_find_nothing
+		tests/test_cpp_build.py::test_sanitizers_find_nothing tests/test_cpp_build.py::test_exp_and_log_keep_their_bounds
 
 clean:
 	rm -rf .venv .venv-docs build demo tritonkern/_cpp*.so
