@@ -5,6 +5,7 @@ are in the folder that TRITONKERN_OFFICIAL_DIR names (see tests/official.py); wi
 twins of the tests are too small to stand for them. TRITONKERN_INTEGRATIONS_SHAPE ("8x256") sets frames and points.
 """
 
+import contextlib
 import copy
 import os
 import sys
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from official import needs_official, official  # noqa: F401
 from test_integrations_tapir import tapir  # noqa: F401
+from tracker_twins import on_a_cpu
 
 import tritonkern
 from tritonkern.integrations import _patch
@@ -29,14 +31,17 @@ FRAMES, POINTS = (int(x) for x in os.environ.get("TRITONKERN_INTEGRATIONS_SHAPE"
 
 @pytest.fixture
 def pair(request, device):
-    """`pair(repository, module, cls, **options)`: a patched model and an unpatched copy of it."""
+    """`pair(repository, module, cls, stream=False, **options)`: a patched model and an unpatched copy of it."""
     load, handles = request.getfixturevalue("official"), []
 
-    def build(repository, module, cls, **options):
+    def build(repository, module, cls, stream=False, **options):
         torch.manual_seed(0)
         theirs = getattr(load(repository, module), cls)(**options).eval().to(device)
+        for name, parameter in theirs.named_parameters():
+            if name.endswith("layer_scale"):  # 1e-6 in a new AllTracker, whose blocks would then count for nothing
+                torch.nn.init.constant_(parameter, 0.1)
         ours = copy.deepcopy(theirs)
-        handles.append(tritonkern.patch(ours))
+        handles.append(tritonkern.patch(ours, stream=stream, verify=not stream))
         return ours, theirs
 
     yield build
@@ -55,7 +60,7 @@ def in_tf32(call):
 
 
 @torch.no_grad()
-def measure_both(compare, name, models, call, tolerance, compiled=False):
+def measure_both(compare, name, models, call, tolerance, compiled=False, shape=(1, FRAMES, POINTS)):
     """`call(model)` returns tracks in pixels, or values of about one; `compiled`: torch.compile takes it whole."""
     ours, theirs = models
     with FlopCounterMode(display=False) as counter:
@@ -71,7 +76,6 @@ def measure_both(compare, name, models, call, tolerance, compiled=False):
         calls["unpatched, compiled"] = lambda: (step(theirs), None)[1]
     if expected.is_cuda:
         calls["unpatched, TF32"] = lambda: in_tf32(lambda: call(theirs))
-    shape = (1, FRAMES, POINTS)
     compare(name, shape, torch.float32, "forward", calls, 0, counter.get_total_flops())
 
 
@@ -84,6 +88,7 @@ def queries(device, height, width, order):
 OFFLINE = ("co-tracker", "cotracker.models.core.cotracker.cotracker3_offline", "CoTrackerThreeOffline")
 ONLINE = ("co-tracker", "cotracker.models.core.cotracker.cotracker3_online", "CoTrackerThreeOnline")
 OFFLINE_OPTIONS = {"stride": 4, "corr_radius": 3, "window_len": 60}
+ALLTRACKER = ("alltracker", "nets.alltracker", "Net")
 TAPIR = ("tapnet", "tapnet.torch.tapir_model", "TAPIR")
 LOCOTRACK = ("locotrack/locotrack_pytorch", "models.locotrack_model", "LocoTrack")
 
@@ -95,9 +100,8 @@ def test_cotracker_offline(compare, pair, device):
     measure_both(compare, "CoTracker3 offline", models, lambda m: m(video, points, iters=6)[0], 1e-3)
 
 
-def test_cotracker_online(compare, pair, device):
-    """The second window of a video, whose first half was in the first one."""
-    models = pair(*ONLINE, stride=4, corr_radius=3, window_len=16)
+def second_window(models, device):
+    """As a function of the model: the second window of a video, whose first half was in the first one."""
     video = torch.rand(1, 24, 3, 384, 512, device=device) * 255
     points = queries(device, 383, 511, "txy")
     points[..., 0] = 0
@@ -107,15 +111,29 @@ def test_cotracker_online(compare, pair, device):
             model.init_video_online_processing()
             model(video[:, :16], points, iters=1, is_online=True)
             states[model] = {name: copy.deepcopy(x) for name, x in vars(model).items() if name.startswith("online_")}
-    kept = _patch._methods(models[0].fnet)["forward"].function.__self__
-    first_window = kept.kept[models[0].fnet]
+    kept = _patch._methods(models[0].fnet)["forward"].function.__self__.kept
+    last = getattr(_patch._methods(models[0])["forward"].function.__self__, "_last", {})
+    first_window = [(memory, key, memory[key]) for memory in (kept, last) for key in memory]
 
-    def second_window(model):
+    def track(model):
         vars(model).update(copy.deepcopy(states[model]))
-        kept.kept[models[0].fnet] = first_window
+        for memory, key, value in first_window:
+            memory[key] = value
         return model(video[:, 8:], points, iters=6, is_online=True)[0]
 
-    measure_both(compare, "CoTracker3 online, a window", models, second_window, 1e-3)
+    return track
+
+
+def test_cotracker_online(compare, pair, device):
+    models = pair(*ONLINE, stride=4, corr_radius=3, window_len=16)
+    measure_both(compare, "CoTracker3 online, a window", models, second_window(models, device), 1e-3)
+
+
+def test_cotracker_online_stream(compare, pair, device):
+    """The faster schedule, whose tracks differ."""
+    models = pair(*ONLINE, stream=True, stride=4, corr_radius=3, window_len=16)
+    name = "CoTracker3 online, a window, stream=True"
+    measure_both(compare, name, models, second_window(models, device), float("inf"))
 
 
 def correlation_and_first_layer(frames, points, device):
@@ -202,3 +220,12 @@ def test_tapir_mixer_block(compare, tapir, pair, device):  # noqa: F811
     x = torch.randn(POINTS, FRAMES, models[0].torch_pips_mixer.hidden_dim, device=device)
     name = "BootsTAPIR, a block of the mixer"
     measure_both(compare, name, models, lambda m: m.torch_pips_mixer.blocks[0](x)[0], 1e-4, compiled=True)
+
+
+@pytest.mark.parametrize("size", [(384, 512)], ids=str)
+def test_alltracker(compare, pair, device, size):
+    """One window of 16 frames, every pixel tracked."""
+    models = pair(*ALLTRACKER, seqlen=16, init_weights=False)
+    video = torch.rand(1, 16, 3, *size, device=device) * 255
+    with on_a_cpu() if device == "cpu" else contextlib.nullcontext():
+        measure_both(compare, "AllTracker", models, lambda m: m(video)[0], 1e-3, shape=video.shape)

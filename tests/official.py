@@ -1,8 +1,9 @@
 """The authors' own repositories, run next to ours if they are in the folder that TRITONKERN_OFFICIAL_DIR names.
 
 That folder holds clones of facebookresearch/dinov2, cvlab-kaist/Chrono, cvlab-kaist/locotrack,
-google-deepmind/tapnet and cvlab-kaist/DiffTrack (GitHub), under the names `dinov2`, `Chrono`, `locotrack`, `tapnet`
-and `DiffTrack`; a test whose clone is missing is skipped.
+google-deepmind/tapnet, cvlab-kaist/DiffTrack, aharley/alltracker and cvlab-kaist/MV-TAP (GitHub), under the names
+`dinov2`, `Chrono`, `locotrack`, `tapnet`, `DiffTrack`, `alltracker` and `MV-TAP`; a test whose clone is missing is
+skipped.
 """
 
 import importlib
@@ -17,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
+from torch import nn
 
 OFFICIAL_DIR = os.environ.get("TRITONKERN_OFFICIAL_DIR")
 needs_official = pytest.mark.skipif(not OFFICIAL_DIR, reason="TRITONKERN_OFFICIAL_DIR is not set")
@@ -36,10 +38,31 @@ def _memory_efficient_attention(query, key, value, attn_bias):
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask).transpose(1, 2)
 
 
+class _Conv2dNorm(nn.Sequential):
+    def __init__(self, dim_in, dim_out, kernel_size, stride, padding, norm_layer, activation_layer, bias):
+        super().__init__(nn.Conv2d(dim_in, dim_out, kernel_size, stride, padding, bias=bias), norm_layer(dim_out))
+
+
+class _Permute(nn.Module):
+    def __init__(self, axes):
+        super().__init__()
+        self.axes = axes
+
+    def forward(self, x):
+        return x.permute(self.axes)
+
+
+def _torchvision():
+    """The three layers of torchvision that AllTracker is made of; with probability zero, stochastic depth is none."""
+    ops, misc, depth = (types.ModuleType(f"torchvision.ops{name}") for name in ("", ".misc", ".stochastic_depth"))
+    misc.Conv2dNormActivation, misc.Permute, depth.StochasticDepth = _Conv2dNorm, _Permute, nn.Identity
+    return {module.__name__: module for module in (types.ModuleType("torchvision"), ops, misc, depth)}
+
+
 @pytest.fixture
 def official(monkeypatch):
-    """`official(repository, module)` imports a module; stand-ins take the place of xformers, which needs a GPU, and of
-    einshape, of which nothing that is run here makes use."""
+    """`official(repository, module)` imports a module; stand-ins take the place of xformers, which needs a GPU, of
+    einshape, of which nothing that is run here makes use, and of torchvision for AllTracker."""
     ops = types.ModuleType("xformers.ops")
     ops.memory_efficient_attention = _memory_efficient_attention
     ops.fmha = types.SimpleNamespace(
@@ -57,13 +80,16 @@ def official(monkeypatch):
         if not (Path(OFFICIAL_DIR) / repository).is_dir():
             pytest.skip(f"{OFFICIAL_DIR} has no {repository}")
         monkeypatch.syspath_prepend(Path(OFFICIAL_DIR) / repository)
+        if repository == "alltracker":
+            for name, stand_in in _torchvision().items():
+                monkeypatch.setitem(sys.modules, name, stand_in)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return importlib.import_module(module)
 
     yield load
     for name in set(sys.modules) - before:
-        if name.split(".")[0] in ("models", "dinov2", "tapnet"):
+        if name.split(".")[0] in ("models", "dinov2", "tapnet", "nets", "utils"):
             del sys.modules[name]
 
 

@@ -218,6 +218,21 @@ def test_attention_over_time_in_one_window_where_that_is_faster(sequences, frame
     torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize(("share", "own"), [(0.0, False), (0.5, True)])
+def test_attention_with_dropout(share, own, monkeypatch):
+    """Layers of MV-TAP: in training their own method runs if dropout has a share to drop."""
+    tracker, x = Offline(), torch.randn(3, 5, 16)
+    attention, calls, forward = tracker.updateformer.time, [], Attention.forward
+    attention.attn_drop = nn.Dropout(share)
+    monkeypatch.setattr(Attention, "forward", lambda *args: calls.append(1) or forward(*args))
+    with tritonkern.patch(tracker, verify=False) as handle:
+        assert "updateformer.time.forward" in handle.replaced
+        attention.eval()(x)
+        assert not calls
+        attention.train()(x)
+        assert bool(calls) == own
+
+
 def test_foreign_models():
     with pytest.raises(ValueError, match="facebookresearch/co-tracker"):
         tritonkern.patch(nn.Linear(2, 2))
@@ -242,6 +257,53 @@ def test_official_offline(official, grad):  # noqa: F811
     assert len(handle.replaced) == 3 + 3 * 3 + 2
     print(f"tracks differ by at most {(actual[0] - expected[0]).abs().max().item():.1e} pixels")
     assert_same(actual, expected)
+
+
+@needs_official
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["border", "zeros"])
+def test_official_mvtap(official, mode):  # noqa: F811
+    """Two views of a clip longer than a window, tracked together."""
+    module = official("MV-TAP", "models.mvtap")
+    torch.manual_seed(0)
+    model = module.MVTAP(view_att=True, use_cam_embed=True, bilinear_mode=mode).eval()
+    video, queries = clip(frames=24, height=96, width=128, queries=20, batch=2)
+    cameras = torch.eye(4).expand(1, 2, 24, 4, 4) + torch.randn(1, 2, 1, 4, 4) * 0.1
+    lenses = torch.tensor([[90.0, 0, 64], [0, 90, 48], [0, 0, 1]]).expand(1, 2, 24, 3, 3)
+
+    def run():
+        # It divides the queries in place
+        return model(video[None], queries[None].clone(), lenses, cameras, iters=2)
+
+    with torch.no_grad():
+        expected = run()
+        with tritonkern.patch(model) as handle:
+            actual = run()
+    assert len(handle.replaced) == 3 + 3 + 3 * 3 + 2 and not handle.kept
+    print(f"tracks differ by at most {(actual[0] - expected[0]).abs().max().item():.1e} pixels")
+    assert_same(actual, expected)
+
+
+@needs_official
+@pytest.mark.slow
+def test_official_mvtap_training_step(official):  # noqa: F811
+    module = official("MV-TAP", "models.mvtap")
+    torch.manual_seed(0)
+    model = module.MVTAP(view_att=True, bilinear_mode="border").train()
+    video, queries = clip(frames=16, height=96, width=128, queries=12, batch=2)
+
+    def gradients():
+        model.zero_grad(set_to_none=True)
+        tracks, *_ = model(video[None], queries[None].clone(), None, None, iters=2, is_train=True)
+        (tracks.square().mean() * 1e-3).backward()
+        return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+    expected = gradients()
+    with tritonkern.patch(model):
+        actual = gradients()
+    assert actual.keys() == expected.keys() and any(name.startswith("corr_mlp") for name in actual)
+    for name, grad in expected.items():
+        torch.testing.assert_close(actual[name], grad, atol=1e-3 * grad.abs().max().item() + 1e-9, rtol=0, msg=name)
 
 
 @needs_official

@@ -14,7 +14,7 @@ from tracker_twins import TWINS
 
 import tritonkern
 
-TRACKERS = ("chrono", "tapir", "locotrack", "cotracker")
+TRACKERS = ("alltracker", "chrono", "tapir", "locotrack", "cotracker")
 
 
 @pytest.fixture(params=TRACKERS)

@@ -25,7 +25,7 @@ from tritonkern.integrations import find_patch
 from tritonkern.integrations.chrono import without_xformers
 
 
-@pytest.fixture(params=["chrono", "tapir", "locotrack", "cotracker", "cotracker-online"])
+@pytest.fixture(params=["alltracker", "chrono", "tapir", "locotrack", "cotracker", "cotracker-online"])
 def twin(request):
     return TWINS[request.param]()
 

@@ -1,7 +1,10 @@
 """The structural twins of the public trackers, each with its input, for tests of what all patches have in common."""
 
+import contextlib
 from functools import partial
+from unittest import mock
 
+import alltracker_like
 import chrono_like
 import cotracker_like
 import locotrack_like
@@ -82,6 +85,25 @@ class CoTrackerTwin(TAPIRTwin):
         return torch.cat([tracks, *(x[..., None] for x in logits)], -1)
 
 
+@contextlib.contextmanager
+def on_a_cpu():
+    """Runs AllTracker's own code, which takes its frames to a GPU."""
+    with mock.patch.object(torch.Tensor, "cuda", lambda self: self):
+        yield
+
+
+class AllTrackerTwin(TAPIRTwin):
+    layers = ("fnet.0", "update_block.motion_encoder.convc1", "update_block.refine.0.attn.to_q", "upsample_weight.2")
+    linear = ("to_q", "to_kv", "to_out")
+
+    def __init__(self):
+        self.model, self.arguments = alltracker_like.Net().eval(), (torch.rand(1, 6, 3, 64, 96) * 255,)
+
+    def outputs(self):
+        with on_a_cpu():
+            return torch.cat(self.model(*self.arguments)[:2], 2).movedim(2, -1)
+
+
 def frames_last_channels(dtype, frames=5, queries=9):
     video = torch.rand(1, frames, 64, 64, 3, dtype=dtype) * 2 - 1
     times = torch.arange(queries)[:, None] % frames
@@ -89,6 +111,7 @@ def frames_last_channels(dtype, frames=5, queries=9):
 
 
 TWINS = {
+    "alltracker": AllTrackerTwin,
     "chrono": ChronoTwin,
     "tapir": TAPIRTwin,
     "locotrack": LocoTrackTwin,

@@ -8,6 +8,8 @@ import pytest
 import test_local_correlation as local
 import torch
 
+from tritonkern import correlation_pyramid
+
 WHERE = ("triton", "cpu")
 BOTH = pytest.mark.parametrize("linear", [False, True], ids=["alone", "linear"])
 # Of NaN positions, which the kernels take care of.
@@ -58,3 +60,15 @@ def test_supports_of_each_frame(linear):
 def test_places(options):
     local.test_whole_cells_and_places_far_away(WHERE, options)
     local.test_broken_positions_stay_alone(WHERE, False, options)
+
+
+def test_localcorr():
+    """The peer of `correlation_pyramid`, if it is installed: the package localcorr, whose kernels are Triton's too."""
+    localcorr = pytest.importorskip("localcorr")
+    features, targets, flow = torch.randn(1, 4, 4, 8), torch.randn(1, 1, 4, 4, 8), torch.randn(1, 1, 4, 4, 2) * 2
+    y, x = torch.meshgrid(torch.arange(4), torch.arange(4), indexing="ij")
+    coords = (flow[:, 0] + torch.stack([x, y], -1)).movedim(-1, 1).contiguous()
+    maps = features.movedim(-1, 1).contiguous(), targets[:, 0].movedim(-1, 1).contiguous()
+    theirs = localcorr.get_localcorr_block(*maps, num_levels=2, radius=1, corr_mode="localcorr_triton")(coords)
+    ours = correlation_pyramid(features, targets, flow, 2, 1, backend="triton")
+    torch.testing.assert_close(ours[:, 0].movedim(-1, 1), theirs, rtol=1e-4, atol=1e-4)

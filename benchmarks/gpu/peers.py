@@ -1,4 +1,7 @@
-"""What a user would write in place of the operations: SDPA with a mask or a stored bias, flex_attention, a product."""
+"""What a user would write in place of the operations: SDPA with a mask or a stored bias, flex_attention, a product.
+
+For the correlation pyramid, the package localcorr where it is installed.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from timing import CUDA, DEVICE, device_times, host_microseconds
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention as sdpa
 
+from tritonkern import correlation_pyramid
+
 WINDOWS = ("window gpu", "window chrono", "window rgb")
 
 
@@ -22,6 +27,9 @@ def run(part: Part) -> None:
     for name in ("sample vit-b", "splat vit-b"):
         part.item(f"{name} SDPA with a stored bias", functools.partial(_biased, cases[name]))
     part.item("match gpu, the product alone", functools.partial(_product, cases["match gpu"]))
+    for peer in (False, True):
+        name = "localcorr's Triton kernel" if peer else "tritonkern"
+        part.item(f"correlation pyramid, AllTracker at 384 x 512, {name}", functools.partial(_pyramid, peer))
     part.item("window gpu varlen_attn", functools.partial(_varlen, cases["window gpu"]))
     part.item("window gpu flex_attention", functools.partial(_flex, cases["window gpu"]), 40)
 
@@ -52,6 +60,29 @@ def _product(case: Case) -> dict:
     query, features = _tensors(case)
     call = functools.partial(torch.matmul, query[0], features.flatten(0, 3).mT)
     return device_times(call, 5) | {"flops": case.flops[0]}
+
+
+@torch.no_grad()
+def _pyramid(peer: bool) -> dict:
+    """All five levels of 16 frames, each cell somewhere near its own place; localcorr has zeros outside of a map."""
+    frames, rows, columns, channels, levels = (16, 48, 64, 256, 5) if CUDA else (1, 4, 4, 8, 2)
+    maps = torch.randn(2, frames, rows, columns, channels, device=DEVICE)
+    flow = torch.randn(frames, 1, rows, columns, 2, device=DEVICE) * 3
+    ours = functools.partial(correlation_pyramid, maps[0], maps[1].unsqueeze(1), flow, levels, 4)
+    if not peer:
+        return device_times(ours, 5)
+    try:
+        from localcorr import get_localcorr_block
+    except ImportError:
+        return {"skipped": "localcorr is not installed"}
+    if not CUDA:
+        return {"skipped": "its kernels need a GPU"}
+    y, x = torch.meshgrid(torch.arange(rows, device=DEVICE), torch.arange(columns, device=DEVICE), indexing="ij")
+    coords = (flow[:, 0] + torch.stack([x, y], -1)).movedim(-1, 1).contiguous()
+    call = functools.partial(get_localcorr_block(*maps.movedim(-1, 2), levels, 4, "localcorr_triton"), coords)
+    # It multiplies in the dtype of its inputs, perhaps in TF32.
+    torch.testing.assert_close(call(), ours()[:, 0].movedim(-1, 1), rtol=1e-2, atol=1e-2)
+    return device_times(call, 5)
 
 
 @torch.no_grad()

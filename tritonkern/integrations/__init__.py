@@ -9,12 +9,13 @@ from typing import Any
 
 from torch import nn
 
-from tritonkern.integrations import _patch, _recognise, chrono, cotracker, locotrack, tapir
+from tritonkern.integrations import _patch, _recognise, alltracker, chrono, cotracker, locotrack, tapir
 from tritonkern.integrations._patch import Patch
 from tritonkern.integrations._precision import Precision
 
 REPOSITORIES: Mapping[str, Any] = MappingProxyType(
     {
+        "aharley/alltracker": alltracker,
         "cvlab-kaist/Chrono": chrono,
         "cvlab-kaist/locotrack": locotrack,
         "facebookresearch/co-tracker (CoTracker3)": cotracker,
@@ -24,11 +25,12 @@ REPOSITORIES: Mapping[str, Any] = MappingProxyType(
 """The models that `patch` recognises, each with the file that has its parts and replacements."""
 
 
-def patch(model: Any, precision: str = "float32", *, verify: bool = True) -> Patch:
+def patch(model: Any, precision: str = "float32", *, verify: bool = True, stream: bool = False) -> Patch:
     """Make a public tracker's model faster in place; its weights, state dict and results stay what they are.
 
     Recognised by structure, also inside wrappers such as a Lightning module:
 
+    - AllTracker (aharley/alltracker, commit c1ed462); see `tritonkern.integrations.alltracker`;
     - Chrono (cvlab-kaist/Chrono, commit 153b2f2); see `tritonkern.integrations.chrono`;
     - LocoTrack in PyTorch (cvlab-kaist/locotrack, commit 3385a23); see `tritonkern.integrations.locotrack`;
     - CoTracker3, offline and online (facebookresearch/co-tracker, commit 82e02e8), and forks of it such as MV-TAP; see
@@ -62,6 +64,11 @@ def patch(model: Any, precision: str = "float32", *, verify: bool = True) -> Pat
             float32 on GPUs, and with another `precision`. Where they differ by more, the model's own method runs from
             then on, with one warning (`RuntimeWarning`; an error under ``TRITONKERN_STRICT=1``). The cost is stated in
             `docs/integrations.md`.
+        stream: of CoTracker3's online model alone: a faster schedule, whose **tracks differ**. A window takes the
+            correlation embeddings of the frames that it shares with the last one from there, and does one iteration,
+            whatever its caller asks for. A window in which a point is queried, or whose frames are not those of the
+            last one, is computed in full, as the first one. With `verify`, the second window is computed by both
+            schedules; a warning and the handle's `stream_difference` state how far their tracks are apart.
 
     Returns:
         A handle that lists what was `replaced` and `kept`, knows its `precision`, and can `restore()` the model.
@@ -69,7 +76,8 @@ def patch(model: Any, precision: str = "float32", *, verify: bool = True) -> Pat
     Raises:
         TypeError: `model` is no `torch.nn.Module` and holds none.
         ValueError: nothing in `model` is recognised (the error lists the parts that the most similar module lacks), or
-            it is patched already; another `precision`, or one other than "float32" for Chrono and AllTracker.
+            it is patched already; another `precision`, or one other than "float32" for Chrono and AllTracker;
+            `stream` without CoTracker3's online model.
     """
     computed = Precision(precision)
     replacements = []
@@ -77,9 +85,12 @@ def patch(model: Any, precision: str = "float32", *, verify: bool = True) -> Pat
         for path, module in part.named_modules(prefix=prefix):
             for repository in REPOSITORIES.values():
                 if not _recognise.lacking(module, repository.PARTS):
-                    replacements += repository.replacements(path, module, computed)
+                    options = {"stream": stream, "verify": verify} if repository is cotracker else {}
+                    replacements += repository.replacements(path, module, computed, **options)
     if not replacements:
         raise ValueError(_unknown(model))
+    if stream and not any(replacement.method == "init_video_online_processing" for replacement in replacements):
+        raise ValueError("stream: only CoTracker3's online model has windows that share frames, and model holds none")
     handle = _patch.install(replacements, computed.name, verify)
     if handle.kept:
         kept = "; ".join(f"{name}, as {reason}" for name, reason in handle.kept.items())

@@ -16,7 +16,7 @@ from tritonkern.integrations._patch import Replacement
 def replacements(part: nn.Module, path: str) -> Iterator[Replacement]:
     """The attention layers inside `part`."""
     for name, module in part.named_modules(prefix=path):
-        if {child for child, _ in module.named_children()} == {"to_q", "to_kv", "to_out"} and (
+        if {child for child, _ in module.named_children()} - {"attn_drop"} == {"to_q", "to_kv", "to_out"} and (
             isinstance(getattr(module, "heads", None), int) and isinstance(getattr(module, "scale", None), float)
         ):
             yield Replacement(name, module, "forward", (forward,), _one_sequence)
@@ -24,6 +24,9 @@ def replacements(part: nn.Module, path: str) -> Iterator[Replacement]:
 
 def forward(self: Any, own: Any, x: Tensor, context: Tensor | None = None, attn_bias: Tensor | None = None) -> Tensor:
     """Replaces `Attention.forward`: softmax(q k^T scale + bias) v, `[B, N, C]` -> the same shape."""
+    dropout = getattr(self, "attn_drop", None)  # of MV-TAP; zero by default
+    if dropout is not None and self.training and getattr(dropout, "p", 1):
+        return own(x, context, attn_bias)
     query = self.to_q(x).unflatten(-1, (self.heads, -1))
     key, value = self.to_kv(x if context is None else context).unflatten(-1, (2, self.heads, -1)).unbind(2)
     if attn_bias is None and in_one_window(query, key):

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from tritonkern.integrations import _compare
+from tritonkern.integrations import _compare, _stream
 from tritonkern.nn._plain import has_hooks
 from tritonkern.ops import _backends
 
@@ -122,6 +122,15 @@ class Patch:
     def kept(self) -> dict[str, str]:
         """Methods that the model keeps although the patch has others for them, each with the reason."""
         return {method.name: method.reason for method in self._methods if method.reason is not None}
+
+    @property
+    def stream_difference(self) -> tuple[float, float] | None:
+        """How far tracks are from those of the exact schedule, in pixels: on average and at most.
+
+        None without ``patch(stream=True)``, and before there was a window to compare.
+        """
+        schedules = (getattr(method.function, "__self__", None) for method in self._methods)
+        return next((x.difference for x in schedules if isinstance(x, _stream.Stream)), None)
 
     def restore(self) -> None:
         """Give the model its own methods back. A second call does nothing."""

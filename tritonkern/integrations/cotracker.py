@@ -37,6 +37,7 @@ from tritonkern.integrations import _attention, _compare, _recognise
 from tritonkern.integrations._patch import Replacement
 from tritonkern.integrations._precision import Copies, Precision
 from tritonkern.integrations._promise import RESHAPES, Promise
+from tritonkern.integrations._stream import Stream
 
 PARTS = (
     *_recognise.methods("get_correlation_feat", "get_track_feat", "get_support_points"),
@@ -47,7 +48,9 @@ PARTS = (
 )
 
 
-def replacements(path: str, tracker: Any, precision: Precision) -> Iterator[Replacement]:
+def replacements(
+    path: str, tracker: Any, precision: Precision, stream: bool = False, verify: bool = True
+) -> Iterator[Replacement]:
     """What `tritonkern.patch` replaces in a model that has `PARTS`."""
     prefix = f"{path}." if path else ""
     yield from _attention.replacements(tracker.updateformer, f"{prefix}updateformer")
@@ -57,8 +60,11 @@ def replacements(path: str, tracker: Any, precision: Precision) -> Iterator[Repl
     yield Replacement(path, tracker, "get_correlation_feat", functions, _in_a_corner)
     if callable(getattr(tracker, "init_video_online_processing", None)):
         kept = _KeptFeatures()
-        yield Replacement(path, tracker, "forward", (kept.track,), calls_own=True)
-        yield Replacement(path, tracker, "init_video_online_processing", (kept.forget,), calls_own=True)
+        schedule = Stream(kept.track, kept.kept, verify) if stream else kept
+        yield Replacement(path, tracker, "forward", (schedule.track,), calls_own=True)
+        yield Replacement(path, tracker, "init_video_online_processing", (schedule.forget,), calls_own=True)
+        if isinstance(schedule, Stream):
+            yield Replacement(f"{prefix}corr_mlp", tracker.corr_mlp, "forward", (schedule.embed,), calls_own=True)
         yield Replacement(f"{prefix}fnet", tracker.fnet, "forward", (kept.encode,), _one_image, calls_own=True)
     else:
         yield Replacement(f"{prefix}fnet", tracker.fnet, "forward", (_encode,), calls_own=True)
@@ -70,11 +76,7 @@ def _promise_patches(
     """Replaces the method of that name: features `[B, T, C, h, w]`, points `[B * T, N, 2]` (x, y) in cells."""
     if torch.compiler.is_compiling():
         return own(fmaps, queried_coords)
-    (batch, frames, channels), side = fmaps.shape[:3], 2 * self.corr_radius + 1
-    shape = (batch, frames, queried_coords.shape[1], side, side, channels)
-    patches = _Patches.make(shape, own, fmaps, queried_coords)
-    patches.copies, patches.precision, patches.padding = copies, precision, padding
-    return patches
+    return _Patches.at(own, fmaps, queried_coords, 2 * self.corr_radius + 1, copies, precision, padding)
 
 
 class _Patches(Promise):
@@ -83,6 +85,20 @@ class _Patches(Promise):
     copies: Copies
     precision: Precision
     padding: str
+
+    @classmethod
+    def at(
+        cls, own: Any, fmaps: Tensor, points: Tensor, side: int, copies: Copies, precision: Precision, padding: str
+    ) -> Any:
+        batch, frames, channels = fmaps.shape[:3]
+        patches = cls.make((batch, frames, points.shape[1], side, side, channels), own, fmaps, points)
+        patches.copies, patches.precision, patches.padding = copies, precision, padding
+        return patches
+
+    def frames_from(self, start: int) -> _Patches:
+        """The patches in later frames alone."""
+        fmaps, points = self.inputs[0][:, start:], self.points()[:, start:].flatten(0, 1)
+        return self.at(self.compute, fmaps, points, self.shape[-2], self.copies, self.precision, self.padding)
 
     def cells(self) -> Tensor:
         """The features as `[B, T, h, w, C]`, with adjacent channels."""
@@ -131,6 +147,11 @@ class _Correlation(Promise):
     """
 
     patches: _Patches
+
+    def frames_from(self, start: int) -> Tensor:
+        """Of rows: those of later frames, `[B * (T - start) * N, (2r + 1)^4]`."""
+        volume = torch.einsum("btnhwc,bnijc->btnhwij", self.patches.frames_from(start), self.inputs[2])
+        return volume.reshape(-1, self.shape[1])
 
     def shortcut(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
         rows = (math.prod(self.patches.shape[:3]), self.patches.shape[-2] ** 4)
