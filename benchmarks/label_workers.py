@@ -27,20 +27,41 @@ def label(base: Path, count: int, workers: int, options: LabelOptions, finished:
         folder.finish()
 
 
-def rate(base: Path, count: int, workers: int) -> float:
-    """Clips per second between the first clip of each worker, which waits for the model, and the last one."""
-    times: list[float] = []
-    label(base, count, workers, LabelOptions(grid=GRID), lambda clip: times.append(time.perf_counter()))
-    return (count - workers) / (times[-1] - times[workers - 1])
+def rates(base: Path, count: int, workers: int) -> tuple[float, float]:
+    """Clips per second, and processor seconds of the workers per clip, after each worker's first clip, which waits for
+    the model.
+    """
+    times: list[tuple[float, float]] = []
+    used: dict[str, float] = {}  # also of workers that have ended
+
+    def finished(clip: Clip) -> None:
+        used.update({process: processor_seconds(process) for process in workers_of_this_process()})
+        times.append((time.perf_counter(), sum(used.values())))
+
+    label(base, count, workers, LabelOptions(grid=GRID), finished)
+    (start, before), (end, after) = times[workers - 1], times[-1]
+    return (count - workers) / (end - start), (after - before) / (count - workers)
 
 
 def speed(base: Path, count: int = 17, rounds: int = 3) -> None:
-    ratios = []
+    """A busy machine gives the two workers less than two cores: then the processor time per clip says more."""
+    ratios, work = [], []
     for _ in range(rounds):
-        one, two = rate(base, count, 1), rate(base, count, 2)
+        (one, seconds), (two, both) = rates(base, count, 1), rates(base, count, 2)
         ratios.append(two / one)
-        print(f"one worker {one:.2f} clips/s, two {two:.2f}, ratio {ratios[-1]:.2f}", flush=True)
-    print(f"median ratio {statistics.median(ratios):.2f}; threads in all {os.environ.get('OMP_NUM_THREADS', 'all')}")
+        work.append(both / seconds)
+        print(f"one worker {one:.2f} clips/s, two {two:.2f}; processor time per clip {seconds:.2f} and {both:.2f} s")
+        print(f"ratio {ratios[-1]:.2f}, processor time of two {work[-1]:.2f} times that of one", flush=True)
+    print(f"medians: ratio {statistics.median(ratios):.2f}, processor time {statistics.median(work):.2f}")
+
+
+def workers_of_this_process() -> list[str]:
+    return Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+
+
+def processor_seconds(process: str) -> float:
+    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
 def resident(process: int | str) -> float:
@@ -50,15 +71,16 @@ def resident(process: int | str) -> float:
 
 
 def memory(base: Path, count: int = 500) -> None:
-    rows: list[tuple[float, float]] = []
+    done = 0
 
     def finished(clip: Clip) -> None:
-        children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-        rows.append((resident("self"), max(map(resident, children))))
+        nonlocal done
+        done += 1
+        if done == 1 or done % 25 == 0:
+            worker = max(map(resident, workers_of_this_process()))
+            print(f"{done} clips: driver {resident('self'):.0f} MiB, worker {worker:.0f} MiB", flush=True)
 
     label(base, count, 1, LabelOptions(grid=4), finished)
-    for number in sorted({0, *range(0, count, max(1, count // 10)), count - 1}):
-        print("clip {}: driver {:.0f} MiB, worker {:.0f} MiB".format(number, *rows[number]))
 
 
 if __name__ == "__main__":

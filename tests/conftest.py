@@ -15,7 +15,18 @@ import torch
 # What the tests of the models' files, of tracking and of training import. A GPU image may have none of it: there
 # `make gpu` is about the kernels, and these modules are left out, with a line that says so. CI has all of it.
 _TRACKING_PACKAGES = ("av", "typer", "rich", "safetensors", "PIL")
-_TRACKING_TESTS = ("chrono", "cli", "evaluation", "example_*", "metrics", "models", "tapvid", "tracking_*", "training")
+_TRACKING_TESTS = (
+    "chrono",
+    "cli",
+    "evaluation",
+    "example_*",
+    "labels*",
+    "metrics",
+    "models",
+    "tapvid",
+    "tracking_*",
+    "training",
+)
 
 
 def _missing() -> list[str]:
