@@ -17,12 +17,12 @@ from typer.testing import CliRunner
 
 from tritonkern.cli import app
 from tritonkern.tracking import PointTracker
-from tritonkern.tracking.label_workers import label_in_processes
 
 pa = pytest.importorskip("pyarrow", reason="labels need pyarrow")
 import pyarrow.parquet as pq  # noqa: E402
 
 from tritonkern.tracking import labels  # noqa: E402
+from tritonkern.tracking.label_workers import label_in_processes  # noqa: E402
 from tritonkern.tracking.labels import Clip, LabelFolder, LabelOptions, label_clip, read_manifest  # noqa: E402
 
 
