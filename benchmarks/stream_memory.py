@@ -27,16 +27,16 @@ def measure(first: int, last: int, every: int) -> list[tuple[int, int]]:
     random = np.random.default_rng(0)
     clip = random.integers(0, 255, (50, SIZE[1], SIZE[0], 3), dtype=np.uint8)
     model = Chrono(DINOv2Config(32, 3, 2, grid=2), hidden=32)
-    model.cells = 8
+    model.cells = 4
     stream = PointTracker(model, device="cpu").stream(lookahead=3, max_points=50)
     rows = []
     for number in range(last + 1):
-        if random.random() < 0.3 and len(stream.ids) < 45:
-            points = random.random((random.integers(1, 5), 2)) * SIZE
+        if random.random() < 0.1 and len(stream.ids) < 40:
+            points = random.random((random.integers(1, 10), 2)) * SIZE
             stream.add(points, frame=max(stream.oldest_frame, number - 2))
         ids = stream.ids
-        if len(ids) > 30 or (len(ids) and random.random() < 0.2):
-            stream.remove(random.choice(ids, min(len(ids), 8), replace=False))
+        if len(ids) > 30 or (len(ids) and random.random() < 0.15):
+            stream.remove(random.choice(ids, min(len(ids), 3), replace=False))
         stream.step(clip[number % len(clip)])
         if number >= first and (number - first) % every == 0:
             rows.append((number, resident()))
