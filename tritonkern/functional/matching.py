@@ -242,7 +242,7 @@ def correlation_pyramid(
         TypeError, ValueError, NotImplementedError: as `local_correlation`; `levels` does not fit the maps.
 
     It is the correlation block of RAFT (Teed and Deng, ECCV 2020) and its successors, and of AllTracker (Harley et al.,
-    ICCV 2025).
+    ICCV 2025) on maps whose levels have even sizes: of odd ones AllTracker averages all rows and columns.
     """
     levels = integer("levels", levels)
     check_types(backend, features=features, targets=targets, flow=flow)
