@@ -27,6 +27,7 @@ FUNCTIONS = {
     "local_correlation": ["local_correlation", "local_correlation_linear", "correlation_pyramid"],
     "track_attention": ["track_sample_attention", "track_splat_attention"],
     "temporal_mixer": ["temporal_mixer"],
+    "gated_linear_recurrence": ["gated_linear_recurrence"],
     "query_key_matching": [
         "query_key_matching",
         "query_key_cost",

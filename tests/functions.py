@@ -77,6 +77,19 @@ def mixer(B=2, N=3, T=5, C=24):
     return tensors
 
 
+def recurrence(B=2, T=5, N=3, H=2, D=5):
+    x = dict(x=torch.randn(B, T, N, H * D), conv_weight=torch.randn(4, H * D), conv_bias=torch.randn(H * D))
+    for gate in ("input_gate", "decay_gate"):
+        x |= {f"{gate}_weight": torch.randn(H, D, D) * D**-0.5, f"{gate}_bias": torch.randn(H, D)}
+    return x | dict(decay=torch.randn(H * D) - 2)
+
+
+def recur(*x, **options):
+    """Without the frames of the state after the clip, which are those of x."""
+    out, (_, hidden) = tritonkern.gated_linear_recurrence(*x, **options)
+    return out, hidden
+
+
 def full(B=2, L=5, S=7, H=2, D=8):
     return dict(query=torch.randn(B, L, H, D), key=torch.randn(B, S, H, D), value=torch.randn(B, S, H, D))
 
@@ -151,6 +164,11 @@ MIXER = Function(
     ones=(dict(B=1, N=1, T=1, C=1), dict(B=1, T=1, C=9), dict(N=1), dict(B=1, N=1, T=4)),
     many=(dict(B=1, N=100, T=40, C=96), dict(B=1, T=70), dict(B=1, N=700, T=3, C=7)), tiny=dict(B=1, N=2, T=4, C=3),
 )  # fmt: skip
+RECURRENCE = Function(
+    recur, recurrence, "TN", "BTN",
+    ones=(dict(B=1, T=1, N=1, H=1, D=1), dict(B=1, T=1, D=9), dict(N=1, H=1), dict(B=1, N=1, T=4)),
+    many=(dict(B=1, N=100, T=6, H=3, D=16), dict(B=300, N=1, T=2)), tiny=dict(B=1, N=2, T=3, H=1, D=3),
+)  # fmt: skip
 FULL = Function(
     full_attention, full, "LS", "B", ones=(dict(B=1, L=1, S=1, H=1, D=1), dict(B=1, H=1)),
     many=(dict(B=1, L=1200, S=300, H=1, D=16),), tiny=dict(B=1, L=3, S=4),
@@ -178,6 +196,7 @@ FUNCTIONS = {
     "local_correlation-linear": LOCAL._replace(call=LINEAR, make=partial(local, True)),
     "temporal_mixer": MIXER,
     "temporal_mixer-causal": MIXER._replace(call=partial(MIXER.call, causal=True)),
+    "gated_linear_recurrence": RECURRENCE,
     "full_attention": FULL,
     "temporal_adapter-in": FIRST,
     "temporal_adapter-out": FIRST._replace(call=adapter_out, make=tokens_out),

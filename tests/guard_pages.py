@@ -14,6 +14,7 @@ import torch
 
 from tritonkern.ops.correlation_soft_argmax import op as match_op
 from tritonkern.ops.full_attention import op as full_op
+from tritonkern.ops.gated_linear_recurrence import op as recurrence_op
 from tritonkern.ops.local_correlation import op as local_op
 from tritonkern.ops.query_key_matching import op as query_key_op
 from tritonkern.ops.temporal_adapter import op as adapter_op
@@ -161,6 +162,17 @@ def mixer(dtype, n):
     yield mixer_op.temporal_mixer_bwd, (x, x, *parameters[:4], True, 1e-5, [True] * 6)
 
 
+def recurrence(dtype, n):
+    real = torch.promote_types(dtype, torch.float32)
+    x, gate = torch.randn(1, n, 2, 6).to(dtype), (torch.randn(2, 3, 3, dtype=real), torch.randn(2, 3, dtype=real))
+    parameters = torch.randn(4, 6, dtype=real), gate[1].flatten(), *gate, *gate, gate[1].flatten()
+    state = torch.randn(1, 3, 2, 6).to(dtype), torch.randn(1, 2, 6, dtype=real)
+    for before in ((None, None), state):
+        yield recurrence_op.gated_linear_recurrence_fwd, (x, *parameters, *before)
+        needs_grad = [True] * 8 + [before is state] * 2
+        yield recurrence_op.gated_linear_recurrence_bwd, (x, state[1], x, *parameters, *before, x, needs_grad)
+
+
 def adapter(dtype, n):
     tokens, weight = torch.randn(1, 2, 1 + 4 * n, 5).to(dtype), torch.randn(3, 5, 3, 3).to(dtype)
     norm, bias = torch.ones(5, dtype=dtype), torch.ones(3, dtype=dtype)
@@ -174,7 +186,7 @@ def adapter(dtype, n):
     yield adapter_op.adapter_out_bwd, (tokens, hidden, back, *grid, dtype, [True] * 2)
 
 
-FAMILIES = (window, full, track, local, match, query_key, rows, mixer, adapter)
+FAMILIES = (window, full, track, local, match, query_key, rows, mixer, recurrence, adapter)
 
 
 def main(backend):

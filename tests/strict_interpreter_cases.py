@@ -21,6 +21,7 @@ CASES = [
     (calls.splat, (1, 40, 9, 10, 2, 16), (HALF, SINGLE)),
     (calls.local, (2, 3, 6, 5, 9, 24), (HALF, SINGLE)),
     (calls.mixer, (1, 3, 5, 40), (SINGLE,)),
+    (calls.recurrence, (1, 3, 19, 2, 24), (SINGLE,)),
     (calls.adapter_first, (2, 8, 24, 16, 4), (SINGLE,)),
     (calls.adapter_last, (2, 8, 24, 16, 4), (SINGLE,)),
 ]

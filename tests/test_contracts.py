@@ -226,7 +226,12 @@ def test_fakes_are_like_real_results(name, where, dtype):
 
 
 # Nothing else says how large these must be, or in which dtype.
-FREE = {"temporal_mixer_fwd": "x", "soft_argmax_2d_fwd": "cost_volume", "adapter_in_fwd": "tokens"}
+FREE = {
+    "temporal_mixer_fwd": "x",
+    "gated_linear_recurrence_fwd": "x",
+    "soft_argmax_2d_fwd": "cost_volume",
+    "adapter_in_fwd": "tokens",
+}
 ANY_DTYPE = ("norm_weight", "conv1_weight", "conv1_bias", "conv2_weight", "conv2_bias")
 
 

@@ -20,6 +20,7 @@ FILES = [
     "test_correlation_soft_argmax.py",
     "test_correlation_soft_argmax_2d.py",
     "test_gpu.py",
+    "test_gated_linear_recurrence.py",
     "test_local_correlation.py",
     "test_temporal_adapter.py",
     "test_temporal_mixer.py",

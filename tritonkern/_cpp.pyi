@@ -73,6 +73,47 @@ def full_attention_forward(
     out: Tensor | None,
     lse: Tensor | None,
 ) -> None: ...
+def gated_linear_recurrence_backward(
+    grad_out: Tensor | None,
+    grad_new_hidden: Tensor | None,
+    x: Tensor | None,
+    conv_weight: Tensor | None,
+    conv_bias: Tensor | None,
+    input_gate_weight: Tensor | None,
+    input_gate_bias: Tensor | None,
+    decay_gate_weight: Tensor | None,
+    decay_gate_bias: Tensor | None,
+    rate: Tensor | None,
+    inputs: Tensor | None,
+    hidden: Tensor | None,
+    out: Tensor | None,
+    num_threads: int,
+    grad_x: Tensor | None,
+    grad_conv_weight: Tensor | None,
+    grad_conv_bias: Tensor | None,
+    grad_input_gate_weight: Tensor | None,
+    grad_input_gate_bias: Tensor | None,
+    grad_decay_gate_weight: Tensor | None,
+    grad_decay_gate_bias: Tensor | None,
+    grad_rate: Tensor | None,
+    grad_inputs: Tensor | None,
+    grad_hidden: Tensor | None,
+) -> None: ...
+def gated_linear_recurrence_forward(
+    x: Tensor | None,
+    conv_weight: Tensor | None,
+    conv_bias: Tensor | None,
+    input_gate_weight: Tensor | None,
+    input_gate_bias: Tensor | None,
+    decay_gate_weight: Tensor | None,
+    decay_gate_bias: Tensor | None,
+    rate: Tensor | None,
+    inputs: Tensor | None,
+    hidden: Tensor | None,
+    num_threads: int,
+    out: Tensor | None,
+    new_hidden: Tensor | None,
+) -> None: ...
 def is_amd() -> bool: ...
 def isa() -> str: ...
 def isas() -> list: ...

@@ -95,6 +95,16 @@ def mixer(shape, dtype, backend, needs_grad=False):
     return [x, *parameters], lambda *x: tk.temporal_mixer(*x, backend=backend)
 
 
+def recurrence(shape, dtype, backend, needs_grad=False):
+    """B, T, N, heads, D"""
+    heads, width = shape[3:]
+    gates = [p for _ in range(2) for p in (torch.randn(heads, width, width) * width**-0.5, torch.randn(heads, width))]
+    parameters = [torch.randn(4, heads * width) / 2, torch.randn(heads * width), *gates, torch.rand(heads * width) - 3]
+    parameters = [x.to(DEVICE, FP64 if dtype == FP64 else FP32).requires_grad_(needs_grad) for x in parameters]
+    x = _random(*shape[:3], heads * width, dtype=dtype, needs_grad=needs_grad)
+    return [x, *parameters], lambda *x: tk.gated_linear_recurrence(*x, backend=backend)[0]
+
+
 def _adapter(shape, dtype, needs_grad):
     """T, side, C, O, pool -> tokens, and a function that makes parameters."""
     frames, side, channels, *_ = shape
@@ -134,6 +144,7 @@ SMALL = [
     Case("track_attention", "splat", splat, (2, 40, 17, 9, 3, 64)),
     Case("local_correlation", "local", local, (2, 9, 12, 10, 49, 128)),
     Case("temporal_mixer", "mixer", mixer, (1, 7, 9, 72)),
+    Case("gated_linear_recurrence", "recurrence", recurrence, (1, 5, 19, 2, 32)),
     Case("temporal_adapter", "adapter in", adapter_first, (3, 8, 24, 128, 4)),
     Case("temporal_adapter", "adapter out", adapter_last, (3, 8, 24, 128, 4)),
 ]
@@ -174,6 +185,10 @@ def _real() -> list[Case]:
             (local_flops, 3 * local_flops), (2, 16, 16, 16, 49, 128),
         ),
         Case("temporal_mixer", "mixer tapir", mixer, (1, 256, 24, 512), (BF16, FP32), tiny=(1, 16, 24, 512)),
+        Case(
+            "gated_linear_recurrence", "recurrence tapnext", recurrence, (1, 24, 1280, 12, 64), (BF16, FP32),
+            (260 * 24 * 1280 * 768, 4 * 260 * 24 * 1280 * 768), (1, 24, 16, 12, 64),
+        ),
         Case(
             "temporal_adapter", "adapter in chrono-s", adapter_first, (24, 64, 384, 128, 4), (BF16,), (conv, 3 * conv),
             (2, 16, 384, 128, 4),

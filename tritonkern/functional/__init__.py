@@ -5,7 +5,7 @@ from tritonkern.functional.attention import (
     track_sample_attention,
     track_splat_attention,
 )
-from tritonkern.functional.blocks import temporal_mixer
+from tritonkern.functional.blocks import gated_linear_recurrence, temporal_mixer
 from tritonkern.functional.matching import (
     Match,
     correlation_pyramid,
@@ -29,6 +29,7 @@ __all__ = [
     "correlation_pyramid",
     "correlation_soft_argmax",
     "frame_local_attention",
+    "gated_linear_recurrence",
     "local_correlation",
     "local_correlation_linear",
     "query_key_cost",

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from tritonkern.integrations import _patch, _recognise, alltracker, chrono, cotracker, locotrack, tapir
+from tritonkern.integrations import _patch, _recognise, alltracker, chrono, cotracker, locotrack, tapir, tapnext
 from tritonkern.integrations._patch import Patch
 from tritonkern.integrations._precision import Precision
 
@@ -20,6 +20,7 @@ REPOSITORIES: Mapping[str, Any] = MappingProxyType(
         "cvlab-kaist/locotrack": locotrack,
         "facebookresearch/co-tracker (CoTracker3)": cotracker,
         "google-deepmind/tapnet (TAPIR)": tapir,
+        "google-deepmind/tapnet (TAPNext)": tapnext,
     }
 )
 """The models that `patch` recognises, each with the file that has its parts and replacements."""
@@ -36,7 +37,8 @@ def patch(model: Any, precision: str = "float32", *, verify: bool = True, stream
     - CoTracker3, offline and online (facebookresearch/co-tracker, commit 82e02e8), and forks of it such as MV-TAP; see
       `tritonkern.integrations.cotracker`;
     - TAPIR and BootsTAPIR in PyTorch, offline and online (google-deepmind/tapnet, commit c2cbab8); see
-      `tritonkern.integrations.tapir`.
+      `tritonkern.integrations.tapir`;
+    - TAPNext and TAPNext++ in PyTorch (google-deepmind/tapnet, July 2026); see `tritonkern.integrations.tapnext`.
 
     Methods are replaced on the modules found in `model`, each of which gets a subclass of its own class with the same
     name; its class, Python modules and other models are not changed. A patched model can be trained, moved, copied
@@ -76,7 +78,7 @@ def patch(model: Any, precision: str = "float32", *, verify: bool = True, stream
     Raises:
         TypeError: `model` is no `torch.nn.Module` and holds none.
         ValueError: nothing in `model` is recognised (the error lists the parts that the most similar module lacks), or
-            it is patched already; another `precision`, or one other than "float32" for Chrono and AllTracker;
+            it is patched already; another `precision`, or one other than "float32" for Chrono, AllTracker and TAPNext;
             `stream` without CoTracker3's online model.
     """
     computed = Precision(precision)

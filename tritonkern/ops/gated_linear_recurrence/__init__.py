@@ -1,0 +1,1 @@
+"""See README.md: the recurrence over time of TAPNext."""
