@@ -165,7 +165,7 @@ class PointTracker:
         What a stream loses against a clip that is read as a whole: docs/tracking.md.
 
         Args:
-            lookahead: frames that a result waits for, 0 or more. More of them make it more exact.
+            lookahead: frames that a result waits for, 0 or more, and which it then depends on.
             max_points: points at a time, at most.
             max_sources: frames with points at a time, at most. The features of each are kept, 2.4 MB of nano.
             min_confidence: a point is visible from this confidence on, 0 to 1.
