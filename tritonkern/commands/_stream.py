@@ -79,8 +79,9 @@ def track_stream(
             stages("tracking", done, None)
             if done == max_frames:
                 frames.stop()
-        for out in stream.finish() if file is not None else ():
-            file.append(out, *waiting.pop(0))
+        if file is not None:
+            for out in stream.finish():
+                file.append(out, *waiting.pop(0))
     if given:
         raise ValueError(f"the points of frame {min(given)} were never tracked: {frames.name} has {done} frames")
     if not done:

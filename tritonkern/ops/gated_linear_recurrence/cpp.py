@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -25,13 +27,14 @@ def forward(x: Tensor, conv: Conv, input_gate: Gate, decay_gate: Gate, decay: Te
     out, inputs = x.new_empty(x.shape), last_frames(x, state.inputs)
     hidden = decay.new_empty(x.shape[0], *x.shape[2:])
     if x.numel():
-        _cpp.gated_linear_recurrence_forward(
+        arguments: list[Any] = [
             adjacent_channels(x),
             *_contiguous(*conv, *input_gate, *decay_gate, rate_of(decay), *state),
             torch.get_num_threads(),
             out,
             hidden,
-        )
+        ]
+        _cpp.gated_linear_recurrence_forward(*arguments)
     elif state.hidden is None:
         hidden.zero_()
     else:
@@ -56,7 +59,7 @@ def backward(
         return no_frames(grads, grad_hidden)
     parameters = _contiguous(*conv, *input_gate, *decay_gate, rate_of(decay), *state)
     wanted = [grad if needed else None for grad, needed in zip(grads, needs_grad, strict=True)]
-    _cpp.gated_linear_recurrence_backward(
+    arguments: list[Any] = [
         adjacent_channels(grad_out),
         *_contiguous(grad_hidden),
         adjacent_channels(x),
@@ -64,7 +67,8 @@ def backward(
         adjacent_channels(out),
         torch.get_num_threads(),
         *wanted,
-    )
+    ]
+    _cpp.gated_linear_recurrence_backward(*arguments)
     return grads._replace(decay=through_rate(grads.decay, decay)) if needs_grad[7] else grads
 
 

@@ -97,11 +97,11 @@ def backward(
         vectors[6].view(heads, width),
         through_rate(vectors[7], decay),
     )
-    of_parameters = (
+    of_parameters = [
         grad.contiguous() if needed else old
         for grad, old, needed in zip(made, grads[1:8], needs_grad[1:8], strict=True)
-    )
-    return Gradients(grads.x, *of_parameters, grads.inputs, grads.hidden)
+    ]
+    return Gradients._make([grads.x, *of_parameters, grads.inputs, grads.hidden])
 
 
 @functools.lru_cache(maxsize=1024)
