@@ -170,16 +170,21 @@ def test_set_num_threads_is_obeyed():
     pytest.importorskip("tritonkern._cpp", exc_type=ImportError)
     printed = run_python(
         """
-        import os, sys, torch
+        import os, sys, time, torch
         sys.path.insert(0, "tests")
         from functions import FUNCTIONS, prepare
+        def started():
+            return len(os.listdir("/proc/self/task")) - before
         calls = {name: prepare(name, ("cpp", "cpu"), **FUNCTIONS[name].many[0]) for name in FUNCTIONS}
         before = len(os.listdir("/proc/self/task"))
         for threads in (1, 3):
             torch.set_num_threads(threads)
             for name, (call, tensors) in calls.items():
                 call(*tensors)
-                print(threads, len(os.listdir("/proc/self/task")) - before, name)
+                end = time.monotonic() + 5
+                while started() >= threads and time.monotonic() < end:
+                    time.sleep(0.01)  # a thread that OpenMP has no more use for takes a moment to end
+                print(threads, started(), name)
         """,
         OMP_NUM_THREADS="1",
     )
