@@ -46,6 +46,8 @@ class Forward {
             convolve(head, s.v, s.x, t, rows, s.u);
             head.multiply(s.u, input_weight.get(), h, rows, s.input, false);
             head.multiply(s.u, decay_weight.get(), h, rows, s.decay, false);
+            open_gates(head, s.v.input_bias, rows, s.input);
+            open_gates(head, s.v.decay_bias, rows, s.decay);
             advance(t == 0 && !call.hidden, rows, s);
             head.write(s.hidden, h, first, rows, t, call.T, call.out.data);
         }
@@ -56,15 +58,14 @@ class Forward {
     void advance(bool clip_begins, int64_t rows, const Scratch& s) const {
         const int64_t padded = head.padded;
         for (int64_t c = 0; c < padded; c += L) {
-            const A *const u = s.u + c, *const of_input = s.input + head.in_panels(0, c);
-            const A* const of_decay = s.decay + head.in_panels(0, c);
+            const A *const u = s.u + c, *const input = s.input + head.in_panels(0, c);
+            const A* const decay = s.decay + head.in_panels(0, c);
             A* const hidden = s.hidden + c;
-            const Vec<A> input_bias = load(s.v.input_bias + c), decay_bias = load(s.v.decay_bias + c);
             const Vec<A> rate = load(s.v.rate + c);
             for (int64_t r = 0; r < rows; ++r) {
                 const int64_t at = r * padded, p = r * head.kWide;
-                const Gates<A> g(load(of_input + p) + input_bias, load(of_decay + p) + decay_bias, rate, clip_begins);
-                store(hidden + at, g.factor * load(hidden + at) + load(u + at) * g.input * g.multiplier);
+                const Factors<A> f(load(decay + p), rate, clip_begins);
+                store(hidden + at, f.factor * load(hidden + at) + load(u + at) * load(input + p) * f.multiplier);
             }
         }
     }

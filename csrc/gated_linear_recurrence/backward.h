@@ -60,7 +60,10 @@ class Backward {
             if (t > 0) head.fetch(call.out, h, first, rows, t - 1, s.before);
             if (t == 0) head.fetch_hidden(call.hidden, h, first, rows, s.before);
             convolve(head, s.v, s.x, t, rows, s.u);
-            for (int i = 0; i < 2; ++i) head.multiply(s.u, weights[i].get(), h, rows, s.panel[i], false);
+            for (int i = 0; i < 2; ++i) {
+                head.multiply(s.u, weights[i].get(), h, rows, s.panel[i], false);
+                open_gates(head, i == 0 ? s.v.input_bias : s.v.decay_bias, rows, s.panel[i]);
+            }
             through_gates(t == 0 && !call.hidden, rows, s, to);
             for (int i = 0; i < 2; ++i) {
                 head.multiply(s.row[i], transposed[i].get(), h, rows, s.of_u, i == 1);
@@ -82,7 +85,6 @@ class Backward {
         const int64_t padded = head.padded;
         for (int64_t c = 0; c < padded; c += L) {
             const Vec<A> rate = load(s.v.rate + c);
-            const Vec<A> input_bias = load(s.v.input_bias + c), decay_bias = load(s.v.decay_bias + c);
             A *const input_panel = s.panel[0] + head.in_panels(0, c), *const decay_panel =
                                                                           s.panel[1] + head.in_panels(0, c);
             A *const input_row = s.row[0] + c, *const decay_row = s.row[1] + c;
@@ -91,22 +93,22 @@ class Backward {
             Vec<A> sums[3] = {};
             for (int64_t r = 0; r < rows; ++r) {
                 const int64_t at = r * padded, p = r * head.kWide;
-                const Gates<A> g(load(input_panel + p) + input_bias, load(decay_panel + p) + decay_bias, rate,
-                                 clip_begins);
+                const Vec<A> input = load(input_panel + p), decay = load(decay_panel + p);
+                const Factors<A> f(decay, rate, clip_begins);
                 const Vec<A> u = load(us + at), grad = load(grads + at) + load(carry + at);
-                Vec<A> of_log = grad * load(before + at) * g.factor;
+                Vec<A> of_log = grad * load(before + at) * f.factor;
                 if (!clip_begins) {
-                    const Vec<A> four = A(4) * g.rest;
+                    const Vec<A> four = A(4) * f.rest;
                     const Vec<A> bounded = four < kLeastSquare<A> ? broadcast(kLeastSquare<A>) : four;
-                    of_log -= A(2) * g.square / sqrt<A>(bounded) * (grad * u * g.input);
+                    of_log -= A(2) * f.square / sqrt<A>(bounded) * (grad * u * input);
                 }
-                const Vec<A> of_input = grad * u * g.multiplier * (g.input * (A(1) - g.input));
-                const Vec<A> of_decay = of_log * rate * (g.decay * (A(1) - g.decay));
+                const Vec<A> of_input = grad * u * f.multiplier * (input * (A(1) - input));
+                const Vec<A> of_decay = of_log * rate * (decay * (A(1) - decay));
                 store(input_row + at, of_input), store(input_panel + p, of_input);
                 store(decay_row + at, of_decay), store(decay_panel + p, of_decay);
-                store(grad_u + at, grad * g.input * g.multiplier);
-                store(carry + at, g.factor * grad);
-                sums[0] += of_input, sums[1] += of_decay, sums[2] += of_log * g.decay;
+                store(grad_u + at, grad * input * f.multiplier);
+                store(carry + at, f.factor * grad);
+                sums[0] += of_input, sums[1] += of_decay, sums[2] += of_log * decay;
             }
             const int places[] = {kInputBias, kDecayBias, kRate};
             for (int i = 0; i < 3; ++i) {

@@ -1,4 +1,4 @@
-// The arithmetic of one vector of channels of one frame: gates, factor and multiplier of the recurrence.
+// The arithmetic of one vector of channels of one frame: gate, factor and multiplier of the recurrence.
 #pragma once
 
 #include <cmath>
@@ -42,13 +42,12 @@ TRITONKERN_INLINE Vec<A> one_minus_exp(Vec<A> x, Vec<A> power) {
     return x > A(-0.5) ? -x * series : far;
 }
 
-// u is a vector of the convolution's result, input and decay of the gates' linear layers. `first`: there is no state before.
+// What the recurrence needs beside the gates, of the gate of the decay. `first`: there is no state before.
 template <class A>
-struct Gates {
-    Vec<A> input, decay, factor, square, rest, multiplier;
+struct Factors {
+    Vec<A> factor, square, rest, multiplier;
 
-    TRITONKERN_INLINE Gates(Vec<A> of_input, Vec<A> of_decay, Vec<A> rate, bool first)
-        : input(sigmoid<A>(of_input)), decay(sigmoid<A>(of_decay)) {
+    TRITONKERN_INLINE Factors(Vec<A> decay, Vec<A> rate, bool first) {
         const Vec<A> log_factor = rate * decay;
         factor = exp<A>(log_factor), square = factor * factor;
         rest = one_minus_exp<A>(A(2) * log_factor, square);

@@ -6,6 +6,7 @@
 #include "common/product.h"
 #include "common/rows.h"
 #include "gated_linear_recurrence/call.h"
+#include "gated_linear_recurrence/gates.h"
 
 namespace tritonkern::TRITONKERN_ISA::gated_linear_recurrence {
 
@@ -147,6 +148,17 @@ void convolve(const Head<A>& head, const Vectors<A>& v, const Ring<A>& x, int64_
             for (int k = 0; k < kRecurrenceTaps; ++k) sum += weight[k] * load(frame[k] + at);
             store(u + at + c, sum);
         }
+    }
+}
+
+// The gates of a tile in panels, from what their linear layers give without the bias. A loop of its own: the next one, which needs
+// the gates, would otherwise wait for every exponential.
+template <class A>
+void open_gates(const Head<A>& head, const A* bias, int64_t rows, A* panels) {
+    for (int64_t c = 0; c < head.padded; c += kLanes<A>) {
+        const Vec<A> shift = load(bias + c);
+        A* const gates = panels + head.in_panels(0, c);
+        for (int64_t r = 0; r < rows; ++r) store(gates + r * kCols<A>, sigmoid<A>(load(gates + r * kCols<A>) + shift));
     }
 }
 

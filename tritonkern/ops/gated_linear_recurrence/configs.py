@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from tritonkern.ops._dtypes import on_amd
 from tritonkern.ops._triton import UNIT, block_size
 
 
@@ -23,10 +24,11 @@ class Tile(NamedTuple):
     num_warps: int
 
 
-def tile(width: int, dtype: torch.dtype, backward: bool) -> Tile:
+def tile(width: int, dtype: torch.dtype) -> Tile:
     """Matrix units take 16 rows or more; products in float64 are sums of all their terms, of which few must be."""
-    wide = dtype == torch.float64
-    return Tile(1 if wide else 16, block_size(width), math.gcd(UNIT.value, width), 8 if wide or backward else 4)
+    return Tile(
+        1 if dtype == torch.float64 else 16, block_size(width), math.gcd(UNIT.value, width), 4 if on_amd() else 8
+    )
 
 
 # Programs per head of a backward pass that sums the parameters' gradients. A constant, so that every GPU gives the same

@@ -196,10 +196,15 @@ def through_rate(grad: Tensor, decay: Tensor) -> Tensor:
 def last_frames(x: Tensor, past: Tensor | None) -> Tensor:
     """The frames that the convolution needs of what is before the next clip, `[B, 3, N, C]`."""
     batch, frames, sequences, channels = x.shape
-    if frames < TAPS - 1:
-        past = x.new_zeros(batch, TAPS - 1, sequences, channels) if past is None else past
-        x = torch.cat([past, x], 1)
-    return x[:, x.shape[1] - TAPS + 1 :].clone(memory_format=torch.contiguous_format)
+    kept = x.new_empty(batch, TAPS - 1, sequences, channels)
+    own = min(TAPS - 1, frames)
+    earlier = kept[:, : TAPS - 1 - own]
+    if past is None:
+        earlier.zero_()
+    else:
+        earlier.copy_(past[:, own:])
+    kept[:, TAPS - 1 - own :] = x[:, frames - own :]
+    return kept
 
 
 def _save(ctx: Any, inputs: Any, output: Any) -> None:

@@ -66,12 +66,13 @@ def gated_linear_recurrence_bwd_kernel(
             carry += tl.load(whole_vectors(grad_new_hidden + kept, channel, STEP), mask=exists, other=0.0)
         # What the frames so far have added to the gradients of x[t], x[t - 1] and x[t - 2].
         ahead0, ahead1, ahead2 = nothing, nothing, nothing
+        # x1, x2 and x3 are the frames t - 2 to t.
+        x1 = load_frame(x, inputs, start, row, T - 3, N, stride_t, first, channel, exists, C, STEP).to(ACC)
+        x2 = load_frame(x, inputs, start, row, T - 2, N, stride_t, first, channel, exists, C, STEP).to(ACC)
+        x3 = load_frame(x, None, start, row, T - 1, N, stride_t, first, channel, exists, C, STEP).to(ACC)
         for step in tl.range(0, T, num_stages=1):
             t = T - 1 - tl.cast(step, tl.int64)
             x0 = load_frame(x, inputs, start, row, t - 3, N, stride_t, first, channel, exists, C, STEP).to(ACC)
-            x1 = load_frame(x, inputs, start, row, t - 2, N, stride_t, first, channel, exists, C, STEP).to(ACC)
-            x2 = load_frame(x, inputs, start, row, t - 1, N, stride_t, first, channel, exists, C, STEP).to(ACC)
-            x3 = load_frame(x, None, start, row, t, N, stride_t, first, channel, exists, C, STEP).to(ACC)
             # For each frame, as registers do not hold them.
             of_input = load_weight(input_weight, head, channel, ACC, D)
             of_decay = load_weight(decay_weight, head, channel, ACC, D)
@@ -115,6 +116,7 @@ def gated_linear_recurrence_bwd_kernel(
                     sum_input += tl.sum(grad_input, 0)
                     sum_decay += tl.sum(grad_decay, 0)
                     sum_rate += tl.sum(grad_log * decays, 0)
+            x1, x2, x3 = x0, x1, x2
         if grad_inputs is not None and not MATRICES:
             _store(grad_inputs, 2, row, N, 3, first, channel, ahead0, exists, C, STEP)
             _store(grad_inputs, 1, row, N, 3, first, channel, ahead1, exists, C, STEP)

@@ -46,7 +46,7 @@ def forward(x: Tensor, conv: Conv, input_gate: Gate, decay_gate: Gate, decay: Te
 @functools.lru_cache(maxsize=1024)
 def _forward_launch(shape: tuple[int, ...], dtype: torch.dtype, strides, heads: int, without_state: bool) -> Launch:
     B, T, N, C = shape
-    rows, block, step, num_warps = configs.tile(C // heads, dtype, False)
+    rows, block, step, num_warps = configs.tile(C // heads, dtype)
     return Launch(
         triton_forward.gated_linear_recurrence_fwd_kernel, triton.cdiv(B * N, rows) * heads, B * N, N, T, *strides,
         H=heads, D=C // heads, BLOCK=block, ROWS=rows, STEP=step, PRECISION=precision(dtype), num_warps=num_warps,
@@ -110,7 +110,7 @@ def _backward_launches(
 ) -> tuple[int, int, list[Launch]]:
     """Programs per head, channels of a tile, and the launches."""
     B, T, N, C = shape
-    rows, block, step, num_warps = configs.tile(C // heads, dtype, True)
+    rows, block, step, num_warps = configs.tile(C // heads, dtype)
     tiles = triton.cdiv(B * N, rows)
     each = triton.cdiv(tiles, configs.PARTIALS) if needs_sums else 1
     chunks = triton.cdiv(tiles, each)
