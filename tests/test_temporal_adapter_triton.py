@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from aot import EVERYTHING, SIBLINGS, TARGETS, check_resources, compile_only, interpret, pool, resources  # noqa: E402, F401
+from aot import EVERYTHING, TARGETS, TRIED_SIBLINGS, check_resources, compile_only, interpret, pool, resources  # noqa: E402, F401
 
 from tritonkern.ops.temporal_adapter import op  # noqa: E402
 
@@ -59,7 +59,13 @@ def rows_not_in_vectors(case, used):
 
 @pytest.mark.slow
 def test_no_kernel_spills_or_overflows_shared_memory(pool):  # noqa: F811
-    few = {"sm_80": CASES[1:2], "sm_90": CASES[1:3], "sm_100": CASES[3:], "gfx942": [], **dict.fromkeys(SIBLINGS, [])}
+    few = {
+        "sm_80": CASES[1:2],
+        "sm_90": CASES[1:3],
+        "sm_100": CASES[3:],
+        "gfx942": [],
+        **dict.fromkeys(TRIED_SIBLINGS, []),
+    }
     chosen = dict.fromkeys(TARGETS, CASES[1:]) if EVERYTHING else few
     cases = [(target, *case) for target in chosen for case in [CASES[0], *chosen[target]]]
     check_resources(pool, measure, cases, rows_not_in_vectors)

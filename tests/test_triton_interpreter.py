@@ -6,7 +6,7 @@ pytest.importorskip("triton")
 
 from aot import interpret  # noqa: E402
 
-STRIDES = "strides and float32 and (reversed or channels_apart) or size_1 and 7-"
+STRIDES = "strides and float32 and reversed or size_1 and 7-"
 CONTRACTS = f"triton and not opcheck and ({STRIDES} or test_empty or partial)"
 
 
