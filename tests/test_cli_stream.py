@@ -21,7 +21,10 @@ RAW = ("-", "--raw-size", "96x64")
 def start(*arguments, slow=0.0):
     code = program(slow_model=slow).replace("(ColourTracker):", "(ColourTracker):\n    context = 0")
     command = [sys.executable, "-c", code, "track", "--stream", *map(str, arguments)]
-    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    # A shell starts background jobs with Ctrl-C ignored, and tests may run in one.
+    heard = lambda: signal.signal(signal.SIGINT, signal.default_int_handler)  # noqa: E731
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, preexec_fn=heard)
 
 
 def rows(path):

@@ -193,7 +193,7 @@ def test_gates_of_large_logits(where):
         torch.testing.assert_close(actual.cpu().double(), truth, rtol=1e-5, atol=1e-5, msg=name)
 
 
-@pytest.mark.parametrize("pieces", [(1,) * 6, (2, 4), (5, 1), (0, 6)], ids=str)
+@pytest.mark.parametrize("pieces", [(1,) * 6, (2, 4), (5, 1), (0, 6)], ids=lambda pieces: "-".join(map(str, pieces)))
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_carried_state_gives_what_one_clip_gives(where, pieces, dtype):
     """To the bit in C++: results, state, and the gradients that pass through it."""

@@ -13,6 +13,7 @@ HERE = Path(__file__).parent
 CANNOT = "opcheck or gradcheck or compiled or export or forward_mode or autocast or checkpointing or cuda_graph"
 CANNOT_IN = {
     "test_contracts.py": "fakes or strides and adapter and float16",
+    "test_gated_linear_recurrence.py": "carried_state and 0-6",  # autograd makes a gradient of no frames itself
     "test_temporal_adapter.py": "test_out and float16",
 }
 FILES = [
