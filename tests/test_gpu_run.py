@@ -175,3 +175,26 @@ def test_table_and_results(module):
     (row,) = record.results(ROWS, "abc")
     assert row["median"] == 1e-3 and row["floor"] == 0.5e-3 and row["direction"] == "forward"
     assert row["commit"] == "abc" and row["torch"] == "2.11"
+
+
+HIDE = """
+import sys
+class Hidden:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("av", "typer", "rich", "safetensors", "PIL", "pyarrow"):
+            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+sys.meta_path.insert(0, Hidden())
+import pytest
+sys.exit(pytest.main(["-q", "--collect-only", "-p", "no:cacheprovider", "tests"]))
+"""
+
+
+@pytest.mark.slow
+def test_files_of_kernels_are_collected_on_a_bare_image():
+    """One file that cannot be imported would end the tests of `make gpu` before they begin."""
+    root = Path(__file__).resolve().parents[1]
+    environment = {name: value for name, value in os.environ.items() if name != "CI"}
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run([sys.executable, "-c", HIDE], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert "tests/test_contracts.py" in done.stdout and "tests/test_vot.py" not in done.stdout
