@@ -16,6 +16,7 @@ from tritonkern.ops.gated_linear_recurrence.op import (
     Recurrence,
     State,
     empty_gradients,
+    first_hidden,
     last_frames,
     no_frames,
     rate_of,
@@ -35,10 +36,8 @@ def forward(x: Tensor, conv: Conv, input_gate: Gate, decay_gate: Gate, decay: Te
             hidden,
         ]
         _cpp.gated_linear_recurrence_forward(*arguments)
-    elif state.hidden is None:
-        hidden.zero_()
     else:
-        hidden.copy_(state.hidden)
+        hidden.copy_(first_hidden(hidden, state))
     return Recurrence(out, inputs, hidden)
 
 

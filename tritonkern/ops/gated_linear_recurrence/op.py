@@ -183,6 +183,11 @@ def no_frames(grads: Gradients, grad_hidden: Tensor | None) -> Gradients:
     return grads
 
 
+def first_hidden(like: Tensor, state: State) -> Tensor:
+    """The hidden state before the first frame, `[B, N, C]`."""
+    return torch.zeros_like(like) if state.hidden is None else state.hidden
+
+
 def rate_of(decay: Tensor) -> Tensor:
     """The logarithm of the recurrence's factor where its gate is 1: -8 softplus(decay)."""
     return -8.0 * F.softplus(decay.contiguous())

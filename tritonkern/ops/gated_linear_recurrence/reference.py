@@ -17,6 +17,7 @@ from tritonkern.ops.gated_linear_recurrence.op import (
     Gradients,
     Recurrence,
     State,
+    first_hidden,
     last_frames,
     rate_of,
     through_rate,
@@ -38,7 +39,7 @@ class _Terms(NamedTuple):
 def forward(x: Tensor, conv: Conv, input_gate: Gate, decay_gate: Gate, decay: Tensor, state: State) -> Recurrence:
     terms = _terms(x, conv, input_gate, decay_gate, decay, state)
     added = terms.u * terms.input_gate * terms.multiplier
-    hidden = torch.zeros_like(terms.u[:, :1].sum(1)) if state.hidden is None else state.hidden
+    hidden = first_hidden(terms.u[:, :1].sum(1), state)
     states = torch.empty_like(added)
     for t in range(x.shape[1]):
         hidden = terms.factor[:, t] * hidden + added[:, t]
@@ -64,7 +65,7 @@ def backward(
 ) -> Gradients:
     terms = _terms(x, conv, input_gate, decay_gate, decay, state)
     rate = rate_of(decay)
-    first = torch.zeros_like(terms.u[:, :1].sum(1)) if state.hidden is None else state.hidden
+    first = first_hidden(terms.u[:, :1].sum(1), state)
     before = torch.cat([first[:, None], accurate(out)], 1)[:, :-1]
     grad = torch.empty_like(terms.u)
     carry = torch.zeros_like(first) if grad_hidden is None else grad_hidden

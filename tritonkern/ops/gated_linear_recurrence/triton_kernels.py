@@ -19,6 +19,7 @@ from tritonkern.ops.gated_linear_recurrence.op import (
     Recurrence,
     State,
     empty_gradients,
+    first_hidden,
     last_frames,
     no_frames,
     rate_of,
@@ -36,10 +37,8 @@ def forward(x: Tensor, conv: Conv, input_gate: Gate, decay_gate: Gate, decay: Te
         _forward_launch(shape, x.dtype, strides, input_gate.weight.shape[0], state.hidden is None)(
             x, *parameters, out, hidden
         )
-    elif state.hidden is None:
-        hidden.zero_()
     else:
-        hidden.copy_(state.hidden)
+        hidden.copy_(first_hidden(hidden, state))
     return Recurrence(out, inputs, hidden)
 
 
