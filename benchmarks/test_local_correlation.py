@@ -1,4 +1,6 @@
-"""Local correlation of CoTracker3 and LocoTrack against the eager form of their repositories, from the formula."""
+"""Local correlation of CoTracker3, LocoTrack and DiTracker against the eager form of their repositories, from the
+formula.
+"""
 
 import functools
 
@@ -16,7 +18,8 @@ COTRACKER = dict(padding="border", align_corners=True, axis_order="xy")
 LOCOTRACK = dict(padding="zeros", align_corners=False, axis_order="yx")
 COTRACKER_LEVELS = [(96 >> level, 128 >> level, 128) for level in range(4)]  # 384 x 512 pixels, stride 4
 LOCOTRACK_LEVELS = [(128, 128, 64), (64, 64, 128), (32, 32, 256)]  # 256 x 256 pixels
-OUTPUTS = 384  # of the first layer of CoTracker3's corr_mlp
+OUTPUTS = 384  # of the first layer of CoTracker3's corr_mlp, and of DiTracker's
+DITRACKER = dict(points=64, size=(120, 180), channels=64, outputs=256)  # 480 x 720 pixels, stride 4
 
 
 def random_levels(levels, dtype, device, requires_grad=False):
@@ -121,3 +124,49 @@ def test_locotrack(compare, device, backward):
     moved, flops = cost(LOCOTRACK_LEVELS, dtype, False)
     direction = "locotrack" + " + backward" * backward
     compared(compare, OP, dtype, direction, call, moved, flops * (3 if backward else 1), device)
+
+
+def ditracker(form, maps, supports, coords, first, second):
+    """The embedding of DiTracker's two matching costs on one level: ours, the same with `local_correlation` and
+    PyTorch's softmax and linear layer ("composition"), or step by step."""
+    if form == OURS:
+        hidden = local_correlation_linear(maps, supports, coords, *first, **COTRACKER, softmax=True)
+    else:
+        flat = []
+        for features, support in zip(maps, supports, strict=True):
+            if form == "composition":
+                volume = local_correlation(features, support, coords, **COTRACKER)
+            else:
+                volume = eager(features, support, coords, COTRACKER, True)
+            flat.append((volume * features.shape[-1] ** -0.5).softmax(-2).flatten(-2))
+        hidden = F.linear(torch.cat(flat, -1), *first)
+    return F.linear(F.gelu(hidden), *second)
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "both"])
+def test_ditracker(compare, device, backward):
+    dtype, points, channels = torch.float32, DITRACKER["points"], DITRACKER["channels"]
+    torch.manual_seed(0)
+    height, width = DITRACKER["size"]
+    tensor = lambda *shape: torch.randn(shape, device=device).requires_grad_(backward)  # noqa: E731
+    maps = [tensor(1, FRAMES, height, width, channels) for _ in range(2)]
+    supports = [tensor(1, points, SUPPORTS, channels) for _ in range(2)]
+    coords = torch.rand(1, FRAMES, points, 2, device=device) * torch.tensor([width - 1.0, height - 1], device=device)
+    flat, outputs = 2 * (2 * RADIUS + 1) ** 2 * SUPPORTS, DITRACKER["outputs"]
+    sizes = ((OUTPUTS, flat), (outputs, OUTPUTS))
+    layers = [[(torch.randn(o, i, device=device) * i**-0.5).requires_grad_(backward), tensor(o)] for o, i in sizes]
+    leaves = [*maps, *supports, *layers[0], *layers[1]]
+
+    def call(form):
+        out = ditracker(form, maps, supports, coords, *layers)
+        return torch.autograd.grad(out, leaves, torch.ones_like(out)) if backward else out
+
+    rows, cells = FRAMES * points, (2 * RADIUS + 2) ** 2
+    flops = 2 * rows * (2 * cells * SUPPORTS * channels + flat * OUTPUTS + OUTPUTS * outputs)
+    moved = (sum(x.numel() for x in leaves) + rows * outputs) * dtype.itemsize
+    calls = {form: functools.partial(call, form) for form in (OURS, "composition", EAGER)}
+    direction = "ditracker, one level" + " + backward" * backward
+    # Gradients of maps are sums of differences, which cancel.
+    compare(
+        f"{OP}_linear", (FRAMES, points, SUPPORTS), dtype, direction, calls, moved, flops * (4 if backward else 1), 4096
+    )

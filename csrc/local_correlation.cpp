@@ -3,6 +3,7 @@
 //   position -> lattice    the (2 radius + 2)^2 cells that enclose all samples, and two fractions (lattice.h)
 //            -> product    cells x supports: the only sums over channels (products.h)
 //            -> samples    interpolated between the products at four cells, one plane of supports per sample
+//            -> weights    where asked for: their softmax over the samples (softmax.h)
 //
 // Interpolation and product are both linear, so their order can be exchanged: sampled vectors of features are never made, and
 // 64 products of vectors give 49 interpolated ones. Lanes are supports, packed once for the frames of a point; a cell's channels
@@ -37,6 +38,11 @@ void backward(const LocalCorrelation& call) {
 void multiply(const LocalCorrelationProduct& call) {
     if (call.dtype == DType::kFloat64) return Product<double>(call).run();
     Product<float>(call).run();
+}
+
+void softmax_backward(const LocalCorrelationSoftmax& call) {
+    if (call.dtype == DType::kFloat64) return softmax_gradients<double>(call);
+    softmax_gradients<float>(call);
 }
 
 }  // namespace tritonkern::TRITONKERN_ISA::local_correlation

@@ -70,6 +70,21 @@ def local(linear, per_frame=False, B=2, T=3, N=5, h=4, w=6, C=8, S=3, radius=1, 
     return tensors | dict(radius=radius)
 
 
+def local_pairs(B=2, T=3, N=5, h=4, w=6, C=8, S=3, radius=1, outputs=7, per_frame=False):
+    first = local(False, per_frame, B, T, N, h, w, C, S, radius)
+    second = local(False, False, B, T, N, 3, 5, 4, 2, radius)
+    inputs = (2 * radius + 1) ** 2 * (S + 2)
+    tensors = dict(features=first["features"], small=second["features"], support=first["support"])
+    tensors |= dict(small_support=second["support"], coords=first["coords"])
+    return tensors | dict(weight=torch.randn(outputs, inputs) * inputs**-0.5, bias=torch.randn(outputs), radius=radius)
+
+
+def costs(features, small, support, small_support, coords, weight, bias, **options):
+    pairs = ([features, small], [support, small_support])
+    options |= dict(align_corners=True, softmax=True)
+    return tritonkern.local_correlation_linear(*pairs, coords, weight, bias, **options)
+
+
 def mixer(B=2, N=3, T=5, C=24):
     tensors = dict(x=torch.randn(B, N, T, C), norm_weight=torch.randn(C))
     for conv in ("conv1", "conv2"):
@@ -194,6 +209,7 @@ FUNCTIONS = {
     "correlation_soft_argmax-2d": COST,
     "local_correlation": LOCAL,
     "local_correlation-linear": LOCAL._replace(call=LINEAR, make=partial(local, True)),
+    "local_correlation-softmax": LOCAL._replace(call=costs, make=local_pairs),
     "temporal_mixer": MIXER,
     "temporal_mixer-causal": MIXER._replace(call=partial(MIXER.call, causal=True)),
     "gated_linear_recurrence": RECURRENCE,

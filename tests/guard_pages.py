@@ -95,13 +95,16 @@ def local(dtype, n):
     for zeros in (False, True):
         for supports in (support, support[:, :, None].repeat(1, 1, 2, 1, 1)):
             call = features, supports, positions(1, 2, n, 2, dtype=dtype)
-            options = (1, zeros, zeros)
-            yield local_op.local_correlation_fwd, (*call, *options)
-            grad = torch.randn(1, 2, n, 9, 3).to(dtype)
-            yield local_op.local_correlation_bwd, (grad, *call, *options, [True] * 3)
-            yield local_op.local_correlation_linear_fwd, (*call, weight, bias, *options)
-            grad = torch.randn(1, 2, n, 7).to(dtype)
-            yield local_op.local_correlation_linear_bwd, (grad, *call, weight, *options, [True] * 5)
+            geometry = (1, zeros, zeros)
+            for scale in (None, 0.4):
+                yield local_op.local_correlation_fwd, (*call, *geometry, scale)
+                grad = torch.randn(1, 2, n, 9, 3).to(dtype)
+                yield local_op.local_correlation_bwd, (grad, *call, *geometry, scale, [True] * 3)
+                of_linear = [features], [supports], call[2]
+                options = *geometry, [] if scale is None else [scale]
+                yield local_op.local_correlation_linear_fwd, (*of_linear, weight, bias, *options)
+                grad = torch.randn(1, 2, n, 7).to(dtype)
+                yield local_op.local_correlation_linear_bwd, (grad, *of_linear, weight, *options, [True] * 5)
 
 
 def match(dtype, n):
@@ -198,7 +201,12 @@ def main(backend):
                 torch.manual_seed(n)
                 for operator, arguments in family(dtype, n):
                     for at_end, stride in ((True, None), (False, 2**40), (True, 1)):
-                        given = [guarded(x, at_end, stride) for x in arguments]
+                        given = [
+                            [guarded(y, at_end, stride) for y in x]
+                            if isinstance(x, list)
+                            else guarded(x, at_end, stride)
+                            for x in arguments
+                        ]
                         try:
                             operator(*given, backend)
                         except ValueError as error:

@@ -65,6 +65,7 @@ int main() {
                 call.C = s[5], call.S = s[6], call.radius = s[7], call.num_threads = 2;
                 call.zeros = mode & 1, call.supports_differ = mode & 2, call.x_is_fast = mode & 4;
                 call.rows_dtype = mode & 8 && dtype > 1 ? DType::kFloat32 : call.dtype;
+                call.scale = calls / 2 % 7 < 3 ? 0.3 : 0;
 
                 const int64_t of_features[] = {s[0], s[1], s[3], s[4], s[5]}, of_position[] = {s[0], s[1], s[2], 2};
                 const int64_t of_support[] = {s[0], s[2], call.supports_differ ? s[1] : 1, s[6], s[5]};
@@ -90,6 +91,20 @@ int main() {
                 TRITONKERN_ISA::local_correlation::backward(call);
                 calls += 2;
             }
+        }
+    }
+    // rows, P, S: tails of supports, several tasks.
+    const int64_t softmaxes[][3] = {{1, 1, 1}, {40, 9, 49}, {3, 49, 21}, {2, 9, 16}};
+    for (const auto& [rows, P, S] : softmaxes) {
+        for (int dtype = 0; dtype < 2; ++dtype) {
+            LocalCorrelationSoftmax call{};
+            call.dtype = static_cast<DType>(dtype), call.rows = rows, call.P = P, call.S = S;
+            call.scale = 0.3, call.num_threads = 2;
+            const int64_t shape[] = {rows, P * S};
+            Buffer weights(shape, elements[dtype], 1, 1), grad(shape, elements[dtype], 1, 1);
+            call.weights = weights.view, call.grad = grad.view;
+            TRITONKERN_ISA::local_correlation::softmax_backward(call);
+            ++calls;
         }
     }
     // M, K, N: tails of rows, columns and depth, several tiles, no products.

@@ -13,6 +13,7 @@ from oracle import fast_backends, native_backends, run_python
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 
@@ -37,7 +38,7 @@ class Recorder(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function.namespace == "tritonkern":
-            self.calls.append((function, [x.detach() if isinstance(x, torch.Tensor) else x for x in args]))
+            self.calls.append((function, list(tree_map_only(torch.Tensor, torch.Tensor.detach, args))))
         return function(*args, **(kwargs or {}))
 
 
@@ -50,12 +51,12 @@ def operator_calls(name, where, wanted=None, layout=None, **arguments):
 
 
 def changed(arguments, change, at=None):
-    """The arguments with all tensors, or with the one at a place, in another form."""
-    return [change(x) if isinstance(x, torch.Tensor) and at in (None, i) else x for i, x in enumerate(arguments)]
+    """The arguments with all tensors, or with the one (or the list of them) at a place, in another form."""
+    return [tree_map_only(torch.Tensor, change, x) if at in (None, i) else x for i, x in enumerate(arguments)]
 
 
 def tensor_places(arguments):
-    return [i for i, x in enumerate(arguments) if isinstance(x, torch.Tensor)]
+    return [i for i, x in enumerate(arguments) if any(isinstance(y, torch.Tensor) for y in tree_leaves(x))]
 
 
 def poison(x, *shape):
@@ -247,8 +248,10 @@ def test_direct_calls_of_the_operators_are_checked(name, where):
         short = operator.name().partition("::")[2]
         for at, x in enumerate(arguments):
             argument, wrong = operator._schema.arguments[at].name, []
-            if isinstance(x, list):
+            if isinstance(x, list) and x:
                 wrong = [x[1:]]
+                if isinstance(x[0], torch.Tensor):
+                    wrong += [[y, *x[1:]] for y in (x[0][0], x[0][:1], x[0].double(), x[0].new_empty(0))]
             elif isinstance(x, torch.Tensor) and x.numel() and FREE.get(short) != argument:
                 wrong = [x[0], x[:1]] if x.dim() else [x[None]]
                 if not (name.startswith("temporal_mixer") and argument in ANY_DTYPE):

@@ -12,7 +12,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 # Without those that call the same operators as another.
 NAMES = FUNCTIONS.keys() - {
-    "correlation_soft_argmax-cosine", "temporal_mixer-causal", "temporal_window_attention-offset"
+    "correlation_soft_argmax-cosine", "local_correlation-softmax", "temporal_mixer-causal",
+    "temporal_window_attention-offset",
 }  # fmt: skip
 pytestmark = pytest.mark.parametrize(("name", "where"), on(fast_backends, sorted(NAMES)))
 

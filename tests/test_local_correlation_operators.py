@@ -31,7 +31,7 @@ OWN = local(linear=False, per_frame=True)["support"]
         ({"axis_order": "xyz"}, ValueError, "axis_order must be 'xy' or 'yx', got 'xyz'"),
         ({"align_corners": None}, TypeError, "align_corners must be a bool, got NoneType"),
         ({"backend": "cuda"}, ValueError, "backend must be one of cpp, triton, reference or None"),
-        ({"weight": WEIGHT[:, 1:]}, ValueError, r"weight must have \(2 radius \+ 1\)\^2 S = 27 columns"),
+        ({"weight": WEIGHT[:, 1:]}, ValueError, r"weight must have \(2 radius \+ 1\)\^2 S = 9 x 3 = 27 columns"),
         ({"weight": BIAS}, ValueError, "weight must have 2 axes"),
         ({"weight": WEIGHT.double()}, TypeError, "weight must have the dtype of features"),
         ({"bias": BIAS[1:]}, ValueError, r"bias must have shape \(7,\), as weight has rows, got \(6,\)"),
@@ -51,7 +51,7 @@ def test_bad_arguments(arguments, error, message):
 def test_the_binding_names_the_argument():
     _cpp = pytest.importorskip("tritonkern._cpp", exc_type=ImportError)
     tensors = dict(features=FEATURES, support=SUPPORT, position=COORDS, out=FEATURES.new_empty(2, 3, 5, 27))
-    options = dict(radius=1, zeros=False, y_first=True, num_threads=1)
+    options = dict(radius=1, zeros=False, y_first=True, scale=0.0, num_threads=1)
     _cpp.local_correlation_forward(**tensors, **options)
     for name, bad, error in (
         ("features", FEATURES.int(), TypeError),
@@ -60,9 +60,22 @@ def test_the_binding_names_the_argument():
         ("out", tensors["out"][..., 1:], ValueError),
         ("out", tensors["out"].mT.contiguous().mT, ValueError),
         ("radius", 16, ValueError),
+        ("scale", -1.0, ValueError),
+        ("scale", float("nan"), ValueError),
     ):
         with pytest.raises(error, match=name):
             _cpp.local_correlation_forward(**{**tensors, **options, name: bad})
+    weights = torch.zeros(2, 27)
+    _cpp.local_correlation_softmax_backward(weights, 9, 0.5, 1, weights.clone())
+    for arguments, error, name in (
+        ((weights, 9, 0.5, 1, weights[1:]), ValueError, "grad"),
+        ((weights, 9, 0.5, 1, weights.double()), TypeError, "grad"),
+        ((weights.half(), 9, 0.5, 1, weights.half()), TypeError, "weights"),
+        ((weights, 9, 0.5, 1, weights.T.contiguous().T), ValueError, "grad"),
+        ((weights, 2, 0.5, 1, weights), ValueError, "samples"),
+    ):
+        with pytest.raises(error, match=name):
+            _cpp.local_correlation_softmax_backward(*arguments)
     left, right, out = torch.zeros(3, 4), torch.zeros(4, 5), torch.zeros(3, 5)
     _cpp.local_correlation_multiply(left, right, False, 1, out)
     for arguments, name in (((left[:, 1:], right, out), "right"), ((left, right, out[1:]), "out")):

@@ -6,6 +6,7 @@ wrongly.
 
 import pytest
 import test_local_correlation as local
+import test_local_correlation_softmax as softmax
 import torch
 
 from tritonkern import correlation_pyramid
@@ -54,6 +55,13 @@ def test_deterministic_mode():
 @BOTH
 def test_supports_of_each_frame(linear):
     local.check(WHERE, local.case(per_frame=True, linear=linear, options=local.LOCOTRACK))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+def test_softmax(dtype):
+    for sizes in (dict(N=2, T=1, radius=2), dict(N=1, T=1, pairs=[softmax.ANOTHER], scale=0.3)):
+        softmax.check(WHERE, softmax.cost(dtype=dtype, **sizes))
+    softmax.test_broken_numbers_reach_what_depends_on_them(WHERE, False)
 
 
 @pytest.mark.parametrize("options", [local.COTRACKER, local.LOCOTRACK], ids=["border", "zeros"])

@@ -137,6 +137,7 @@ def local_correlation_forward(
     radius: int,
     zeros: bool,
     y_first: bool,
+    scale: float,
     num_threads: int,
     out: Tensor | None,
 ) -> None: ...
@@ -146,6 +147,13 @@ def local_correlation_multiply(
     add: bool,
     num_threads: int,
     out: Tensor | None,
+) -> None: ...
+def local_correlation_softmax_backward(
+    weights: Tensor | None,
+    samples: int,
+    scale: float,
+    num_threads: int,
+    grad: Tensor | None,
 ) -> None: ...
 def query_key_cost_backward(
     grad_cost: Tensor | None,

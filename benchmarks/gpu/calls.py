@@ -84,6 +84,13 @@ def local(shape, dtype, backend, needs_grad=False):
     return tensors, lambda *x: tk.local_correlation(*x, coords, align_corners=True, backend=backend)
 
 
+def local_softmax(shape, dtype, backend, needs_grad=False):
+    tensors, _ = local(shape, dtype, backend, needs_grad)
+    frames, points, rows, columns, *_ = shape
+    coords = torch.rand(1, frames, points, 2, device=DEVICE) * torch.tensor([columns - 1.0, rows - 1], device=DEVICE)
+    return tensors, lambda *x: tk.local_correlation(*x, coords, align_corners=True, softmax=True, backend=backend)
+
+
 def mixer(shape, dtype, backend, needs_grad=False):
     """B, N, T, C"""
     channels = shape[-1]
@@ -143,6 +150,7 @@ SMALL = [
     Case("track_attention", "sample", sample, (2, 40, 17, 9, 3, 64)),
     Case("track_attention", "splat", splat, (2, 40, 17, 9, 3, 64)),
     Case("local_correlation", "local", local, (2, 9, 12, 10, 49, 128)),
+    Case("local_correlation", "local softmax", local_softmax, (2, 9, 12, 10, 49, 64)),
     Case("temporal_mixer", "mixer", mixer, (1, 7, 9, 72)),
     Case("gated_linear_recurrence", "recurrence", recurrence, (1, 5, 19, 2, 32)),
     Case("temporal_adapter", "adapter in", adapter_first, (3, 8, 24, 128, 4)),

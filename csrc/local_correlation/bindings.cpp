@@ -51,9 +51,12 @@ LocalCorrelation describe(const char* rows_name, const TensorView& rows, const T
     return call;
 }
 
+// scale: of the softmax, or 0.
 void forward(const TensorView& features, const TensorView& support, const TensorView& position, int64_t radius,
-             bool zeros, bool y_first, int num_threads, const TensorView& out) {
-    const auto call = describe("out", out, features, support, position, radius, zeros, y_first, num_threads);
+             bool zeros, bool y_first, double scale, int num_threads, const TensorView& out) {
+    auto call = describe("out", out, features, support, position, radius, zeros, y_first, num_threads);
+    if (!(scale >= 0)) throw std::invalid_argument("scale must not be negative, got " + std::to_string(scale));
+    call.scale = scale;
     TRITONKERN_KERNEL(local_correlation, forward)(call);
 }
 
@@ -99,17 +102,38 @@ void multiply(const TensorView& left, const TensorView& right, bool add, int num
     TRITONKERN_KERNEL(local_correlation, multiply)(call);
 }
 
+// weights and grad: [..., P * S] with P samples.
+void softmax_backward(const TensorView& weights, int64_t samples, double scale, int num_threads,
+                      const TensorView& grad) {
+    if (weights.rank < 1) throw std::invalid_argument("weights must have at least one axis");
+    expect_like("grad", grad, weights);
+    expect_dtype("weights", weights, accumulator(weights.dtype));
+    expect_contiguous("weights", weights);
+    expect_contiguous("grad", grad);
+    LocalCorrelationSoftmax call{};
+    const int64_t length = weights.shape[weights.rank - 1];
+    if (samples < 1 || length % samples)
+        throw std::invalid_argument("samples must divide the last axis of weights, got " + std::to_string(samples));
+    call.dtype = weights.dtype, call.rows = 1, call.P = samples, call.S = length / samples;
+    for (int axis = 0; axis + 1 < weights.rank; ++axis) call.rows *= weights.shape[axis];
+    call.scale = scale, call.num_threads = num_threads;
+    call.weights = weights, call.grad = grad;
+    TRITONKERN_KERNEL(local_correlation, softmax_backward)(call);
+}
+
 }  // namespace
 
 TRITONKERN_BINDINGS(m) {
     using py::arg;
     m.def("local_correlation_forward", forward, arg("features"), arg("support"), arg("position"), arg("radius"),
-          arg("zeros"), arg("y_first"), arg("num_threads"), arg("out"), Unlocked());
+          arg("zeros"), arg("y_first"), arg("scale"), arg("num_threads"), arg("out"), Unlocked());
     m.def("local_correlation_backward", backward, arg("grad_out"), arg("features"), arg("support"), arg("position"),
           arg("radius"), arg("zeros"), arg("y_first"), arg("num_threads"), arg("grad_features"), arg("grad_support"),
           arg("grad_position"), Unlocked());
     m.def("local_correlation_multiply", multiply, arg("left"), arg("right"), arg("add"), arg("num_threads"), arg("out"),
           Unlocked());
+    m.def("local_correlation_softmax_backward", softmax_backward, arg("weights"), arg("samples"), arg("scale"),
+          arg("num_threads"), arg("grad"), Unlocked());
 }
 
 }  // namespace tritonkern

@@ -17,6 +17,7 @@ struct LocalCorrelation {
     bool zeros;            // beyond the map: zeros, else its border repeated
     bool supports_differ;  // from frame to frame
     bool x_is_fast;        // position is (fast, slow), else (slow, fast)
+    double scale;          // forward, of the softmax over the samples; 0: none
     int num_threads;
     TensorView features;       // [B, T, height, width, C]
     TensorView support;        // [B, N, T, S, C]; the stride of T is 0 unless supports_differ
@@ -38,8 +39,19 @@ struct LocalCorrelationProduct {
     TensorView out;  // contiguous
 };
 
+// The gradient of the softmax over P samples, in place: that of its results -> that of what it was taken of.
+struct LocalCorrelationSoftmax {
+    DType dtype;  // float64 or float32, of both
+    int64_t rows, P, S;
+    double scale;
+    int num_threads;
+    TensorView weights;  // [rows, P * S], contiguous
+    TensorView grad;     // as weights
+};
+
 TRITONKERN_DECLARE_KERNEL(local_correlation, forward, LocalCorrelation)
 TRITONKERN_DECLARE_KERNEL(local_correlation, backward, LocalCorrelation)
 TRITONKERN_DECLARE_KERNEL(local_correlation, multiply, LocalCorrelationProduct)
+TRITONKERN_DECLARE_KERNEL(local_correlation, softmax_backward, LocalCorrelationSoftmax)
 
 }  // namespace tritonkern

@@ -1,10 +1,12 @@
 // The correlations of all points:
 //   out[t, n, p, s] = support[n, s] . f_t(position[t, n] + offset[p]),   f_t: frame t, bilinearly interpolated
+// or the softmax of these over p.
 #pragma once
 
 #include <limits>
 
 #include "local_correlation/correlator.h"
+#include "local_correlation/softmax.h"
 
 namespace tritonkern::TRITONKERN_ISA::local_correlation {
 
@@ -89,6 +91,7 @@ class Forward {
         const auto interpolate_into = [&](A* to) {
             interpolate(scratch.values, lattice.side, pitch, call.S, lattice.slow, lattice.fast, scratch.row, to,
                         count);
+            if (call.scale > 0) softmax(to, (lattice.side - 1) * (lattice.side - 1), call.S, A(call.scale));
         };
         if constexpr (std::is_same_v<R, A>) {
             interpolate_into(out);

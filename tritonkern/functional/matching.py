@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tritonkern.functional._arguments import autocast, check_types, integer, real
+from tritonkern.functional._arguments import autocast, check_types, integer, real, softmax_scale
 from tritonkern.ops._checks import check_dense, check_same_dtype, check_tensors
 from tritonkern.ops._dtypes import accumulator
 from tritonkern.ops.correlation_soft_argmax import op as _match_op
@@ -117,6 +118,8 @@ def local_correlation(
     padding: str = "border",
     align_corners: bool,
     axis_order: str = "xy",
+    softmax: bool = False,
+    scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """Dot products of each point's supports with the features on a square of samples around it, frame by frame.
@@ -141,12 +144,16 @@ def local_correlation(
             the size less one (True) or by the size (False).
         axis_order: which of the two axes of offsets comes first in p: ``"xy"`` has
             ``p = (dx + radius) * (2 radius + 1) + dy + radius``, ``"yx"`` has dx and dy exchanged.
+        softmax: whether the result is the softmax over the samples p of ``scale`` times the products: for every support
+            a distribution over the places.
+        scale: of the softmax, a positive number; None is ``C ** -0.5``. Without softmax it is refused.
         backend: ``"cpp"``, ``"triton"`` or ``"reference"``; None chooses by device.
 
     Returns:
         Contiguous ``[B, T, N, (2 radius + 1)^2, S]`` in the inputs' dtype. A NaN coordinate gives NaN at its own
         outputs and in the gradients of its own support and coordinates, and none to the features; an infinite one is
-        far outside. A NaN feature reaches the samples that interpolate between its cell and others.
+        far outside. A NaN feature reaches the samples that interpolate between its cell and others, and with softmax
+        all samples of the same point and frame.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -157,18 +164,20 @@ def local_correlation(
     With ``padding="border", align_corners=True, axis_order="xy"`` it is the 4-D correlation of CoTracker3 (Karaev et
     al., 2024), with ``padding="zeros", align_corners=False, axis_order="yx"`` that of LocoTrack (Cho et al., "Local
     All-Pair Correspondence for Point Tracking", ECCV 2024) and, on square maps, the local correlation of TAPIR (Doersch
-    et al., ICCV 2023).
+    et al., ICCV 2023). With a softmax it is the matching cost of DiTracker, "Repurposing Video Diffusion Transformers
+    for Robust Point Tracking" (cvlab-kaist/DiTracker), whose features and supports are keys and queries.
     """
     check_types(backend, features=features, support=support, coords=coords)
     features, support = autocast(features, support)
     position = _position(features, coords, align_corners)
-    samples = _samples(radius, padding, axis_order)
-    return _local_op.local_correlation_fwd(features, support, position, *samples, backend)
+    samples, scales = _samples(radius, padding, axis_order), _scales([support], softmax, scale)
+    of_softmax = scales[0] if scales else None
+    return _local_op.local_correlation_fwd(features, support, position, *samples, of_softmax, backend)
 
 
 def local_correlation_linear(
-    features: Tensor,
-    support: Tensor,
+    features: Tensor | Sequence[Tensor],
+    support: Tensor | Sequence[Tensor],
     coords: Tensor,
     weight: Tensor,
     bias: Tensor | None = None,
@@ -177,15 +186,25 @@ def local_correlation_linear(
     padding: str = "border",
     align_corners: bool,
     axis_order: str = "xy",
+    softmax: bool = False,
+    scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
     """`local_correlation` followed by a linear layer, of which only a block of points is stored at a time.
 
     ``F.linear(local_correlation(...).flatten(-2), weight, bias)``; the backward pass computes the correlations again.
+    Of several pairs of features and support, the flattened correlations stand behind each other::
+
+        flat = [local_correlation(x, y, coords, ...).flatten(-2) for x, y in zip(features, support)]
+        F.linear(torch.cat(flat, -1), weight, bias)
 
     Args:
-        features, support, coords, radius, padding, align_corners, axis_order, backend: as in `local_correlation`.
-        weight: ``[O, (2 radius + 1)^2 S]``, as of `torch.nn.Linear`, of features' dtype and device.
+        features, support: as in `local_correlation`; or two sequences of as many tensors, the pairs, of one dtype and
+            device. Their maps may differ in size, in C and in S; all pairs share the coords, in cells of each map.
+        coords, radius, padding, align_corners, axis_order, backend: as in `local_correlation`.
+        softmax, scale: as in `local_correlation`, of each pair; None is ``C ** -0.5`` with the C of the pair.
+        weight: ``[O, (2 radius + 1)^2 S]``, as of `torch.nn.Linear`, of features' dtype and device. Of several pairs S
+            is the sum of theirs.
         bias: ``[O]`` or None.
 
     Returns:
@@ -194,13 +213,15 @@ def local_correlation_linear(
     Raises:
         TypeError, ValueError, NotImplementedError: as `local_correlation`.
     """
-    check_types(backend, features=features, support=support, coords=coords, weight=weight)
+    maps, supports = _tensors("features", features), _tensors("support", support)
+    check_types(backend, coords=coords, weight=weight)
     if bias is not None:
         check_types(None, bias=bias)
-    features, support, weight, bias = autocast(features, support, weight, bias)
-    position = _position(features, coords, align_corners)
-    samples = _samples(radius, padding, axis_order)
-    return _local_op.local_correlation_linear_fwd(features, support, position, weight, bias, *samples, backend)
+    *both, weight, bias = autocast(*maps, *supports, weight, bias)
+    maps, supports = both[: len(maps)], both[len(maps) :]
+    position = _position([*maps, weight][0], coords, align_corners)
+    samples, scales = _samples(radius, padding, axis_order), _scales(supports, softmax, scale)
+    return _local_op.local_correlation_linear_fwd(maps, supports, position, weight, bias, *samples, scales, backend)
 
 
 def correlation_pyramid(
@@ -289,6 +310,26 @@ def _position(features: Tensor, coords: Tensor, align_corners: bool) -> Tensor:
         raise TypeError(f"align_corners must be a bool, got {type(align_corners).__name__}")
     position = coords.to(accumulator(features.dtype))
     return position if align_corners else position - 0.5
+
+
+def _tensors(name: str, given: Tensor | Sequence[Tensor]) -> list[Tensor]:
+    """A tensor, or those of a sequence."""
+    named: dict[str, Any] = {name: given}
+    if isinstance(given, list | tuple):
+        named = {f"{name}[{i}]": x for i, x in enumerate(given)}
+    check_types(None, **named)
+    return list(named.values())
+
+
+def _scales(supports: list[Tensor], softmax: bool, scale: float | None) -> list[float]:
+    """Of the softmax of each pair of features and support; none without one."""
+    if not isinstance(softmax, bool):
+        raise TypeError(f"softmax must be a bool, got {type(softmax).__name__}")
+    if softmax:
+        return [softmax_scale(scale, x) for x in supports]
+    if scale is not None:
+        raise ValueError(f"scale is that of the softmax, got {scale!r} without softmax=True; multiply support by it")
+    return []
 
 
 def _samples(radius: int, padding: str, axis_order: str) -> _local_op.Samples:

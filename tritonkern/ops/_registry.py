@@ -29,11 +29,14 @@ Results = Callable[[], Made]
 _SCHEMA = {
     Tensor: "Tensor",
     Tensor | None: "Tensor?",
+    list[Tensor]: "Tensor[]",
     int: "SymInt",
     float: "float",
+    float | None: "float?",
     bool: "bool",
     list[bool]: "bool[]",
     list[int]: "SymInt[]",
+    list[float]: "float[]",
     torch.dtype: "ScalarType",
 }
 
@@ -43,9 +46,10 @@ def operator(operation: str, kernel: str) -> Callable[[Callable], torch._ops.OpO
 
     The function checks its arguments and returns a function that makes the results (`Results`), of the exact shapes,
     strides and dtypes that the kernels return; that one runs with fake tensors alone. Its parameters are Tensors,
-    optional Tensors, ints, floats, bools, lists of bools or ints, dtypes, or NamedTuples of these, which the schema has
-    as arguments of their own: field ``weight`` of parameter ``norm`` is ``norm_weight``. The last argument of every
-    schema is ``backend``. Results are a Tensor, or a tuple or NamedTuple of Tensors.
+    optional Tensors, ints, floats, optional floats, bools, lists of Tensors, bools, ints or floats, dtypes, or
+    NamedTuples of these, which the schema has as arguments of their own: field ``weight`` of parameter ``norm`` is
+    ``norm_weight``. The last argument of every schema is ``backend``. Results are a Tensor, or a list, tuple or
+    NamedTuple of Tensors.
 
     Args:
         operation: folder of the operation, and first word of the operator's name.
@@ -100,8 +104,10 @@ def operator(operation: str, kernel: str) -> Callable[[Callable], torch._ops.OpO
         overload = getattr(torch.ops.tritonkern, name).default
         _library.impl(name, implementation, "CompositeExplicitAutograd")
         _library.impl(name, _on_its_device(implementation, where), "CUDA")
-        _library.impl(name, _differentiation(overload, count), "Autograd")
+        _library.impl(name, _differentiation(overload, [kind for _, kind in flat]), "Autograd")
         torch.library.register_fake(f"tritonkern::{name}", fake, lib=_library)
+        if any(kind == list[Tensor] for _, kind in flat):
+            torch.library.register_vmap(f"tritonkern::{name}", _one_by_one(overload), lib=_library)
         return overload
 
     return register
@@ -109,8 +115,8 @@ def operator(operation: str, kernel: str) -> Callable[[Callable], torch._ops.OpO
 
 def _schema_of_results(annotation: Any) -> str:
     made = get_args(annotation)[-1]
-    if made is Tensor:
-        return "Tensor"
+    if made in (Tensor, list[Tensor]):
+        return _SCHEMA[made]
     fields = made.__annotations__ if hasattr(made, "_fields") else get_args(made)
     return f"({', '.join('Tensor' for _ in fields)})"
 
@@ -125,20 +131,43 @@ def _signature(kinds: list[Any]) -> Callable[[Sequence], tuple]:
     The function that declares an operator looks at nothing else, and takes longer than to look a signature up.
     """
     tensors = [i for i, kind in enumerate(kinds) if kind in (Tensor, Tensor | None)]
-    lists = [i for i, kind in enumerate(kinds) if kind in (list[bool], list[int])]
+    lists_of_tensors = [i for i, kind in enumerate(kinds) if kind == list[Tensor]]
+    lists = [i for i, kind in enumerate(kinds) if kind in (list[bool], list[int], list[float])]
+
+    def of_tensor(x):
+        # A nested tensor has no shape, and is refused.
+        return (None if x.is_nested else x.shape, x.dtype, x.device, x.layout)
 
     def signature(given):
         found = list(given)
         for i in lists:
             found[i] = tuple(given[i])
+        for i in lists_of_tensors:
+            found[i] = tuple(map(of_tensor, given[i]))
         for i in tensors:
             x = given[i]
             if x is not None:
-                # A nested tensor has no shape, and is refused.
-                found[i] = (None if x.is_nested else x.shape, x.dtype, x.device, x.layout)
+                found[i] = of_tensor(x)
         return tuple(found)
 
     return signature
+
+
+def _one_by_one(overload: torch._ops.OpOverload) -> Callable:
+    """A rule for `torch.vmap`: one call after the other, as PyTorch does by itself without lists of tensors."""
+
+    def element(x, dim, i):
+        if isinstance(dim, (list, tuple)):
+            return [element(y, d, i) for y, d in zip(x, dim, strict=True)]
+        return x if dim is None else x.select(dim, i)
+
+    def rule(info, dims, *given):
+        made = [overload(*map(element, given, dims, itertools.repeat(i))) for i in range(info.batch_size)]
+        if isinstance(made[0], Tensor):
+            return torch.stack(made), 0
+        return [torch.stack(x) for x in zip(*made, strict=True)], [0] * len(made[0])
+
+    return rule
 
 
 def _on_its_device(implementation: Callable, where: int) -> Callable:
@@ -166,25 +195,39 @@ def differentiable(operator: torch._ops.OpOverload, save: Callable, gradient: Ca
         save: called as ``save(ctx, inputs, output)`` after the operator, as `torch.autograd.Function.setup_context`;
             `inputs` are the arguments of the schema, ``backend`` included.
         gradient: called as ``gradient(ctx, *grads)`` with the gradients of all results; returns those of the first
-            arguments, as many as have one. Those that are not needed (``ctx.needs_input_grad``) are dropped, so that it
-            may return all of them.
+            arguments, as many as have one, with those of the tensors of a list one by one. Those that are not needed
+            (``ctx.needs_input_grad``, which also has an entry for each tensor of a list) are dropped, so that it may
+            return all of them.
     """
     _gradients[operator] = (save, gradient)
 
 
-def _differentiation(operator: torch._ops.OpOverload, count: int) -> Callable:
+def _differentiation(operator: torch._ops.OpOverload, kinds: list[Any]) -> Callable:
     """What an operator does at the level of autograd: it records a gradient, or refuses one that it does not have."""
-    name = operator.name().partition("::")[2]
+    name, count = operator.name().partition("::")[2], len(kinds)
     run = operator._op  # without the Python function around it
+    lists = [i for i, kind in enumerate(kinds) if kind == list[Tensor]]
+
+    # torch.autograd.Function does not look for tensors inside lists.
+    def flattened(given):
+        parts = [x if i in lists else [x] for i, x in enumerate(given)]
+        return [len(given[i]) for i in lists], list(itertools.chain.from_iterable(parts))
+
+    def nested(lengths, flat):
+        it, lengths = iter(flat), iter(lengths)
+        given = [list(itertools.islice(it, next(lengths))) if i in lists else next(it) for i in range(count)]
+        return (*given, *it)
 
     class Gradient(torch.autograd.Function):
         @staticmethod
-        def forward(ctx, *given):
+        def forward(ctx, *arguments):
+            *flat, lengths = arguments
+            given = nested(lengths, flat) if lists else flat
             with torch._C._AutoDispatchBelowAutograd():
                 output = run(*given)
             if operator in _gradients:
                 _gradients[operator][0](ctx, given if len(given) > count else (*given, None), output)
-            return output
+            return tuple(output) if isinstance(output, list) else output
 
         @staticmethod
         def backward(ctx, *grads):
@@ -200,17 +243,18 @@ def _differentiation(operator: torch._ops.OpOverload, count: int) -> Callable:
             return tuple(found[i] if i < len(found) and needs_grad[i] else None for i in range(len(needs_grad)))
 
     def differentiate(*given):
-        if forward_ad._current_level >= 0 and any(isinstance(x, Tensor) and _has_tangent(x) for x in given):
+        lengths, flat = flattened(given) if lists else ((), given)
+        if forward_ad._current_level >= 0 and any(isinstance(x, Tensor) and _has_tangent(x) for x in flat):
             raise NotImplementedError(
                 f"{name} has no forward-mode derivative (jvp); use reverse mode (torch.autograd.grad)"
             )
-        if torch.is_grad_enabled() and torch._C._any_requires_grad(*given):
+        if torch.is_grad_enabled() and torch._C._any_requires_grad(*flat):
             if torch._C._are_functorch_transforms_active():
                 # autograd.Function cannot record inside them; around them it would drop their derivatives silently.
                 raise NotImplementedError(
                     f"{name} cannot be differentiated by torch.func (grad, vjp, jacrev, ...); use torch.autograd.grad"
                 )
-            return Gradient.apply(*given)
+            return Gradient.apply(*flat, lengths)
         with torch._C._AutoDispatchBelowAutograd():
             return run(*given)
 

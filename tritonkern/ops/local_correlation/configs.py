@@ -29,3 +29,8 @@ def tile(samples: int, supports: int, channels: int, dtype: torch.dtype) -> Tile
     if dtype == torch.float32:
         return Tile(16, min(64, block_size(supports)), 16, 4)
     return Tile(min(32, block_size(samples)), min(64, block_size(supports)), min(32, block_size(channels)), 4)
+
+
+def softmax_tile(samples: int, supports: int) -> dict[str, int]:
+    """Of the gradient of the softmax: a program reads its samples twice, of which the second time is from the cache."""
+    return {"BLOCK_P": min(32, block_size(samples)), "BLOCK_S": min(64, block_size(supports)), "num_warps": 4}

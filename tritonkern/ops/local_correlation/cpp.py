@@ -13,9 +13,17 @@ from tritonkern.ops.local_correlation import blocks
 from tritonkern.ops.local_correlation.op import Samples
 
 
-def _correlate_into(out: Tensor, features: Tensor, support: Tensor, position: Tensor, samples: Samples) -> None:
+def _correlate_into(
+    out: Tensor, features: Tensor, support: Tensor, position: Tensor, samples: Samples, scale: float | None
+) -> None:
     if out.numel():
-        _cpp.local_correlation_forward(features, support, position, *samples, torch.get_num_threads(), out)
+        options = (*samples, scale or 0.0, torch.get_num_threads())  # 0: no softmax
+        _cpp.local_correlation_forward(features, support, position, *options, out)
+
+
+def _softmax_backward_into(grad: Tensor, weights: Tensor, samples: Samples, scale: float) -> None:
+    if grad.numel():
+        _cpp.local_correlation_softmax_backward(weights, samples.total, scale, torch.get_num_threads(), grad)
 
 
 def _add_gradients(
@@ -40,7 +48,7 @@ def _multiply_into(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
 
 
 # Every cell is read many times, so features are copied once where channels are not adjacent.
-_KERNELS = blocks.Kernels(adjacent_channels, _correlate_into, _add_gradients, _multiply_into)
+_KERNELS = blocks.Kernels(adjacent_channels, _correlate_into, _softmax_backward_into, _add_gradients, _multiply_into)
 forward = functools.partial(blocks.forward, _KERNELS)
 backward = functools.partial(blocks.backward, _KERNELS)
 linear_forward = functools.partial(blocks.linear_forward, _KERNELS)

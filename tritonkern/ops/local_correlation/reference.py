@@ -9,12 +9,13 @@ from einops import rearrange, repeat
 from torch import Tensor
 
 from tritonkern.ops._dtypes import accurate, full_precision
-from tritonkern.ops.local_correlation.op import Samples
+from tritonkern.ops.local_correlation.op import Samples, columns_of
 
 
 @full_precision
-def forward(features: Tensor, support: Tensor, position: Tensor, samples: Samples) -> Tensor:
-    return _correlations(features, support, position, samples).to(features.dtype)
+def forward(features: Tensor, support: Tensor, position: Tensor, samples: Samples, scale: float | None) -> Tensor:
+    patches = _Patches(features, position, samples)
+    return _correlations(patches, support, position, scale).to(features.dtype)
 
 
 @full_precision
@@ -24,9 +25,13 @@ def backward(
     support: Tensor,
     position: Tensor,
     samples: Samples,
+    scale: float | None,
     needs_grad: list[bool],
 ) -> tuple[Tensor, ...]:
     patches, grad_out = _Patches(features, position, samples), accurate(grad_out)
+    if scale is not None:
+        weights = _correlations(patches, support, position, scale)
+        grad_out = scale * weights * (grad_out - (weights * grad_out).sum(-2, keepdim=True))
     grad_patches = torch.einsum("btnps,bntsc->btnpc", grad_out, _per_frame(support, position))
     candidates = (
         lambda: patches.transposed(grad_patches),
@@ -42,39 +47,60 @@ def backward(
 
 @full_precision
 def linear_forward(
-    features: Tensor, support: Tensor, position: Tensor, weight: Tensor, bias: Tensor | None, samples: Samples
+    features: list[Tensor],
+    support: list[Tensor],
+    position: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    samples: Samples,
+    scales: list[float],
 ) -> Tensor:
-    out = _correlations(features, support, position, samples).flatten(3) @ accurate(weight).mT
-    return (out if bias is None else out + accurate(bias)).to(features.dtype)
+    out = _flat(features, support, position, samples, scales) @ accurate(weight).mT
+    return (out if bias is None else out + accurate(bias)).to(weight.dtype)
 
 
 @full_precision
 def linear_backward(
     grad_out: Tensor,
-    features: Tensor,
-    support: Tensor,
+    features: list[Tensor],
+    support: list[Tensor],
     position: Tensor,
     weight: Tensor,
     samples: Samples,
+    scales: list[float],
     needs_grad: list[bool],
-) -> tuple[Tensor, ...]:
-    grad_out = accurate(grad_out)
-    flat = _correlations(features, support, position, samples).flatten(3)
-    grad_weight = torch.einsum("btno,btni->oi", grad_out, flat).to(weight.dtype)
-    grad_bias = grad_out.sum((0, 1, 2)).to(weight.dtype)
-    grad_flat = rearrange(grad_out @ accurate(weight), "b t n (p s) -> b t n p s", p=samples.total)
-    grads = backward(grad_flat, features, support, position, samples, needs_grad[:3])
-    layer = (
-        grad if needed else weight.new_empty(0)
-        for grad, needed in zip((grad_weight, grad_bias), needs_grad[3:], strict=True)
-    )
-    return (*grads, *layer)
+) -> list[Tensor]:
+    grad_out, count = accurate(grad_out), len(features)
+    flat = _flat(features, support, position, samples, scales)
+    grad_weight = torch.einsum("btno,btni->oi", grad_out, flat)
+    grad_flat = (grad_out @ accurate(weight)).split(columns_of(support, samples), -1)
+    grads, grad_position = [], torch.zeros_like(position)
+    for i, (pair, grad) in enumerate(zip(zip(features, support, strict=True), grad_flat, strict=True)):
+        grad = rearrange(grad, "b t n (p s) -> b t n p s", p=samples.total)
+        scale, wanted = scales[i] if scales else None, [needs_grad[i], needs_grad[count + i], True]
+        *of_pair, of_position = backward(grad, *pair, position, samples, scale, wanted)
+        grads.append(of_pair)
+        grad_position += of_position
+    of_layer = (grad_position, grad_weight.to(weight.dtype), grad_out.sum((0, 1, 2)).to(weight.dtype))
+    needed = (x if needs else x.new_empty(0) for x, needs in zip(of_layer, needs_grad[2 * count :], strict=True))
+    return [*(x for x, _ in grads), *(x for _, x in grads), *needed]
 
 
-def _correlations(features: Tensor, support: Tensor, position: Tensor, samples: Samples) -> Tensor:
-    """`[B, T, N, P, S]` in the dtype of sums."""
-    patches = _Patches(features, position, samples).values()
-    return torch.einsum("btnpc,bntsc->btnps", patches, _per_frame(support, position))
+def _flat(
+    features: list[Tensor], support: list[Tensor], position: Tensor, samples: Samples, scales: list[float]
+) -> Tensor:
+    """The correlations of all pairs, or their softmax, one after the other: `[B, T, N, sum of P * S]`."""
+    parts = [
+        _correlations(_Patches(x, position, samples), y, position, scales[i] if scales else None).flatten(3)
+        for i, (x, y) in enumerate(zip(features, support, strict=True))
+    ]
+    return torch.cat(parts, -1)
+
+
+def _correlations(patches: _Patches, support: Tensor, position: Tensor, scale: float | None) -> Tensor:
+    """`[B, T, N, P, S]` in the dtype of sums, or their softmax over p."""
+    product = torch.einsum("btnpc,bntsc->btnps", patches.values(), _per_frame(support, position))
+    return product if scale is None else (scale * product).softmax(-2)
 
 
 def _grad_support(grad_out: Tensor, patches: _Patches, support: Tensor) -> Tensor:

@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonkern.ops._triton import Launch, aligned, kernel, product, whole_vectors
+from tritonkern.ops._triton import Launch, aligned, kernel, launch, product, whole_vectors
 from tritonkern.ops.local_correlation import blocks, configs, reference
 from tritonkern.ops.local_correlation.op import Samples
 
@@ -73,13 +73,37 @@ def _samples(
     return total
 
 
+@triton.jit
+def _correlations(
+    frame, vectors, cell_x, cell_y, fraction_x, fraction_y, p, s, height, width,
+    C: tl.constexpr, S: tl.constexpr, RADIUS: tl.constexpr, ZEROS: tl.constexpr, Y_FIRST: tl.constexpr,
+    BLOCK_C: tl.constexpr, PRECISION: tl.constexpr, ACC: tl.constexpr,
+):  # fmt: skip
+    """z[p, s] = support[s] . f(position + offset[p])"""
+    total = tl.zeros([p.shape[0], s.shape[0]], ACC)
+    for first_c in range(0, C, BLOCK_C):  # total: products of the channels before first_c
+        c = first_c + tl.arange(0, BLOCK_C)
+        sample = _samples(
+            frame, cell_x, cell_y, fraction_x, fraction_y, p, c, height, width, C, RADIUS, ZEROS, Y_FIRST, ACC
+        )
+        mask = (s < S)[:, None] & (c < C)[None, :]
+        vector = tl.load(whole_vectors(vectors + s * C, c, C), mask=mask, other=0.0)
+        total = product(sample, tl.trans(vector), total, PRECISION)
+    return total
+
+
 @kernel
 def local_correlation_fwd_kernel(
     features, support, position, out, frames: tl.int64, points: tl.int64, height: tl.int32, width: tl.int32,
+    scale: tl.float64,
     C: tl.constexpr, S: tl.constexpr, RADIUS: tl.constexpr, ZEROS: tl.constexpr, Y_FIRST: tl.constexpr,
     OWN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr, BLOCK_C: tl.constexpr, PRECISION: tl.constexpr,
+    SOFTMAX: tl.constexpr,
 ):  # fmt: skip
-    """out[row, p, s] = support[s] . f(position[row] + offset[p]),   row = (b, t, n). OWN: supports differ by frame."""
+    """out[row, p, s] = z[p, s],   row = (b, t, n)                               OWN: supports differ by frame.
+
+    SOFTMAX: exp(scale z[p, s] - maximum[s]) / sum[s], with both over p; z is computed again instead of stored.
+    """
     ACC: tl.constexpr = tl.float64 if features.dtype.element_ty == tl.float64 else tl.float32
     P: tl.constexpr = (2 * RADIUS + 1) * (2 * RADIUS + 1)
     row = tl.program_id(0).to(tl.int64)  # [B, T, N]
@@ -92,19 +116,32 @@ def local_correlation_fwd_kernel(
     known = (x == x) & (y == y)
     cell_x, fraction_x = _axis(x, width, RADIUS)
     cell_y, fraction_y = _axis(y, height, RADIUS)
-    for first_p in range(0, P, BLOCK_P):
-        p = first_p + tl.arange(0, BLOCK_P)
-        for first_s in range(0, S, BLOCK_S):
-            s = first_s + tl.arange(0, BLOCK_S)
-            total = tl.zeros([BLOCK_P, BLOCK_S], ACC)
-            for first_c in range(0, C, BLOCK_C):  # total: products of the channels before first_c
-                c = first_c + tl.arange(0, BLOCK_C)
-                sample = _samples(
-                    frame, cell_x, cell_y, fraction_x, fraction_y, p, c, height, width, C, RADIUS, ZEROS, Y_FIRST, ACC
-                )
-                mask = (s < S)[:, None] & (c < C)[None, :]
-                vector = tl.load(whole_vectors(vectors + s * C, c, C), mask=mask, other=0.0)
-                total = product(sample, tl.trans(vector), total, PRECISION)
+    scale = tl.full([], scale, ACC)
+    for first_s in range(0, S, BLOCK_S):
+        s = first_s + tl.arange(0, BLOCK_S)
+        if SOFTMAX:
+            # Finite, so that differences from it are numbers
+            maximum = tl.full([BLOCK_S], -1e308 if ACC == tl.float64 else -3e38, ACC)
+            total_weight = tl.zeros([BLOCK_S], ACC)
+            for first_p in range(0, P, BLOCK_P):  # maximum, total_weight: of the samples before first_p
+                p = first_p + tl.arange(0, BLOCK_P)
+                z = scale * _correlations(
+                    frame, vectors, cell_x, cell_y, fraction_x, fraction_y, p, s, height, width,
+                    C, S, RADIUS, ZEROS, Y_FIRST, BLOCK_C, PRECISION, ACC,
+                )  # fmt: skip
+                z = tl.where((p < P)[:, None], z, float("-inf"))
+                new_maximum = tl.maximum(maximum, tl.max(z, 0))
+                total_weight *= tl.exp(maximum - new_maximum)
+                total_weight += tl.sum(tl.exp(z - new_maximum[None, :]), 0)
+                maximum = new_maximum
+        for first_p in range(0, P, BLOCK_P):
+            p = first_p + tl.arange(0, BLOCK_P)
+            total = _correlations(
+                frame, vectors, cell_x, cell_y, fraction_x, fraction_y, p, s, height, width,
+                C, S, RADIUS, ZEROS, Y_FIRST, BLOCK_C, PRECISION, ACC,
+            )  # fmt: skip
+            if SOFTMAX:
+                total = tl.exp(scale * total - maximum[None, :]) / total_weight[None, :]
             total = tl.where(known, total, float("nan"))
             target = whole_vectors(out + row * P * S + p * S, s, S)
             tl.store(target, total.to(out.dtype.element_ty), mask=(p < P)[:, None] & (s < S)[None, :])
@@ -212,10 +249,46 @@ def local_correlation_bwd_kernel_support(
     tl.store(target, total, mask=(s < S)[:, None] & (c < C)[None, :])
 
 
-def _correlate_into(out: Tensor, features: Tensor, support: Tensor, position: Tensor, samples: Samples) -> None:
+@kernel
+def local_correlation_bwd_kernel_softmax(
+    weights, grad, scale: tl.float64, P: tl.constexpr, S: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_S: tl.constexpr,
+):  # fmt: skip
+    """grad[row, p, s] = scale w[row, p, s] (grad[row, p, s] - sum over q of w[row, q, s] grad[row, q, s])
+
+    A program computes a tile of supports of one row, in place.
+    """
+    TILES_S: tl.constexpr = (S + BLOCK_S - 1) // BLOCK_S
+    program = tl.program_id(0).to(tl.int64)
+    start = program // TILES_S * P * S
+    s = (program % TILES_S * BLOCK_S).to(tl.int32) + tl.arange(0, BLOCK_S)
+    scale = tl.full([], scale, grad.dtype.element_ty)
+    mean = tl.zeros([BLOCK_S], grad.dtype.element_ty)
+    for first_p in range(0, P, BLOCK_P):  # mean: the sum over the samples before first_p
+        p = first_p + tl.arange(0, BLOCK_P)
+        at, mask = start + (p * S)[:, None] + s[None, :], (p < P)[:, None] & (s < S)[None, :]
+        weight, arriving = tl.load(weights + at, mask=mask, other=0.0), tl.load(grad + at, mask=mask, other=0.0)
+        mean += tl.sum(weight * arriving, 0)
+    for first_p in range(0, P, BLOCK_P):
+        p = first_p + tl.arange(0, BLOCK_P)
+        at, mask = start + (p * S)[:, None] + s[None, :], (p < P)[:, None] & (s < S)[None, :]
+        weight, arriving = tl.load(weights + at, mask=mask, other=0.0), tl.load(grad + at, mask=mask, other=0.0)
+        tl.store(grad + at, scale * weight * (arriving - mean[None, :]), mask=mask)
+
+
+def _correlate_into(
+    out: Tensor, features: Tensor, support: Tensor, position: Tensor, samples: Samples, scale: float | None
+) -> None:
     shapes = (features.shape, support.shape, position.shape)
-    correlate, _, _ = _launches(*shapes, features.dtype, out.dtype, samples, configs.tf32_allowed(), (False, False))
+    options = (samples, configs.tf32_allowed(), (False, False), scale)
+    correlate, _, _ = _launches(*shapes, features.dtype, out.dtype, *options)
     correlate(aligned(features), aligned(support), aligned(position), out)
+
+
+def _softmax_backward_into(grad: Tensor, weights: Tensor, samples: Samples, scale: float) -> None:
+    supports = grad.shape[-1] // samples.total
+    tile = configs.softmax_tile(samples.total, supports)
+    programs = grad.shape[:-1].numel() * triton.cdiv(supports, tile["BLOCK_S"])
+    launch(local_correlation_bwd_kernel_softmax, programs, weights, grad, scale, P=samples.total, S=supports, **tile)
 
 
 def _add_gradients(
@@ -231,7 +304,7 @@ def _add_gradients(
     if grad_features is not None and torch.are_deterministic_algorithms_enabled():
         # The atomic additions of points that share cells have no fixed order; the reference has one.
         grad = grad_out.unflatten(-1, (samples.total, -1))
-        grad_features += reference.backward(grad, features, support, position, samples, [True, False, False])[0]
+        grad_features += reference.backward(grad, features, support, position, samples, None, [True, False, False])[0]
         grad_features = None
     grad_out, features, support, position = [aligned(x) for x in (grad_out, features, support, position)]
     needs_grad = (grad_features is not None, grad_position is not None)
@@ -254,10 +327,11 @@ def _multiply_into(out: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
 
 @functools.lru_cache(maxsize=1024)
 def _launches(
-    features, support, position, dtype, dtype_of_out, samples: Samples, tf32: bool, needs_grad: tuple[bool, bool]
-) -> tuple[Launch, Launch, Launch]:
+    features, support, position, dtype, dtype_of_out, samples: Samples, tf32: bool, needs_grad: tuple[bool, bool],
+    scale: float | None = None,
+) -> tuple[Launch, Launch, Launch]:  # fmt: skip
     """Forward, and the gradients of features and positions, and of supports, by shapes and types. `needs_grad`: which
-    of features and positions have one."""
+    of features and positions have one. `scale`: forward, of the softmax."""
     height, width, channels = features[2:]
     supports = support[-2]
     tile = configs.tile(samples.total, supports, channels, dtype)
@@ -279,14 +353,14 @@ def _launches(
     rows = position[:3].numel()
     tiles = triton.cdiv(channels, tile.channels) * triton.cdiv(supports, tile.supports)
     return (
-        Launch(local_correlation_fwd_kernel, rows, *numbers, **constants),
+        Launch(local_correlation_fwd_kernel, rows, *numbers, scale or 0.0, **constants, SOFTMAX=scale is not None),
         Launch(local_correlation_bwd_kernel_features, rows, *numbers, **constants),
         Launch(local_correlation_bwd_kernel_support, support[:-2].numel() * tiles, *numbers, **constants),
     )
 
 
 # Every cell is read many times, so features are made contiguous once.
-_KERNELS = blocks.Kernels(aligned, _correlate_into, _add_gradients, _multiply_into)
+_KERNELS = blocks.Kernels(aligned, _correlate_into, _softmax_backward_into, _add_gradients, _multiply_into)
 forward = functools.partial(blocks.forward, _KERNELS)
 backward = functools.partial(blocks.backward, _KERNELS)
 linear_forward = functools.partial(blocks.linear_forward, _KERNELS)
