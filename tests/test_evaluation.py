@@ -161,10 +161,19 @@ def test_same_scores_every_time():
 
 def test_the_training_flag_comes_back_after_an_error():
     model = Recorder()
-    model.resolution = (128, 128)
-    with pytest.raises(ValueError, match=r"clip 'moving' must be \[T, 128, 128, 3\]"):
+    model.track = None
+    with pytest.raises(TypeError):
         evaluate(model, [clip()])
     assert model.training
+
+
+def test_a_model_of_another_resolution():
+    model = Recorder()
+    model.resolution = (64, 512)
+    result = evaluate(model, [clip()], "first")["first"]
+    assert model.videos[0].shape == (1, FRAMES, 64, 512, 3)
+    assert model.queries[0].tolist() == [[[0, 12.5, 200], [0, 7.5, 40]]]
+    assert result == evaluate(Recorder(), [clip()], "first")["first"]
 
 
 def test_a_stream_of_clips_has_no_total():

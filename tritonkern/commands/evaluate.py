@@ -38,13 +38,16 @@ def evaluate(
         typer.Option(help="Checkpoint of a model that ships without weights; chrono-locotrack needs both."),
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda.  [default: cuda if there is one]")] = None,
+    bins: Annotated[
+        bool, typer.Option("--bins", help="Also score by how far points move and how often they reappear.")
+    ] = False,
     out: Annotated[str | None, typer.Option(help="JSON file for all scores, video by video.")] = None,
 ) -> None:
     """Score a model and the trackers to compare with, by the TAP-Vid metrics, in percent."""
     with one_line_errors():
         path = None if out is None else output_path("--out", out)
         with nullcontext() if path is None else writable_folder(path.parent):
-            _evaluate(tapvid, synthetic, mode, model, weights, device, path)
+            _evaluate(tapvid, synthetic, mode, model, weights, device, bins, path)
 
 
 def _evaluate(
@@ -54,6 +57,7 @@ def _evaluate(
     model: str,
     weights: list[Path] | None,
     device: str | None,
+    bins: bool,
     out: Path | None,
 ) -> None:
     if synthetic == (tapvid is not None):
@@ -93,12 +97,15 @@ def _evaluate(
         results = scores[title] = {}
         for name, contestant in {model: tracker.model, **ablations, **trackers}.items():
             with Stages() as stages:
-                results[name] = evaluate(contestant, read() if tapvid is not None else clips, mode, progress=stages)
+                dataset = read() if tapvid is not None else clips
+                results[name] = evaluate(contestant, dataset, mode, bins=bins, progress=stages)
         ablations = {}
         console = Console()
         # In a narrow window lines that go on in the next one are better than figures that are cut off.
         console.width = max(console.width, 128)
         console.print(_table(title, results))
+        for kind in ("motion", "reappearance") if bins else ():
+            console.print(_bin_table(f"{title}, by {kind}", results, kind))
     if out is not None:
         save_scores(out, scores)
         print_path(out)
@@ -113,4 +120,18 @@ def _table(title: str, results: Mapping[str, Mapping[str, "Evaluation"]]) -> Tab
         for queries, evaluation in modes.items():
             cost = f"{1000 * evaluation.seconds_per_frame:.0f}", f"{evaluation.peak_memory:.0f}"
             table.add_row(name, queries, *(f"{evaluation.mean[column]:.1f}" for column in columns), *cost)
+    return table
+
+
+def _bin_table(title: str, results: Mapping[str, Mapping[str, "Evaluation"]], kind: str) -> Table:
+    from tritonkern.tracking.bins import BIN_METRICS
+
+    table = Table("tracker", "queries", kind, title=title, box=box.SIMPLE)
+    for column in ("tracks", *BIN_METRICS):
+        table.add_column(column, justify="right")
+    for name, modes in results.items():
+        for queries, evaluation in modes.items():
+            for bin_name, row in evaluation.bins[kind].items():
+                scores = (f"{row[column]:.1f}" for column in BIN_METRICS)
+                table.add_row(name, queries, bin_name, f"{row['tracks']:.0f}", *scores)
     return table

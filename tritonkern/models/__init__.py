@@ -17,6 +17,14 @@ from tritonkern.models.difftrack import DiffTrack, Preset, preset_of, schedule
 from tritonkern.models.difftrack_nano import DiffTrackNano
 from tritonkern.models.dinov2 import DINOv2
 from tritonkern.models.locotrack import ChronoLocoTrack, LocoTrackFeatures, LocoTrackRefiner
+from tritonkern.models.low_rank import (
+    add_low_rank,
+    attention_targets,
+    load_low_rank,
+    low_rank_parameters,
+    merge_low_rank,
+    save_low_rank,
+)
 from tritonkern.models.matching import MatchingTracker, TrackerOutput
 from tritonkern.models.nano import Nano
 from tritonkern.models.tapir import TAPIR, TAPIRFeatures
@@ -46,9 +54,15 @@ __all__ = [
     "Tracker",
     "TrackerOutput",
     "TracktentionModel",
+    "add_low_rank",
+    "attention_targets",
     "build_model",
     "insert_tracktention",
+    "load_low_rank",
+    "low_rank_parameters",
+    "merge_low_rank",
     "preset_of",
+    "save_low_rank",
     "schedule",
 ]
 

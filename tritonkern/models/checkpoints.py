@@ -120,9 +120,9 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str) -> N
             for key in both
             if state[key].shape != expected[key].shape
         ],
-        "of another kind": [f"{key} ({kind})" for key in both if (kind := _unusable(state[key]))],
+        "of another kind": [f"{key} ({kind})" for key in both if (kind := unusable(state[key]))],
     }
-    found = [f"{len(keys)} {kind}: {_shortened(keys)}" for kind, keys in problems.items() if keys]
+    found = [f"{len(keys)} {kind}: {shortened(keys)}" for kind, keys in problems.items() if keys]
     if found:
         raise ValueError(f"{source} does not fit {type(model).__name__}: {'; '.join(found)}")
     if any(value.is_meta for value in expected.values()):
@@ -131,7 +131,7 @@ def load_strict(model: nn.Module, state: Mapping[str, Tensor], source: str) -> N
     model.float().load_state_dict(state)
 
 
-def _unusable(value: Tensor) -> str | None:
+def unusable(value: Tensor) -> str | None:
     """Why the values of this tensor are not those of a parameter; None if they are."""
     if value.layout != torch.strided or value.is_quantized or value.is_meta or value.is_nested:
         return "sparse, quantised, nested or without data"
@@ -142,6 +142,7 @@ def _unusable(value: Tensor) -> str | None:
     return None
 
 
-def _shortened(keys: list[str]) -> str:
+def shortened(keys: list[str]) -> str:
+    """The first names of a long list, and the number of the others."""
     more = f" and {len(keys) - _LISTED} more" if len(keys) > _LISTED else ""
     return ", ".join(keys[:_LISTED]) + more

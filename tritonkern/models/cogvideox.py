@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from tritonkern.functional._full_attention import full_attention
 from tritonkern.models.checkpoints import load_strict, read_state_dict
-from tritonkern.nn._plain import is_plain
+from tritonkern.models.low_rank import project_rows
 
 _PERIOD = 10000.0
 # Keys of config.json that this class has no use for, or whose only published value it has built in.
@@ -74,22 +74,19 @@ class _Modulation(nn.Module):
 class _Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int):
         super().__init__()
-        self.num_heads, head_dim = num_heads, dim // num_heads
-        self.norm_q, self.norm_k = nn.LayerNorm(head_dim, 1e-6), nn.LayerNorm(head_dim, 1e-6)
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.norm_q, self.norm_k = (nn.LayerNorm(self.head_dim, 1e-6) for _ in range(2))
         self.to_q, self.to_k, self.to_v = (nn.Linear(dim, dim) for _ in range(3))
         self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
 
     def query_key(self, x: Tensor, text: int, rotary: Tensor | None, heads: Tensor | None) -> tuple[Tensor, Tensor]:
         """`[B, text + video, H, D]` of the given heads, normalised and rotated."""
 
-        def project(layer: nn.Linear, norm: nn.LayerNorm) -> Tensor:
-            if heads is None or not is_plain(layer, nn.Linear) or layer.bias is None:
-                y = layer(x).unflatten(-1, (self.num_heads, -1))
-                y = norm(y if heads is None else y[:, :, heads])
-            else:
-                parameters = (layer.weight, layer.bias)
-                weight, bias = (p.unflatten(0, (self.num_heads, -1))[heads].flatten(0, 1) for p in parameters)
-                y = norm(F.linear(x, weight, bias).unflatten(-1, (len(heads), -1)))
+        channels = torch.arange(self.head_dim, device=x.device)
+        rows = None if heads is None else (self.head_dim * heads[:, None] + channels).flatten()
+
+        def project(layer: nn.Module, norm: nn.LayerNorm) -> Tensor:
+            y = norm((layer(x) if rows is None else project_rows(layer, x, rows)).unflatten(-1, (-1, self.head_dim)))
             return y if rotary is None else torch.cat([y[:, :text], _rotate(y[:, text:], rotary)], 1)
 
         return project(self.to_q, self.norm_q), project(self.to_k, self.norm_k)
@@ -197,20 +194,8 @@ class CogVideoX(nn.Module):
             FileNotFoundError: the folder or one of its files does not exist.
             ValueError: another architecture, or weights that are damaged or do not fit.
         """
-        folder = Path(folder)
-        folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
-        path = folder / "config.json"
-        if not path.is_file():
-            raise FileNotFoundError(
-                f"{folder} holds no transformer: config.json is missing; give a folder that diffusers wrote"
-            )
-        try:
-            config = json.loads(path.read_text())
-        except ValueError as error:
-            raise ValueError(f"{path} is not readable JSON: {error}") from error
-        with torch.device("meta"):
-            model = cls(**_arguments(config, path))
-        load_strict(model, _read_folder(folder), str(folder))
+        model, place = unloaded(Path(folder))
+        load_strict(model, _read_folder(place), str(place))
         return model.eval()
 
     def grid(self, latents: Tensor) -> tuple[int, int]:
@@ -246,6 +231,7 @@ class CogVideoX(nn.Module):
         timestep: Tensor,
         layers: Sequence[int],
         heads: Sequence[int] | None = None,
+        positions: Tensor | None = None,
     ) -> list[tuple[Tensor, Tensor]]:
         """Queries and keys of the video in the attention of some layers, in their order, each `[B, T, S, H, D]`.
 
@@ -255,6 +241,7 @@ class CogVideoX(nn.Module):
             latents, text, timestep: as in `forward`.
             layers: numbers of blocks, from 0.
             heads: numbers of heads; None for all.
+            positions: of the 2B, what `positions` returns for as many frames or more, for several calls; None makes it.
 
         Raises:
             ValueError: a layer or head that does not exist, or shapes that do not fit.
@@ -268,7 +255,7 @@ class CogVideoX(nn.Module):
                 raise ValueError(f"{name} must be from 0 to {count - 1}, got {wrong}")
         if not layers:
             return []
-        x, time, rotary = self._embed(latents, text, timestep)
+        x, time, rotary = self._embed(latents, text, timestep, positions)
         chosen = None if heads is None else torch.tensor(list(heads), device=x.device)
         found: dict[int, tuple[Tensor, Tensor]] = {}
         for index, block in enumerate(cast(Iterable[_Block], self.transformer_blocks)):
@@ -281,7 +268,13 @@ class CogVideoX(nn.Module):
             x = block(x, text.shape[1], time, rotary)
         return [found[layer] for layer in layers]
 
-    def _embed(self, latents: Tensor, text: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def positions(self, frames: int, grid: tuple[int, int], device: torch.device) -> Tensor:
+        """The table of sines `[T S, C]` that the 2B adds to its tokens; that of fewer frames is its beginning."""
+        return _sines(self.num_heads * self.head_dim, frames, grid, self.scales, device)
+
+    def _embed(
+        self, latents: Tensor, text: Tensor, timestep: Tensor, positions: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
         """Tokens `[B, L + T S, C]`, time embedding `[B, time_embed_dim]`, angles `[T S, D / 2]` of the rotation."""
         self._check(latents, text, timestep)
         frames = latents.shape[1]
@@ -292,8 +285,8 @@ class CogVideoX(nn.Module):
         if self.rotary:
             rotary = _rotation(self.head_dim, frames, grid, self.sample, latents.device)
         else:
-            table = _sines(cells.shape[-1], frames, grid, self.scales, latents.device)
-            cells, rotary = cells + table.to(cells.dtype), None
+            table = self.positions(frames, grid, latents.device) if positions is None else positions
+            cells, rotary = cells + table[: cells.shape[1]].to(cells.dtype), None
         return torch.cat([text, cells], 1), time, rotary
 
     def _check(self, latents: Tensor, text: Tensor, timestep: Tensor) -> None:
@@ -356,6 +349,25 @@ def _rotate(x: Tensor, angles: Tensor) -> Tensor:
     even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = angles.cos()[:, None], angles.sin()[:, None]
     return torch.stack([even * cos - odd * sin, odd * cos + even * sin], -1).flatten(-2).to(x.dtype)
+
+
+def unloaded(folder: Path) -> tuple[CogVideoX, Path]:
+    """The model of a folder as of `CogVideoX.from_folder`, on the meta device, and where its weights are.
+
+    Raises as that, for everything but the weights.
+    """
+    folder = folder / "transformer" if (folder / "transformer").is_dir() else folder
+    path = folder / "config.json"
+    if not path.is_file():
+        raise FileNotFoundError(
+            f"{folder} holds no transformer: config.json is missing; give a folder that diffusers wrote"
+        )
+    try:
+        config = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not readable JSON: {error}") from error
+    with torch.device("meta"):
+        return CogVideoX(**_arguments(config, path)), folder
 
 
 def _arguments(config: dict, path: Path) -> dict:

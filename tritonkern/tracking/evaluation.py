@@ -16,8 +16,10 @@ import torch
 
 from tritonkern.files import atomic_path
 from tritonkern.models.tracker import Tracker
-from tritonkern.tracking.metrics import QUERY_MODES, mean_metrics, tapvid_metrics
+from tritonkern.tracking.bins import Bins, TrackScores, mean_of_bins, mean_step, reappearances
+from tritonkern.tracking.metrics import QUERY_MODES, mean_metrics, tapvid_metrics, track_metrics
 from tritonkern.tracking.predictor import Progress
+from tritonkern.tracking.raster import resized
 from tritonkern.tracking.tapvid import TapVidClip, tapvid_queries
 
 
@@ -36,6 +38,7 @@ class Evaluation:
     videos: list[tuple[str, dict[str, float]]]
     seconds_per_frame: float = field(default=math.nan, compare=False)
     peak_memory: float = field(default=math.nan, compare=False)
+    bins: Bins = field(default_factory=dict)
 
 
 def query_modes(mode: str) -> tuple[str, ...]:
@@ -50,6 +53,7 @@ def evaluate(
     dataset: Iterable[TapVidClip],
     mode: str = "both",
     *,
+    bins: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Evaluation]:
     """Scores `model` on every clip of `dataset`.
@@ -59,20 +63,22 @@ def evaluate(
     under `torch.inference_mode` on the device of its parameters, and gets its training flag back. Nothing is random.
 
     Args:
-        model: a tracker whose `resolution` is that of the clips (256, 256).
+        model: a tracker. Where its `resolution` is not that of the clips (256, 256), frames are resized.
         dataset: the clips, from `read_tapvid` or generated.
         mode: "first", "strided" or "both".
+        bins: also average by motion and reappearance, track by track (`tritonkern.tracking.bins`).
         progress: called as `progress("evaluating", clips done, clips in all or None)` after each clip.
 
     Returns:
         `Evaluation` by query mode.
 
     Raises:
-        ValueError: unknown mode, no clip, or a clip that is not at the model's resolution.
+        ValueError: unknown mode, or no clip.
     """
     modes = query_modes(mode)
     videos: dict[str, list[tuple[str, dict[str, float]]]] = {name: [] for name in modes}
     total = len(dataset) if isinstance(dataset, Sized) else None
+    tracks: dict[str, list[TrackScores]] = {name: [] for name in modes}
     seconds, frames = dict.fromkeys(modes, 0.0), 0
     was_training = model.training
     model.eval()
@@ -80,9 +86,10 @@ def evaluate(
     try:
         for done, clip in enumerate(dataset, start=1):
             frames += len(clip.video)
-            for name, (scores, taken) in _score(model, clip, modes).items():
+            for name, (scores, taken, of_tracks) in _score(model, clip, modes, bins).items():
                 videos[name].append((clip.name, scores))
                 seconds[name] += taken
+                tracks[name] += of_tracks
             if progress is not None:
                 progress("evaluating", done, total)
     finally:
@@ -91,7 +98,14 @@ def evaluate(
         raise ValueError("dataset holds no clip")
     peak = _peak_memory()
     return {
-        name: Evaluation(name, mean_metrics(scores for _, scores in rows), rows, seconds[name] / frames, peak)
+        name: Evaluation(
+            name,
+            mean_metrics(scores for _, scores in rows),
+            rows,
+            seconds[name] / frames,
+            peak,
+            mean_of_bins(tracks[name]) if bins else {},
+        )
         for name, rows in videos.items()
     }
 
@@ -120,7 +134,8 @@ def save_scores(path: str | PathLike[str], scores: Mapping[str, Mapping[str, Map
     """Writes evaluations by data set, tracker and query mode as JSON, complete or not at all; NaN becomes null.
 
     The layout is `{set: {tracker: {mode: {"mean": {metric: percent}, "seconds_per_frame": ..., "peak_memory": ...,
-    "videos": [{"name": ..., metric: percent}]}}}}`.
+    "videos": [{"name": ..., metric: percent}]}}}}`, and with bins also `"motion"` and `"reappearance"`, each
+    `{bin: {"tracks": ..., metric: percent}}`.
     """
 
     def defined(values: Mapping[str, float]) -> dict[str, float | None]:
@@ -130,6 +145,7 @@ def save_scores(path: str | PathLike[str], scores: Mapping[str, Mapping[str, Map
         return {
             "mean": defined(evaluation.mean),
             **defined({name: getattr(evaluation, name) for name in ("seconds_per_frame", "peak_memory")}),
+            **{kind: {name: defined(row) for name, row in rows.items()} for kind, rows in evaluation.bins.items()},
             "videos": [{"name": name, **defined(values)} for name, values in evaluation.videos],
         }
 
@@ -145,29 +161,35 @@ def save_scores(path: str | PathLike[str], scores: Mapping[str, Mapping[str, Map
 
 
 @torch.inference_mode()
-def _score(model: Tracker, clip: TapVidClip, modes: tuple[str, ...]) -> dict[str, tuple[dict[str, float], float]]:
-    """Scores and seconds by mode."""
-    if clip.video.shape[1:] != (*model.resolution, 3):
-        raise ValueError(
-            f"clip {clip.name!r} must be [T, {model.resolution[0]}, {model.resolution[1]}, 3] for this model, "
-            f"got {list(clip.video.shape)}"
-        )
+def _score(
+    model: Tracker, clip: TapVidClip, modes: tuple[str, ...], bins: bool
+) -> dict[str, tuple[dict[str, float], float, list[TrackScores]]]:
+    """Scores, seconds and, for bins, what is known of the tracks, by mode."""
+    height, width = clip.video.shape[1:3]
+    frames, scale = clip.video, np.ones(2)
+    if (height, width) != model.resolution:
+        frames = np.stack([resized(frame, model.resolution) for frame in clip.video])
+        scale = np.array(model.resolution) / (height, width)  # y, x
     device = next(model.parameters()).device
     # [1, T, H, W, 3]
-    video = torch.from_numpy(clip.video)[None].to(device).float() / 255 * 2 - 1
+    video = torch.from_numpy(frames)[None].to(device).float() / 255 * 2 - 1
     start = time.perf_counter()
     features = model.features(video)
     encoding = time.perf_counter() - start
     results = {}
     for mode in modes:
         queries, tracks = tapvid_queries(clip, mode)
-        points = torch.from_numpy(queries)[None].to(device, torch.float32)
+        points = torch.from_numpy(queries * [1, *scale])[None].to(device, torch.float32)
         start = time.perf_counter()
         output = model.track(features, points)
         positions, visible = output.tracks[0].double().cpu().numpy(), output.visible[0].cpu().numpy()
         seconds = encoding + time.perf_counter() - start
-        scores = tapvid_metrics(queries[:, 0], clip.occluded[tracks], clip.points[tracks], ~visible, positions, mode)
-        results[mode] = scores, seconds
+        occluded, truth = clip.occluded[tracks], clip.points[tracks]
+        arguments = queries[:, 0], occluded, truth, ~visible, positions / scale[::-1], mode
+        of_tracks = [
+            TrackScores(mean_step(truth, occluded, (width, height)), reappearances(occluded), track_metrics(*arguments))
+        ]
+        results[mode] = tapvid_metrics(*arguments), seconds, of_tracks if bins else []
     return results
 
 

@@ -50,6 +50,31 @@ def tapvid_metrics(
         ValueError, TypeError: an unknown mode, shapes that do not fit together, visibilities that are not bool, or a
             query frame outside the video.
     """
+    counts = _counts(query_frames, occluded, points, predicted_occluded, predicted_points, mode)
+    return {name: float(value) for name, value in _percentages(*(count.sum(axis=-1) for count in counts)).items()}
+
+
+def track_metrics(
+    query_frames: np.ndarray,
+    occluded: np.ndarray,
+    points: np.ndarray,
+    predicted_occluded: np.ndarray,
+    predicted_points: np.ndarray,
+    mode: str,
+) -> dict[str, np.ndarray]:
+    """`tapvid_metrics` of every query by itself: each metric is `[N]`, NaN where its denominator is 0."""
+    return _percentages(*_counts(query_frames, occluded, points, predicted_occluded, predicted_points, mode))
+
+
+def _counts(
+    query_frames: np.ndarray,
+    occluded: np.ndarray,
+    points: np.ndarray,
+    predicted_occluded: np.ndarray,
+    predicted_points: np.ndarray,
+    mode: str,
+) -> tuple[np.ndarray, ...]:
+    """The arguments of `_percentages` for every query, their last axis N."""
     query_frames = _checked(query_frames, occluded, points, predicted_occluded, predicted_points, mode)
     frames = np.arange(occluded.shape[1])
     after_query = frames - query_frames[:, None]
@@ -60,18 +85,33 @@ def tapvid_metrics(
     squared_distance = np.square(predicted_points.astype(np.float64) - points).sum(axis=-1)
     # [threshold, N, T]
     within = squared_distance < np.square(np.array(THRESHOLDS, dtype=np.float64))[:, None, None]
-
-    visible_count = visible.sum()
-    correct_count = (visible & within).sum(axis=(1, 2))
-    true_positives = (visible & predicted_visible & within).sum(axis=(1, 2))
-    false_positives = (predicted_visible & ~(visible & within)).sum(axis=(1, 2))
-    delta = [_percent(count, visible_count) for count in correct_count]
-    jaccard = [_percent(tp, visible_count + fp) for tp, fp in zip(true_positives, false_positives, strict=True)]
     agreeing = (predicted_occluded == occluded) & evaluated
+    counted = (
+        visible,
+        visible & within,
+        visible & predicted_visible & within,
+        predicted_visible & ~(visible & within),
+        agreeing,
+        evaluated,
+    )
+    return tuple(x.sum(axis=-1) for x in counted)
+
+
+def _percentages(
+    visible: np.ndarray,
+    correct: np.ndarray,
+    true_positives: np.ndarray,
+    false_positives: np.ndarray,
+    agreeing: np.ndarray,
+    evaluated: np.ndarray,
+) -> dict[str, np.ndarray]:
+    """The metrics of numbers of frames; `correct` and both `positives` have the thresholds in front."""
+    delta = _percent(correct, visible)
+    jaccard = _percent(true_positives, visible + false_positives)
     return {
-        "delta_avg": float(np.mean(delta)),
-        "AJ": float(np.mean(jaccard)),
-        "OA": _percent(agreeing.sum(), evaluated.sum()),
+        "delta_avg": delta.mean(axis=0),
+        "AJ": jaccard.mean(axis=0),
+        "OA": _percent(agreeing, evaluated),
         **{f"delta_{x}": value for x, value in zip(THRESHOLDS, delta, strict=True)},
         **{f"jaccard_{x}": value for x, value in zip(THRESHOLDS, jaccard, strict=True)},
     }
@@ -97,8 +137,10 @@ def mean_metrics(videos: Iterable[Mapping[str, float]]) -> dict[str, float]:
     return means
 
 
-def _percent(numerator: np.integer, denominator: np.integer) -> float:
-    return 100.0 * float(numerator) / float(denominator) if denominator else float("nan")
+def _percent(numerator: np.ndarray, denominator: np.ndarray) -> np.ndarray:
+    numerator, denominator = np.broadcast_arrays(numerator, denominator)
+    nothing = np.full(numerator.shape, np.nan)
+    return np.divide(100.0 * numerator, denominator, out=nothing, where=denominator > 0)
 
 
 def _checked(
