@@ -16,6 +16,7 @@ from tritonkern.models.depth import DepthModel
 from tritonkern.models.difftrack import DiffTrack, Preset, preset_of, schedule
 from tritonkern.models.difftrack_nano import DiffTrackNano
 from tritonkern.models.dinov2 import DINOv2
+from tritonkern.models.ditracker_encoder import DiTrackerEncoder
 from tritonkern.models.locotrack import ChronoLocoTrack, LocoTrackFeatures, LocoTrackRefiner
 from tritonkern.models.low_rank import (
     add_low_rank,
@@ -38,6 +39,7 @@ __all__ = [
     "CogVideoX",
     "DINOv2",
     "DepthModel",
+    "DiTrackerEncoder",
     "DiffTrack",
     "DiffTrackNano",
     "FeatureState",

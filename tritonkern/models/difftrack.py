@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tritonkern.functional import query_key_cost, query_key_matching
 from tritonkern.models._cells import Corners, locate
+from tritonkern.models._latents import encode_together
 from tritonkern.models.cogvideox import CogVideoX
 from tritonkern.models.difftrack_folder import read_folder
 from tritonkern.models.hunyuan import HunyuanVideo
@@ -233,9 +234,7 @@ class DiffTrack(Tracker):
 
     def _encode(self, frames: Tensor) -> Tensor:
         """Latents `[C, K, h, w]` of consecutive frames `[T, C, H, W]`."""
-        posterior = self.vae.encode(frames.transpose(0, 1)[None]).latent_dist
-        latents = posterior.sample(self.generator) if self.sample else posterior.mode()
-        return latents[0] * self.vae.config.scaling_factor if self.scaled else latents[0]
+        return encode_together(self.vae, frames, sample=self.sample, generator=self.generator, scaled=self.scaled)
 
     @torch.no_grad()
     def track(self, features: Tensor, queries: Tensor) -> TrackerOutput:
