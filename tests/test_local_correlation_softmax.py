@@ -248,14 +248,6 @@ def test_pairs_without_a_softmax(where):
     torch.testing.assert_close(found, F.linear(torch.cat([first.flatten(-2), second.flatten(-2)], -1), weight, bias))
 
 
-def test_alone_in_one_graph(where):
-    this = cost(where[1])
-    call = functools.partial(this.call, where[0])
-    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
-    for x, y in zip(results(compiled, this.tensors, this.grad_out), run(where, this), strict=True):
-        assert torch.equal(x, y)
-
-
 @pytest.mark.parametrize("where", native_backends(op.NAME))
 def test_alone_gradcheck_and_opcheck(where):
     this = cost(where[1], T=2, N=2, grid=(3, 4), C=2, S=2, dtype=torch.float64)
@@ -276,8 +268,8 @@ def test_what_is_kept_for_the_backward_pass(where):
 
 
 def test_memory(where):
-    """The distributions of both pairs would be 177 MB; 12 MiB blocks of these and of their gradients are stored."""
-    sizes = dict(T=24, N=384, S=49, radius=3, C=16, grid=(24, 32))
+    """The distributions of both pairs would be 118 MB; 12 MiB blocks of these and of their gradients are stored."""
+    sizes = dict(T=24, N=256, S=49, radius=3, C=16, grid=(24, 32))
     this = cost(where[1], **sizes, pairs=[dict(S=49, C=16, grid=(24, 32))], outputs=32)
     run(where, this)
     with peak_memory(where[1]) as peak:

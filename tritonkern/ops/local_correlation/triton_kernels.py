@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from tritonkern.ops._triton import Launch, aligned, kernel, launch, product, whole_vectors
+from tritonkern.ops._triton import Launch, aligned, kernel, launch, product, register_limit, whole_vectors
 from tritonkern.ops.local_correlation import blocks, configs, reference
 from tritonkern.ops.local_correlation.op import Samples
 
@@ -350,10 +350,13 @@ def _launches(
         "num_stages": 2,
     }
     numbers = (position[1], position[2], height, width)
+    of_softmax = {} if scale is None else {"SOFTMAX": True, **register_limit()}
     rows = position[:3].numel()
     tiles = triton.cdiv(channels, tile.channels) * triton.cdiv(supports, tile.supports)
     return (
-        Launch(local_correlation_fwd_kernel, rows, *numbers, scale or 0.0, **constants, SOFTMAX=scale is not None),
+        Launch(
+            local_correlation_fwd_kernel, rows, *numbers, scale or 0.0, **{"SOFTMAX": False, **constants, **of_softmax}
+        ),
         Launch(local_correlation_bwd_kernel_features, rows, *numbers, **constants),
         Launch(local_correlation_bwd_kernel_support, support[:-2].numel() * tiles, *numbers, **constants),
     )
