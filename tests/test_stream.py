@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from test_stream_models import tiny_chrono
 from torch import Tensor
 
+from tritonkern.models import TAPIR, TAPIRFeatures
 from tritonkern.models.tracker import Tracker
 from tritonkern.nn.correlation import TrackerOutput
 from tritonkern.tracking import PointTracker
@@ -206,6 +207,45 @@ def test_a_tracker_with_adapters_gives_what_it_gives_offline():
         np.testing.assert_allclose(out.xy, whole.tracks[: len(out.ids), t], rtol=1e-4, atol=1e-3)
         np.testing.assert_allclose(out.confidence, whole.confidence[: len(out.ids), t], atol=1e-4)
     assert any(np.abs(out.xy - whole.tracks[: len(out.ids), out.frame]).max() > 1e-2 for out in tracks(lookahead=3))
+
+
+class Causal(TAPIR):
+    """Maps without the ResNet."""
+
+    def features(self, video):
+        maps = []
+        for cell, channels in ((4, 128), (8, 256)):
+            cells = F.avg_pool2d(video.flatten(0, 1).movedim(-1, 1), cell).movedim(1, -1)
+            mixed = cells @ torch.sin(torch.arange(3.0 * channels)).view(3, channels)
+            maps.append(F.normalize(mixed, dim=-1).unflatten(0, video.shape[:2]))
+        return TAPIRFeatures(*maps)
+
+
+@torch.no_grad()
+def test_a_causal_tapir_carries_its_state():
+    torch.manual_seed(0)
+    model, clip = Causal(causal=True).eval(), video(6, seed=1)
+    stream = PointTracker(model, device="cpu").stream(lookahead=1)
+    rasters = torch.from_numpy(np.stack([resized(frame, model.resolution) for frame in clip]))
+    features = [model.features(raster[None, None].float() / 127.5 - 1) for raster in rasters]
+    given = {0: [[3.0, 4.0], [20.0, 11.0]], 2: [[7.0, 8.0]]}
+    expected = {t: {} for t in range(6)}
+    for number, (start, x, y) in enumerate((t, *point) for t, points in given.items() for point in points):
+        place = torch.tensor([[[0.0, y * 256 / 20, x * 256 / 24]]])
+        query, state = model.query_features(features[start], place), model.initial_state(1, 1)
+        for t in range(start, 6):
+            output, state = model.step(features[t], query, state)
+            position = output.tracks[0, 0, 0].numpy() * [24 / 256, 20 / 256]
+            expected[t][number] = ((x, y), 1.0) if t == start else (position, float(output.confidence[0, 0, 0]))
+    outputs = []
+    for t, frame in enumerate(clip):
+        stream.add(np.reshape(given.get(t, []), (-1, 2)))
+        outputs.append(stream.step(frame))
+        if t == 3:
+            saved, stream = stream.state_dict(), PointTracker(model, device="cpu").stream(lookahead=1)
+            stream.load_state_dict(saved)
+    for out in [*outputs[1:], *stream.finish()]:
+        assert_same(out, expected[out.frame])
 
 
 def test_descriptors_find_points_in_another_video():

@@ -11,6 +11,7 @@ from torch.utils._pytree import TreeSpec, tree_flatten, tree_map, tree_unflatten
 
 from tritonkern.models._streaming import FeatureState, StreamedTracker
 from tritonkern.models.matching import MatchingTracker
+from tritonkern.models.tapir import TAPIR
 from tritonkern.models.tracker import Features, Tracker
 from tritonkern.nn.adapter import AdapterState
 from tritonkern.nn.temporal import AttentionState
@@ -48,6 +49,9 @@ class StreamFeatures:
         self.sources: dict[int, list[Tensor]] = {}
         # By point and frame, or -1 for the frame it was picked in: what `Tracker.evidence` says.
         self._evidence: dict[int, dict[int, Tensor]] = {}
+        # By point, of a causal TAPIR: features of the query, and the state after the last frame.
+        self._causal = model if isinstance(model, TAPIR) and model.torch_pips_mixer.causal else None
+        self._carried: dict[int, list[Any]] = {}
 
     @property
     def oldest(self) -> int:
@@ -81,6 +85,7 @@ class StreamFeatures:
         """These points, and the sources that no others use."""
         for number in ids:
             self._evidence.pop(number, None)
+            self._carried.pop(number, None)
         self.sources = {source: features for source, features in self.sources.items() if source in used}
 
     def state_dict(self) -> dict[str, Any]:
@@ -89,19 +94,24 @@ class StreamFeatures:
             "state": _plain(self._state),
             "window": _plain(self._window),
             "sources": [[source, _plain(features)] for source, features in self.sources.items()],
+            "carried": [[number, _plain(carried)] for number, carried in self._carried.items()],
         }
 
     def load_state_dict(self, saved: dict[str, Any]) -> None:
         move = lambda x: x.to(self._device) if isinstance(x, Tensor) else x  # noqa: E731
-        restored = tree_map(move, _restored({name: saved[name] for name in ("state", "window", "sources")}))
+        names = ("state", "window", "sources", "carried")
+        restored = tree_map(move, _restored({name: saved[name] for name in names}))
         self.encoded, self._state, self._window = saved["encoded"], restored["state"], restored["window"]
         self.sources = {source: features for source, features in restored["sources"]}
+        self._carried = {number: carried for number, carried in restored["carried"]}
         self._evidence = {}  # is computed again
         self._spec = self._blank()[1] if self._window else None
 
     def track(self, frame: int, ids: list[int], sources: list[int], places: list[Any]) -> tuple[Tensor, Tensor]:
         """Positions `[n, 2]` in the raster and confidence `[n]` in one frame, of points that were picked at `places`
         (y, x) of these sources."""
+        if self._causal is not None:
+            return self._advance(self._causal, frame, ids, sources, places)
         begin, end = max(self.oldest, frame - self._back), min(self.encoded, frame + self._ahead + 1)
         spec = cast(TreeSpec, self._spec)
         kept = self._window[begin - self.oldest : end - self.oldest]
@@ -121,6 +131,24 @@ class StreamFeatures:
                 tracks[part] = found[0][:, frame - begin].float().cpu()
                 confidence[part] = found[1][:, frame - begin].float().cpu()
         return tracks, confidence
+
+    def _advance(
+        self, model: TAPIR, frame: int, ids: list[int], sources: list[int], places: list[Any]
+    ) -> tuple[Tensor, Tensor]:
+        """`track` by the state that a causal TAPIR carries: each frame is seen once, and none before the query's."""
+        spec = cast(TreeSpec, self._spec)
+        for number, source, place in zip(ids, sources, places, strict=True):
+            if number not in self._carried:
+                query = torch.tensor([[[0, *place]]], dtype=torch.float32, device=self._device)
+                found = model.query_features(tree_unflatten(self.sources[source], spec), query)
+                self._carried[number] = [found, model.initial_state(1, 1)]
+        queries, states = zip(*(self._carried[number] for number in ids), strict=True)
+        state = tree_map(lambda *x: torch.cat(x, 1), *states)
+        features = tree_unflatten(self._window[frame - self.oldest], spec)
+        output, state = model.step(features, torch.cat(queries, 1), state)
+        for row, number in enumerate(ids):
+            self._carried[number][1] = tree_map(lambda x, row=row: x[:, row : row + 1].clone(), state)
+        return output.tracks[0, :, 0].float().cpu(), output.confidence[0, :, 0].float().cpu()
 
     def shapes(self) -> list[Any]:
         """Of the features of one frame."""
