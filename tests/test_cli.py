@@ -282,13 +282,13 @@ class TestErrors:
 
     @pytest.mark.parametrize("limit", [100, 2100, 12000])
     def test_full_disk(self, tmp_path, video, limit):
-        """A limit on the size of files: writing fails within tracks.npz, overlay.mp4 or report.html."""
+        """A limit on the size of files: writing fails within tracks.csv, overlay.mp4 or report.html."""
         out = tmp_path / "out"
         out.mkdir()
         for name in ("overlay.mp4", "tracks.npz"):
             (out / name).write_bytes(b"of an earlier run")
         result = run("track", video, "--out", out, "--grid", 2, file_limit=limit)
-        name = {100: "tracks.npz", 2100: "overlay.mp4", 12000: "report.html"}[limit]
+        name = {100: "tracks.csv", 2100: "overlay.mp4", 12000: "report.html"}[limit]
         assert_one_line_error(result, f"{out / name}: File too large", "give another folder to --out")
         assert sorted(os.listdir(out)) == ["overlay.mp4", "tracks.npz"]
         assert {(out / name).read_bytes() for name in os.listdir(out)} == {b"of an earlier run"}

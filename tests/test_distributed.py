@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import Ranks
+from test_stream_models import tiny_chrono
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import Replicate, Shard, distribute_tensor
@@ -150,6 +151,22 @@ def compare_features(name, lengths, batch):
     return (part - whole[:, own]).abs().max().item()
 
 
+def compare_long_clip(frames):
+    """Float64 features of this rank's frames against one process; their largest difference."""
+    model = tiny_chrono().double()
+    model.cells = 4
+    video = torch.rand(1, frames, 32, 32, 3, dtype=torch.float64) * 2 - 1  # the model resizes frames of any size
+    count, rank = dist.get_world_size(), dist.get_rank()
+    own = stretch_of([frames // count + (number < frames % count) for number in range(count)])
+    with torch.no_grad():
+        with shard_frames(model):
+            part = model.features(video[:, own])
+        whole = model.features(video) if rank == 0 else part.new_empty(1, frames, *part.shape[2:])
+    dist.broadcast(whole, 0)
+    torch.testing.assert_close(part, whole[:, own], rtol=0, atol=1e-9)
+    return (part - whole[:, own]).abs().max().item()
+
+
 def compare_layer_by_layer(batch):
     """A hook makes the adapter call its layers one by one."""
     adapter = made_adapter()
@@ -281,6 +298,13 @@ def test_features_of_stretches(two):
 def test_features_of_more_stretches(two, name, lengths):
     """Those of Chrono are longer than half of the window, so that no rank sees the whole clip."""
     two.run(compare_features, name, lengths, 1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", ["two", "four"])
+def test_features_of_a_long_clip(request, count):
+    errors = request.getfixturevalue(count).run(compare_long_clip, 2000)
+    assert 0 < max(errors) < 1e-9
 
 
 def test_adapter_layer_by_layer(two):

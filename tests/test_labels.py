@@ -1,6 +1,7 @@
 """`tritonkern label`: manifests, folders of labels, processes that are killed, and what other programs read."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -119,13 +120,15 @@ def test_queries_of_a_clip(tmp_path, videos, options):
 
 
 def test_errors_of_the_device_are_raised(tmp_path, videos, options):
-    class Broken(ColourTracker):
-        def features(self, video):
-            raise RuntimeError("the device is gone")
-
     (clip,) = videos("a")
-    with pytest.raises(RuntimeError, match="the device is gone"):
-        label_clip(PointTracker(Broken(), device="cpu"), clip, tmp_path, options)
+    for error in (RuntimeError("the device is gone"), OSError(errno.ENOSPC, "the disk is full")):
+
+        class Broken(ColourTracker):
+            def features(self, video, error=error):
+                raise error
+
+        with pytest.raises(type(error), match="the d"):
+            label_clip(PointTracker(Broken(), device="cpu"), clip, tmp_path, options)
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet"])

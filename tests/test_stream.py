@@ -102,7 +102,7 @@ def assert_same(out, expected):
     for number, xy, visible, confidence in zip(*out[1:], strict=True):
         np.testing.assert_allclose(xy, expected[number][0], rtol=1e-4, atol=1e-4)
         np.testing.assert_allclose(confidence, expected[number][1], rtol=1e-4, atol=1e-4)
-        assert visible == (confidence >= 0.5)
+        assert visible == (confidence >= 0.5 and (xy >= 0).all() and (xy <= (24, 20)).all())
 
 
 places = st.tuples(st.floats(0, 24), st.floats(0, 20))

@@ -150,8 +150,8 @@ class TestConversions:
             monkeypatch.setitem(sys.modules, "pandas", types.SimpleNamespace(DataFrame=dict))
         frame = tracks.to_pandas()
         assert list(frame) == ["point", "t", "x", "y", "visible", "confidence"]
-        assert list(frame["point"]) == [0, 0, 0, 1, 1, 1] and list(frame["t"]) == [0, 1, 2] * 2
-        np.testing.assert_array_equal(frame["y"], tracks.tracks[..., 1].ravel())
+        assert list(frame["point"]) == [0, 1] * 3 and list(frame["t"]) == [0, 0, 1, 1, 2, 2]
+        np.testing.assert_array_equal(frame["y"], tracks.tracks[..., 1].T.ravel())
 
     def test_supervision(self, tracks, monkeypatch):
         monkeypatch.setitem(sys.modules, "supervision", types.SimpleNamespace(Detections=types.SimpleNamespace))

@@ -78,6 +78,12 @@ class TestReport:
         page = (tmp_path / "r.html").read_text()
         assert data_of(page)["points"] == [4, 3] and "the worst 2 of 5 points" in page
 
+    def test_many_frames(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(report_module, "_MOST_FRAMES", 3)
+        write_report(tmp_path / "r.html", square_clip(), made())
+        page = (tmp_path / "r.html").read_text()
+        assert data_of(page)["frames"] == 3 and "5 points, the first 3 of 8 frames" in page
+
     def test_another_video(self, tmp_path):
         with pytest.raises(ValueError, match="the tracks come from a video of"):
             write_report(tmp_path / "r.html", square_clip(size=(64, 64)), made())

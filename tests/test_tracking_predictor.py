@@ -10,10 +10,19 @@ import torch
 from clips import ColourTracker, square_clip, write_clip
 from oracle import growth
 
-from tritonkern.tracking import PointTracker, PointTracks, VideoReader, draw_points, grid_queries, write_overlay
+from tritonkern.tracking import (
+    PointTracker,
+    PointTracks,
+    TapVidClip,
+    VideoReader,
+    draw_points,
+    evaluate,
+    grid_queries,
+    write_overlay,
+)
 from tritonkern.tracking import predictor as predictor_module
-from tritonkern.tracking import raster as raster_module
 from tritonkern.tracking import spans as spans_module
+from tritonkern.tracking import stored_tracks as stored_module
 from tritonkern.tracking.overlay import point_colours
 
 
@@ -154,13 +163,12 @@ class TestPointTracker:
         prepare = """
 import numpy as np
 from tritonkern.tracking import VideoReader
-from tritonkern.tracking.predictor import _read, _whole_clip
+from tritonkern.tracking.predictor import _whole_clip
 reader = VideoReader(np.broadcast_to(np.uint8(7), (400, 256, 256, 3)))
-quiet = lambda *call: None
-_whole_clip(_read(reader, 8, quiet), reader.size)
+_whole_clip(reader.frames(8), reader.size)
 """
         size = 400 * 256 * 256 * 3 / 2**20
-        assert 0.8 * size < growth(prepare, "_whole_clip(_read(reader, None, quiet), reader.size)") < 1.1 * size
+        assert 0.8 * size < growth(prepare, "_whole_clip(reader.frames(), reader.size)") < 1.1 * size
 
     @pytest.mark.parametrize("kind", ["read-only", "memory-mapped", "mirrored"])
     def test_arrays_of_every_kind_without_a_warning(self, tracker, tmp_path, kind):
@@ -247,20 +255,90 @@ _whole_clip(_read(reader, 8, quiet), reader.size)
         np.testing.assert_allclose(spans.tracks, whole.tracks, atol=1e-3)
         np.testing.assert_array_equal(spans.visibility, whole.visibility)
 
-    @pytest.mark.parametrize("in_memory", [1 << 20, 200])
-    def test_frames_are_kept_on_disk(self, monkeypatch, in_memory):
-        monkeypatch.setattr(raster_module, "_IN_MEMORY", in_memory)
-        frames = np.random.default_rng(0).integers(0, 256, (5, 6, 8, 3), dtype=np.uint8)
-        with raster_module.Raster((6, 8)) as raster:
-            for frame in frames:
-                raster.append(frame)
-            for start, stop in ((3, 5), (0, 2), (0, 5)):
-                np.testing.assert_array_equal(raster[start:stop], frames[start:stop])
-            raster.append(frames[0][::-1])
-            np.testing.assert_array_equal(raster[5:6][0], frames[0][::-1])
-            assert len(raster) == 6
-            with pytest.raises(ValueError, match="got a step of 2"):
-                raster[0:4:2]
+    @pytest.mark.parametrize(("model", "span", "context"), [(OwnTrack, 8, 2), (ColourTracker, 6, 0), (OwnTrack, 7, 3)])
+    def test_spans_are_tracked_while_the_video_is_read(self, monkeypatch, model, span, context):
+        """The first ones are there long before its end; its frames are neither kept nor read twice without need."""
+        monkeypatch.setattr(model, "span", span)
+        monkeypatch.setattr(model, "context", context)
+        tracker, clip = PointTracker(model(), device="cpu"), square_clip(20, size=(128, 64))
+        for query_frame, passes in ((0, 1), (11, 2)):
+            read, options = [], {"grid": 3, "query_frame": query_frame}
+            spans = tracker.spans(clip, **options, progress=lambda *call, read=read: read.append(call))
+            assert read == []
+            first, tracks = next(spans)
+            inner = span - 2 * context
+            assert (first, tracks.tracks.shape) == (0, (9, inner, 2))
+            done = [frames for stage, frames, _ in read if stage == "reading"]
+            assert done[-1] <= span + 1 and done.count(1) == passes
+            parts = [(first, tracks), *spans]
+            assert [first for first, _ in parts] == list(range(0, 20, inner))
+            assert [call[1] for call in read if call[0] == "tracking"][-1] == 20
+            whole = tracker(clip, **options)
+            for name in ("tracks", "visibility", "confidence"):
+                joined = np.concatenate([getattr(part, name) for _, part in parts], axis=1)
+                np.testing.assert_array_equal(getattr(whole, name), joined)
+
+    def test_a_span_without_room(self, monkeypatch):
+        monkeypatch.setattr(ShiftTracker, "span", 9)
+        monkeypatch.setattr(ShiftTracker, "context", 5)
+        assert PointTracker(ShiftTracker())(square_clip(9), grid=1).tracks.shape[1] == 9
+        with pytest.raises(ValueError, match="more than twice its context, got 9 and 5"):
+            PointTracker(ShiftTracker())(square_clip(10), grid=1)
+
+    def test_long_tracks_are_stored_in_files(self, monkeypatch, tmp_path):
+        """Their arrays are as those in memory, may be changed, and survive a way through files."""
+        random = np.random.default_rng(0)
+        parts = [
+            PointTracks(
+                random.random((3, frames, 2), dtype=np.float32),
+                random.random((3, frames)) < 0.5,
+                random.random((3, frames), dtype=np.float32),
+                np.zeros((3, 3), np.float32),
+                fps,
+                (9, 7),
+            )
+            for frames, fps in ((4, 1.0), (1, 2.0), (6, 3.0))
+        ]
+        found = []
+        for limit in (1 << 20, 100):
+            monkeypatch.setattr(stored_module, "_IN_MEMORY", limit)
+            stored = stored_module.StoredTracks()
+            for part in parts:
+                stored.append(part)
+            found.append(stored.tracks())
+        assert [x.fps for x in found] == [3.0, 3.0]
+        found[1].save_npz(tmp_path / "a.npz")
+        for tracks in (found[1], PointTracks.load(tmp_path / "a.npz")):
+            for name in ("tracks", "visibility", "confidence"):
+                expected, actual = getattr(found[0], name), getattr(tracks, name)
+                assert type(actual) is np.ndarray and actual.dtype == expected.dtype
+                np.testing.assert_array_equal(actual, expected)
+        found[1].tracks[0, 0] = 5
+        assert found[1].frames(0, 2).tracks[0, 0].tolist() == [5, 5] and found[1].frames(2, 4).tracks.shape == (3, 2, 2)
+
+    def test_what_leaves_the_frame_is_not_visible(self):
+        class Leaving(OwnTrack):
+            """16 pixels to the right in each frame, certain of everything."""
+
+            def track(self, features, queries):
+                output = super().track(features, queries)
+                ahead = torch.arange(output.tracks.shape[2])[None, None] - queries[..., :1]
+                tracks = queries[:, :, None, [2, 1]] + ahead[..., None] * torch.tensor([16.0, 0.0])
+                certain = torch.full_like(output.occlusion, -9.0)
+                return output._replace(tracks=tracks, occlusion=certain, expected_distance=certain)
+
+        model = Leaving()
+        model.context = 0
+        clip, queries = square_clip(6, size=(64, 64)), np.array([[0, 32.0, 8.0]])
+        tracks = PointTracker(model, device="cpu")(clip, queries=queries, min_confidence=0)
+        np.testing.assert_array_equal(tracks.tracks[0, :, 0], 32 + 16 * np.arange(6))
+        np.testing.assert_array_equal(tracks.visibility[0], [True, True, True, False, False, False])
+        stream = PointTracker(model, device="cpu").stream(lookahead=0, min_confidence=0)
+        stream.add(queries[:, 1:])
+        assert [bool(stream.step(frame).visible[0]) for frame in clip[:1]] == [True]
+        # In the evaluation, too, whose truth hides points outside the frame.
+        truth = TapVidClip("clip", clip, tracks.tracks.astype(np.float64), ~tracks.visibility)
+        assert evaluate(model, [truth], "first")["first"].mean["OA"] == 100
 
     @pytest.mark.slow
     @pytest.mark.parametrize(("frames", "gigabytes"), [(60, 0.8), (200, 1.0)])
@@ -287,7 +365,7 @@ print(open("/proc/self/status").read().split("VmHWM:")[1].split()[0])  # since `
         calls = []
         path = write_clip(tmp_path / "a.mp4", square_clip())
         tracker(path, max_frames=3, progress=lambda *call: calls.append(call))
-        assert calls == [("reading", n, 3) for n in (1, 2, 3)] + [("tracking", n, 2) for n in (0, 1, 2)]
+        assert calls == [("reading", n, 3) for n in (1, 2, 3)] + [("tracking", n, 3) for n in (0, 3)]
 
     def test_outside(self, tracker):
         with pytest.raises(ValueError, match=r"query 1 of 1 \(t=5, .* t must be 0 to 4"):

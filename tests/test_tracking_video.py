@@ -412,7 +412,8 @@ class TestResults:
         tracks.save_csv(tmp_path / "tracks.csv")
         lines = (tmp_path / "tracks.csv").read_text().splitlines()
         assert lines[0] == "point,t,x,y,visible,confidence"
-        table = np.loadtxt(lines[1:], delimiter=",").reshape(3, 5, 6)
+        # Frame by frame, as a stream writes it
+        table = np.loadtxt(lines[1:], delimiter=",").reshape(5, 3, 6).swapaxes(0, 1)
         np.testing.assert_array_equal(table[..., 0], np.arange(3)[:, None].repeat(5, 1))
         np.testing.assert_array_equal(table[..., 1], np.arange(5)[None].repeat(3, 0))
         np.testing.assert_allclose(table[..., 2:4], tracks.tracks, atol=5.1e-4)

@@ -20,7 +20,8 @@ def track(
     out: Annotated[
         str | None,
         typer.Option(
-            help=f"Folder for {', '.join(_RESULTS)}. An earlier run's results there are replaced together.  "
+            help=f"Folder for {', '.join(_RESULTS)}. An earlier run's results there are replaced together. "
+            "With --stream only tracks.csv; a name ending in .parquet is a folder of Parquet files instead.  "
             "[default: the name of VIDEO and -tracks, in the current folder]"
         ),
     ] = None,
@@ -58,7 +59,7 @@ def track(
         bool,
         typer.Option(
             "--stream",
-            help="Read VIDEO once, as it arrives, in memory that does not grow, and write tracks.csv frame by frame. "
+            help="Read VIDEO once, as it arrives, and write tracks.csv (or Parquet, see --out) frame by frame. "
             "VIDEO may then be a camera (/dev/video0), an address (rtsp://...) or - for standard input, too.",
         ),
     ] = False,
@@ -88,17 +89,24 @@ def track(
             if resize is not None:
                 raise ValueError("--resize goes with overlay.mp4, which --stream does not write")
             with writable_folder(folder):
+                stale = [folder / name for name in _RESULTS if name != "tracks.csv"]
                 track_stream(
-                    video, folder, grid=grid, queries=queries, query_frame=query_frame, model=model, weights=weights,
-                    device=device, max_frames=max_frames, stride=stride, min_confidence=min_confidence,
+                    video, folder, stale, grid=grid, queries=queries, query_frame=query_frame, model=model,
+                    weights=weights, device=device, max_frames=max_frames, stride=stride, min_confidence=min_confidence,
                     lookahead=lookahead, drop=drop, buffer=buffer, raw_size=parse_size(raw_size),
                 )  # fmt: skip
             return
         if drop or raw_size is not None:
             raise ValueError("--drop and --raw-size go with --stream")
+        if folder.suffix == ".parquet":
+            raise ValueError(
+                f"--out {folder} ends in .parquet, which goes with --stream: give another name of a folder"
+            )
         with writable_folder(folder):
-            from tritonkern.files import atomic_paths
+            from tritonkern.files import atomic_path, atomic_paths
             from tritonkern.tracking import PointTracker, VideoReader, write_overlay, write_report
+            from tritonkern.tracking.results import CSV_HEADER
+            from tritonkern.tracking.stored_tracks import StoredTracks
 
             reader = VideoReader(video, stride)
             tracker = PointTracker(model, weights, device)
@@ -106,18 +114,24 @@ def track(
             wanted = [folder / name for name in _RESULTS if not unwanted.get(name)]
             stale = [folder / name for name in _RESULTS if unwanted.get(name)]
             with Stages() as stages, atomic_paths(wanted, stale) as parts:
-                result = tracker(
-                    reader,
-                    grid=grid,
-                    queries=queries,
-                    query_frame=query_frame,
-                    max_frames=max_frames,
-                    min_confidence=min_confidence,
-                    progress=stages,
-                )
                 hidden = dict(zip((path.name for path in wanted), parts, strict=True))
+                stored = StoredTracks()
+                with atomic_path(hidden["tracks.csv"]) as csv_path, open(csv_path, "wb") as csv:
+                    csv.write(CSV_HEADER)
+                    for first, tracks in tracker.spans(
+                        reader,
+                        grid=grid,
+                        queries=queries,
+                        query_frame=query_frame,
+                        max_frames=max_frames,
+                        min_confidence=min_confidence,
+                        progress=stages,
+                    ):
+                        csv.writelines(tracks.csv_lines(first))
+                        csv.flush()
+                        stored.append(tracks)
+                result = stored.tracks()
                 result.save_npz(hidden["tracks.npz"])
-                result.save_csv(hidden["tracks.csv"])
                 if overlay != "none":
                     write_overlay(hidden["overlay.mp4"], reader, result, stages, overlay, resize)
                 if report:

@@ -18,8 +18,9 @@ from tritonkern.files import atomic_path
 from tritonkern.models.tracker import Tracker
 from tritonkern.tracking.bins import Bins, TrackScores, mean_of_bins, mean_step, reappearances
 from tritonkern.tracking.metrics import QUERY_MODES, mean_metrics, tapvid_metrics, track_metrics
-from tritonkern.tracking.predictor import Progress
+from tritonkern.tracking.predictor import VISIBLE, Progress
 from tritonkern.tracking.raster import resized
+from tritonkern.tracking.results import visible_points
 from tritonkern.tracking.tapvid import TapVidClip, tapvid_queries
 
 
@@ -182,8 +183,9 @@ def _score(
         points = torch.from_numpy(queries * [1, *scale])[None].to(device, torch.float32)
         start = time.perf_counter()
         output = model.track(features, points)
-        positions, visible = output.tracks[0].double().cpu().numpy(), output.visible[0].cpu().numpy()
+        positions, confidence = output.tracks[0].double().cpu().numpy(), output.confidence[0].cpu().numpy()
         seconds = encoding + time.perf_counter() - start
+        visible = visible_points(positions, confidence, VISIBLE, model.resolution[::-1])
         occluded, truth = clip.occluded[tracks], clip.points[tracks]
         arguments = queries[:, 0], occluded, truth, ~visible, positions / scale[::-1], mode
         of_tracks = [

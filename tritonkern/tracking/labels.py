@@ -7,6 +7,7 @@ are put together in passing and at the end. Programs that read the folder leave 
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -37,6 +38,7 @@ except ModuleNotFoundError as error:
     ) from error
 
 CLIPS_PER_FILE = 1000
+_OF_THE_MACHINE = (errno.ENOSPC, errno.EDQUOT, errno.EMFILE, errno.ENFILE)
 _TEXT = ("id", "video", "queries")
 _PER_FRAME = {"x": pa.float32(), "y": pa.float32(), "visible": pa.bool_(), "confidence": pa.float32()}
 SCHEMA = pa.schema(
@@ -146,8 +148,8 @@ def read_manifest(path: str | PathLike[str]) -> list[Clip]:
 def label_clip(tracker: PointTracker, clip: Clip, base: Path, options: LabelOptions) -> pa.Table:
     """The row of one clip, whose paths are relative to `base`.
 
-    A video or a file of queries that cannot be used gives a row with `error`. Other errors, such as those of a device,
-    would be the same for every clip, and are raised.
+    A video or a file of queries that cannot be used gives a row with `error`. Other errors, such as those of a device
+    or a full disk, would be the same for every clip, and are raised.
     """
     try:
         result = tracker(
@@ -159,6 +161,8 @@ def label_clip(tracker: PointTracker, clip: Clip, base: Path, options: LabelOpti
         )
     except (OSError, ValueError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and type(error).__name__ != "OutOfMemoryError":
+            raise
+        if isinstance(error, OSError) and error.errno in _OF_THE_MACHINE:
             raise
         return error_row(clip, str(error) or type(error).__name__)
     return _table(clip, None, result)

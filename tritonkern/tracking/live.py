@@ -1,21 +1,19 @@
-"""Frames of a source that is live, and a file of tracks that is whole while it grows."""
+"""Frames of a source that is live."""
 
 from __future__ import annotations
 
 import os
 import queue
 import re
+import stat
 import sys
 import threading
 from collections.abc import Iterator
-from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
 
 import av
 import numpy as np
 
-from tritonkern.tracking.stream import StreamOutput
 from tritonkern.tracking.video import VideoReader
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
@@ -29,7 +27,7 @@ class LiveFrame(NamedTuple):
     number: int
     """In the source, counted from 0; those that were dropped count."""
     seconds: float
-    """Since the first frame."""
+    """Since the first frame; the number of the frame where the source has no times, as raw frames have none."""
     image: np.ndarray
     """uint8 RGB `[H, W, 3]`."""
 
@@ -42,7 +40,7 @@ class LiveFrames:
 
     Args:
         source: a path that `VideoReader` reads; a camera, such as `/dev/video0`; an address that FFmpeg opens, such as
-            `rtsp://...`; or "-", standard input, with any container that FFmpeg reads without seeking.
+            `rtsp://...`; or a named pipe or "-", standard input, with any container that FFmpeg reads without seeking.
         drop: whether frames are dropped when the buffer is full.
         buffer: frames in the buffer, at most.
         raw_size: (width, height) of the frames of a pipe that holds raw RGB of 8 bits, without a container.
@@ -60,14 +58,15 @@ class LiveFrames:
     ) -> None:
         if buffer < 1:
             raise ValueError(f"buffer must be 1 frame or more, got {buffer}")
-        if raw_size is not None and source != "-":
-            raise ValueError("raw_size goes with standard input, the source -")
+        self._pipe = source == "-" or os.path.exists(source) and stat.S_ISFIFO(os.stat(source).st_mode)
+        if raw_size is not None and not self._pipe:
+            raise ValueError("raw_size goes with standard input, the source -, or a named pipe")
         self.name = "standard input" if source == "-" else source
         self._drop, self._raw_size, self._source = drop, raw_size, source
         self.dropped = self.read = 0
         self._queue: queue.Queue[LiveFrame | BaseException | None] = queue.Queue(buffer)
         self._stopped = threading.Event()
-        live = source == "-" or source.startswith("/dev/") or _URL.match(source)
+        live = self._pipe or source.startswith("/dev/") or _URL.match(source)
         self._reader = None if live else VideoReader(source)
         self._thread = threading.Thread(target=self._fill, name="tritonkern-frames", daemon=True)
         self._thread.start()
@@ -99,7 +98,8 @@ class LiveFrames:
         except Exception as error:
             reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
             known = isinstance(error, (ValueError, OSError)) and not isinstance(error, av.FFmpegError)
-            self._put(error if known else ValueError(f"{self.name} cannot be read as a video ({reason})"), False)
+            what = f"broke off after {self.read} frames" if self.read else "cannot be read as a video"
+            self._put(error if known else ValueError(f"{self.name} {what} ({reason})"), False)
 
     def _put(self, item: LiveFrame | BaseException | None, drop: bool) -> None:
         while not self._stopped.is_set():
@@ -125,7 +125,7 @@ class LiveFrames:
 
     def _raw_frames(self, width: int, height: int) -> Iterator[LiveFrame]:
         size, number = width * height * 3, 0
-        with _standard_input() as pipe:
+        with self._opened() as pipe:
             while True:
                 data = bytearray()
                 while len(data) < size and (part := pipe.read(size - len(data))):
@@ -137,13 +137,15 @@ class LiveFrames:
 
     def _decoded(self) -> Iterator[LiveFrame]:
         options: dict[str, Any] = {}
-        if self._source.startswith("/dev/"):
+        if self._pipe:
+            pass
+        elif self._source.startswith("/dev/"):
             options = {"format": "v4l2"}
-        elif self._source != "-":
+        else:
             options = {"timeout": (10.0, 30.0)}
             if self._source.startswith("rtsp"):
                 options["options"] = {"rtsp_transport": "tcp"}
-        file: Any = _standard_input() if self._source == "-" else self._source
+        file: Any = self._opened() if self._pipe else self._source
         first = None
         with av.open(file, "r", metadata_errors="ignore", **options) as container:
             if not container.streams.video:
@@ -154,57 +156,7 @@ class LiveFrames:
                 image = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90) % 4)
                 yield LiveFrame(number, seconds - first, image)
 
-
-def _standard_input() -> BinaryIO:
-    # A file of its own: at the end of the program nobody waits for the lock of `sys.stdin` while a thread reads.
-    return open(os.dup(sys.stdin.fileno()), "rb", buffering=0)
-
-
-HEADER = b"point,t,x,y,visible,confidence,seconds_from_the_start_of_stream\n"
-
-
-class GrowingCsv:
-    """A CSV file of tracks that is complete after every line, however the program ends, `kill -9` included.
-
-    One line for each point and frame: `point,t,x,y,visible,confidence,seconds_from_the_start_of_stream`, where point
-    is the id. All lines have 64 bytes, numbers with leading zeros: the system copies what is written page by page, and
-    no line is in two pages.
-
-    Raises:
-        OSError: the file cannot be written; the lines before stay.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self._file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
-        self._size = 0
-        self._write(HEADER)
-
-    def append(self, out: StreamOutput, number: int, seconds: float) -> None:
-        """The points of one frame, which has this number and time in the source."""
-        rows = zip(out.ids.tolist(), out.xy.tolist(), out.visible.tolist(), out.confidence.tolist(), strict=True)
-        lines = (
-            f"{point:07d},{number:09d},{x:010.3f},{y:010.3f},{visible:d},{confidence:.3f},{seconds:015.3f}\n"
-            for point, (x, y), visible, confidence in rows
-        )
-        text = "".join(lines).encode()
-        if len(text) != len(HEADER) * len(out.ids):
-            raise ValueError("a number has too many digits for the file: restart the stream")
-        self._write(text)
-
-    def _write(self, data: bytes) -> None:
-        rest = memoryview(data)
-        try:
-            while rest:
-                rest = rest[os.write(self._file, rest) :]
-        except OSError:
-            os.ftruncate(self._file, self._size)
-            raise
-        self._size += len(data)
-
-    def __enter__(self) -> GrowingCsv:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        os.close(self._file)
+    def _opened(self) -> BinaryIO:
+        """The pipe."""
+        # A file of its own: at the end of the program nobody waits for the lock of `sys.stdin` while a thread reads.
+        return open(os.dup(sys.stdin.fileno()) if self._source == "-" else self._source, "rb", buffering=0)

@@ -53,10 +53,11 @@ def write_overlay(
     reader = video if isinstance(video, VideoReader) else VideoReader(video)
     colours = point_colours(tracks.queries)
     size = fitting_size(reader.size, longer_side)
-    drawn = resized(tracks, size)
     with atomic_path(path) as part, VideoWriter(part, tracks.fps, reader.pixel_aspect) as writer:
         for index, frame in enumerate(frames_of_tracks(reader, tracks, size)):
-            writer.write(draw_points(frame, drawn, index, colours, tails=style == "tails"))
+            first = max(0, index - _TAIL_FRAMES)  # of a long clip, no more than the tails is copied
+            drawn = resized(tracks.frames(first, index + 1), size)
+            writer.write(draw_points(frame, drawn, index - first, colours, tails=style == "tails"))
             if progress is not None:
                 progress("writing", index + 1, tracks.tracks.shape[1])
 

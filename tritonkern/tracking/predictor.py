@@ -14,10 +14,11 @@ from tritonkern.models import build_model
 from tritonkern.models._streaming import StreamedTracker
 from tritonkern.models.tracker import Tracker
 from tritonkern.tracking.cotracker import Predictor, call_predictor
-from tritonkern.tracking.queries import DEFAULT_GRID, check_queries, grid_queries, open_queries
-from tritonkern.tracking.raster import Raster, resized
-from tritonkern.tracking.results import PointTracks
-from tritonkern.tracking.spans import Progress, track_in_spans
+from tritonkern.tracking.queries import DEFAULT_GRID, QueryName, check_queries, grid_queries, open_queries
+from tritonkern.tracking.raster import resized
+from tritonkern.tracking.results import PointTracks, visible_points
+from tritonkern.tracking.spans import Progress, SpanTracks, track_in_spans
+from tritonkern.tracking.stored_tracks import StoredTracks
 from tritonkern.tracking.stream import PointStream
 from tritonkern.tracking.video import VideoReader, VideoSource, whole_number
 
@@ -64,7 +65,6 @@ class PointTracker:
             raise TypeError(f"model must be a name, a tracker or a predictor, got {type(model).__name__}")
         self.model = model.to(self.device).eval() if isinstance(model, nn.Module) else model
 
-    @torch.inference_mode()
     def __call__(
         self,
         video: VideoSource | VideoReader,
@@ -86,16 +86,55 @@ class PointTracker:
                 (0.5, 0.5)). Models take (t, y, x); this function takes t, x, y.
             query_frame: the frame in which the grid is placed.
             max_frames: read at most this many frames.
-            min_confidence: a point is visible from this confidence on, 0 to 1.
-            progress: called as `progress(stage, done, total)` with the stages "reading" (frames; the total is a hint or
-                None) and "tracking".
+            min_confidence: a point that is inside the frame is visible from this confidence on, 0 to 1.
+            progress: called as `progress(stage, done, total)` with the stages "reading" and "tracking", both in frames;
+                the total is a hint or None. A video is read again from the start where a query is in a late frame
+                (`tritonkern.tracking.spans.track_in_spans`).
 
         Returns:
-            `PointTracks`. In its own frame a point is where the query says, visible, and has confidence 1.
+            `PointTracks`. In its own frame a point is where the query says, visible, and has confidence 1. Of more than
+            64 MB, its arrays are maps of a temporary file.
 
         Raises:
             FileNotFoundError, ValueError: no such video, unreadable video, queries outside the frame or clip, or more
                 points than this machine's memory holds.
+        """
+        stored = StoredTracks()
+        for _, tracks in self.spans(
+            video, grid=grid, queries=queries, query_frame=query_frame, max_frames=max_frames,
+            min_confidence=min_confidence, progress=progress,
+        ):  # fmt: skip
+            stored.append(tracks)
+        return stored.tracks()
+
+    def spans(
+        self,
+        video: VideoSource | VideoReader,
+        *,
+        grid: int | None = None,
+        queries: np.ndarray | str | PathLike[str] | None = None,
+        query_frame: int = 0,
+        max_frames: int | None = None,
+        min_confidence: float = VISIBLE,
+        progress: Progress | None = None,
+    ) -> Iterator[tuple[int, PointTracks]]:
+        """The tracks of a call with these arguments, span by span while the video is read.
+
+        ```python
+        for first, tracks in PointTracker().spans("long.mp4", grid=12):
+            tracks.tracks  # [N, t, 2] in frames first to first + t
+        ```
+
+        Memory does not grow with the number of frames: what is kept are the frames and features of one span (of up to
+        `model.span` frames) and the features of the frames that have queries. Only an object with the signature of
+        CoTracker's predictors gets the whole video at once, and makes one span of it.
+
+        Returns:
+            An iterator of pairs: the first frame of the span, and `PointTracks` of the frames of this span alone, whose
+            `queries` count the frames of the video. The arguments are checked before it is returned.
+
+        Raises:
+            FileNotFoundError, ValueError: as the call; also while iterating.
         """
         if queries is not None and grid is not None:
             raise ValueError("give either grid or queries, not both")
@@ -103,7 +142,6 @@ class PointTracker:
             raise ValueError(f"min_confidence must be 0 to 1, got {min_confidence}")
         if max_frames is not None:
             max_frames = whole_number("max_frames", max_frames)
-        report = progress or (lambda stage, done, total: None)
         reader = video if isinstance(video, VideoReader) else VideoReader(video)
         if queries is None:
             queries = grid_queries(DEFAULT_GRID if grid is None else grid, reader.size, query_frame)
@@ -114,33 +152,53 @@ class PointTracker:
         count = reader.count_frames(enough if max_frames is None else min(enough, max_frames))
         check_queries(rows, reader.size, count, name)
         _check_memory(len(rows), reader, max_frames)
+        report = progress or (lambda stage, done, total: None)
+        return self._spans(reader, rows, name, max_frames, min_confidence, report)
 
+    @torch.inference_mode()
+    def _spans(
+        self,
+        reader: VideoReader,
+        rows: np.ndarray,
+        name: QueryName,
+        max_frames: int | None,
+        min_confidence: float,
+        report: Progress,
+    ) -> Iterator[tuple[int, PointTracks]]:
+        total = min((n for n in (reader.frame_count, max_frames) if n is not None), default=None)
+
+        def frames() -> Iterator[np.ndarray]:
+            done = 0
+            for done, frame in enumerate(reader.frames(max_frames), start=1):
+                report("reading", done, total)
+                yield frame
+            check_queries(rows, reader.size, done, name)
+
+        found: Iterable[SpanTracks]
         if isinstance(self.model, Tracker):
             height, width = self.model.resolution
             scale = np.array([width / reader.size[0], height / reader.size[1]])
             points = torch.from_numpy(np.column_stack([rows[:, 0], (rows[:, 1:] * scale)[:, ::-1]])).float()
-            with Raster((height, width)) as raster:
-                for frame in _read(reader, max_frames, report):
-                    raster.append(resized(frame, (height, width)))
-                check_queries(rows, reader.size, len(raster), name)
-                positions, certainty = track_in_spans(self.model, raster, points, self.device, report)
+            read = lambda: (resized(frame, (height, width)) for frame in frames())  # noqa: E731
+            found = track_in_spans(self.model, read, points, self.device, report, total)
         else:
-            frames = _whole_clip(_read(reader, max_frames, report), reader.size)
-            check_queries(rows, reader.size, len(frames), name)
             scale = np.ones(2)
-            report("tracking", 0, 1)
-            positions, certainty = call_predictor(self.model, frames, torch.from_numpy(rows).float(), self.device)
-            report("tracking", 1, 1)
-        tracks, confidence = positions.numpy(), certainty.numpy()
-        if not (np.isfinite(tracks).all() and np.isfinite(confidence).all()):
-            raise ValueError("the model gives positions that are not finite: its weights are damaged or untrained")
-
-        tracks /= scale.astype(np.float32)
-        number, own_frame = np.arange(len(rows)), rows[:, 0].astype(int)
-        tracks[number, own_frame] = rows[:, 1:]
-        confidence[number, own_frame] = 1
-        visibility = confidence >= min_confidence
-        return PointTracks(tracks, visibility, confidence, rows.astype(np.float32), reader.fps, reader.size)
+            clip = _whole_clip(frames(), reader.size)
+            report("tracking", 0, len(clip))
+            found = [SpanTracks(0, *call_predictor(self.model, clip, torch.from_numpy(rows).float(), self.device))]
+            report("tracking", len(clip), len(clip))
+        for start, positions, certainty in found:
+            tracks, confidence = positions.numpy(), certainty.numpy()
+            if not (np.isfinite(tracks).all() and np.isfinite(confidence).all()):
+                raise ValueError("the model gives positions that are not finite: its weights are damaged or untrained")
+            tracks /= scale.astype(np.float32)
+            own_frame = rows[:, 0].astype(int) - start
+            number = np.flatnonzero((own_frame >= 0) & (own_frame < tracks.shape[1]))
+            tracks[number, own_frame[number]] = rows[number, 1:]
+            confidence[number, own_frame[number]] = 1
+            visibility = visible_points(tracks, confidence, min_confidence, reader.size)
+            queries = rows.astype(np.float32)
+            yield start, PointTracks(tracks, visibility, confidence, queries, reader.fps, reader.size)
 
     def stream(
         self,
@@ -168,7 +226,7 @@ class PointTracker:
             lookahead: frames that a result waits for, 0 or more, and which it then depends on.
             max_points: points at a time, at most.
             max_sources: frames with points at a time, at most. The features of each are kept, 2.4 MB of nano.
-            min_confidence: a point is visible from this confidence on, 0 to 1.
+            min_confidence: a point that is inside the frame is visible from this confidence on, 0 to 1.
             size: (width, height) of the frames; None takes that of the first one.
             statistics: of a similar clip, for models with temporal adapters: `model.clip_statistics(video)`. None takes
                 those of the last 24 frames, wherever the stream is.
@@ -196,14 +254,6 @@ class PointTracker:
     def as_predictor(self) -> Predictor:
         """This tracker with the signature of CoTracker's offline predictor, for programs that are written for it."""
         return Predictor(self)
-
-
-def _read(reader: VideoReader, max_frames: int | None, report: Progress) -> Iterator[np.ndarray]:
-    """The frames of a clip, with their number reported."""
-    total = min((n for n in (reader.frame_count, max_frames) if n is not None), default=None)
-    for done, frame in enumerate(reader.frames(max_frames), start=1):
-        yield frame
-        report("reading", done, total)
 
 
 def _whole_clip(frames: Iterable[np.ndarray], size: tuple[int, int]) -> Tensor:

@@ -21,6 +21,7 @@ from tritonkern.tracking.video_writer import VideoWriter
 # Pixels of the longer side, and quality: the page holds the video as text.
 _LONGER_SIDE, _CRF = 640, 24
 _MOST_POINTS = 2000
+_MOST_FRAMES = 5000
 
 
 def write_report(
@@ -33,7 +34,7 @@ def write_report(
 
     The page draws the points, which can be switched on and off, lists them with the worst ones first (`worst_first`),
     and shows the path, confidence and visibility of one point over time. It loads nothing from a network. Of more than
-    2000 points it has the worst 2000, and says so.
+    2000 points it has the worst 2000, and of more than 5000 frames the first 5000; it says so.
 
     Args:
         path: the file to write.
@@ -45,6 +46,8 @@ def write_report(
         ValueError: `video` is not the one that `tracks` come from.
     """
     reader = video if isinstance(video, VideoReader) else VideoReader(video)
+    all_frames = tracks.visibility.shape[1]
+    tracks = tracks.frames(0, _MOST_FRAMES)
     points = worst_first(tracks)[:_MOST_POINTS]
     jumped = jumps(tracks)[points].sum(axis=1)
     data = {
@@ -67,8 +70,11 @@ def write_report(
     page = (resources.files("tritonkern.tracking") / "report.html").read_text(encoding="utf-8")
     # In a script element, "</" could end it.
     page = page.replace("{{data}}", json.dumps(data).replace("</", "<\\/"))
+    frames = (
+        f"{all_frames} frames" if all_frames <= _MOST_FRAMES else f"the first {_MOST_FRAMES} of {all_frames} frames"
+    )
     # Last, as a name may be "{{data}}".
-    page = page.replace("{{title}}", html.escape(f"{name}: {shown}, {data['frames']} frames"))
+    page = page.replace("{{title}}", html.escape(f"{name}: {shown}, {frames}"))
     with atomic_path(path) as part:
         part.write_text(page, encoding="utf-8")
 

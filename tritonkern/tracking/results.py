@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from os import PathLike
 from typing import Any
 
@@ -12,6 +13,25 @@ import numpy as np
 from tritonkern.files import atomic_path
 
 _FIELDS = ("tracks", "visibility", "confidence", "queries", "fps", "size")
+PER_FRAME = ("tracks", "visibility", "confidence")
+CSV_HEADER = b"point,t,x,y,visible,confidence\n"
+
+
+def visible_points(
+    tracks: np.ndarray, confidence: np.ndarray, min_confidence: float, size: tuple[int, int]
+) -> np.ndarray:
+    """Which points are visible: those whose confidence is `min_confidence` or more and whose position is in the frame.
+
+    A camera does not see what is outside its frame, and the ground truth of TAP-Vid marks such points as hidden.
+
+    Args:
+        tracks: `[..., 2]` (x, y).
+        confidence: `[...]` in 0..1.
+        size: (width, height) of the frame, in the unit of `tracks`; its borders belong to it.
+    """
+    inside = ((tracks >= 0) & (tracks <= np.asarray(size))).all(axis=-1)
+    visible: np.ndarray = (confidence >= min_confidence) & inside
+    return visible
 
 
 @dataclass(frozen=True)
@@ -24,7 +44,8 @@ class PointTracks:
 
     Attributes:
         tracks: `[N, T, 2]` float32, x and y of every point in every frame.
-        visibility: `[N, T]` bool, whether the point is visible there: `confidence >= min_confidence` (0.5 by default).
+        visibility: `[N, T]` bool, whether the point is visible there: `confidence >= min_confidence` (0.5 by default),
+            and the position is inside the frame.
         confidence: `[N, T]` float32 in 0..1. The model's probability that the point is visible and that its predicted
             position is right: `(1 - sigmoid(occlusion)) * (1 - sigmoid(expected_distance))`, where "right" is within
             8 pixels of the 256x256 raster for "nano" and 6 for "chrono-nano". Of trackers that match every frame on its
@@ -49,21 +70,28 @@ class PointTracks:
             np.savez(file, **fields | {"fps": np.float64(self.fps), "size": np.array(self.size)})
 
     def save_csv(self, path: str | PathLike[str]) -> None:
-        """Write one line for each point and frame: `point,t,x,y,visible,confidence` (visible is 0 or 1)."""
+        """Write one line for each frame and point: `point,t,x,y,visible,confidence` (visible is 0 or 1)."""
         with atomic_path(path) as part, open(part, "wb") as file:
-            file.write(b"point,t,x,y,visible,confidence\n")
-            for point in range(len(self.tracks)):
-                rows = zip(
-                    self.tracks[point].tolist(),
-                    self.visibility[point].tolist(),
-                    self.confidence[point].tolist(),
-                    strict=True,
-                )
-                lines = (
-                    f"{point},{t},{x:.3f},{y:.3f},{visible:d},{confidence:.3f}\n"
-                    for t, ((x, y), visible, confidence) in enumerate(rows)
-                )
-                file.write("".join(lines).encode())
+            file.write(CSV_HEADER)
+            for lines in self.csv_lines():
+                file.write(lines)
+
+    def csv_lines(self, first_frame: int = 0) -> Iterator[bytes]:
+        """The lines of `save_csv`, frame by frame; the frames are counted from `first_frame`."""
+        for t in range(self.visibility.shape[1]):
+            rows = zip(
+                self.tracks[:, t].tolist(), self.visibility[:, t].tolist(), self.confidence[:, t].tolist(), strict=True
+            )
+            lines = (
+                f"{point},{first_frame + t},{x:.3f},{y:.3f},{visible:d},{confidence:.3f}\n"
+                for point, ((x, y), visible, confidence) in enumerate(rows)
+            )
+            yield "".join(lines).encode()
+
+    def frames(self, first: int, last: int) -> PointTracks:
+        """The same points in frames `first` to `last - 1`. The arrays are views, and `queries` stay as they are."""
+        parts = {name: getattr(self, name)[:, first:last] for name in PER_FRAME}
+        return replace(self, **parts)
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> PointTracks:
@@ -91,12 +119,12 @@ class PointTracks:
         return cls(**arrays, fps=fps, size=(width, height))
 
     def to_pandas(self) -> Any:
-        """A `pandas.DataFrame` with the columns of `save_csv`, one row for each point and frame."""
+        """A `pandas.DataFrame` with the columns and the order of `save_csv`, one row for each frame and point."""
         pandas = _optional("pandas", "pandas")
         point, t = np.indices(self.visibility.shape)
         columns: dict[str, Any] = {"point": point, "t": t, "x": self.tracks[..., 0], "y": self.tracks[..., 1]}
         columns |= {"visible": self.visibility, "confidence": self.confidence}
-        return pandas.DataFrame({name: values.ravel() for name, values in columns.items()})
+        return pandas.DataFrame({name: values.T.ravel() for name, values in columns.items()})
 
     def to_napari(self) -> tuple[np.ndarray, dict[str, Any], str]:
         """A layer for napari, `viewer.add_layer(napari.layers.Layer.create(*tracks.to_napari()))`; needs no napari.

@@ -1,18 +1,18 @@
 """Long clips in bounded memory: features span by span, and every span matched against the queries' frames."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from typing import NamedTuple, cast
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from tritonkern.models.matching import MatchingTracker
 from tritonkern.models.tracker import Features, Tracker
-from tritonkern.tracking.raster import Raster
 
 Progress = Callable[[str, int, int | None], None]
-Frames = Tensor | Raster
 
 # Queries that are matched together; fewer where the model does more with each.
 _CHUNK, _CHUNK_OWN_TRACK = 4096, 512
@@ -24,14 +24,33 @@ CYCLE_DISTANCE = 6 / 256
 _CYCLE_BYTES = 1 << 24
 
 
+class SpanTracks(NamedTuple):
+    """Tracks and confidence in consecutive frames, on the CPU."""
+
+    start: int
+    """The first of these frames."""
+    tracks: Tensor
+    """float32 `[N, t, 2]` (x, y) in raster pixels."""
+    confidence: Tensor
+    """float32 `[N, t]`."""
+
+
 def track_in_spans(
-    model: Tracker, raster: Frames, queries: Tensor, device: torch.device, report: Progress
-) -> tuple[Tensor, Tensor]:
-    """Tracks and confidence of `queries` in a clip at the model's resolution.
+    model: Tracker,
+    read: Callable[[], Iterable[np.ndarray]],
+    queries: Tensor,
+    device: torch.device,
+    report: Progress,
+    total: int | None = None,
+) -> Iterator[SpanTracks]:
+    """Tracks and confidence of `queries` in a clip at the model's resolution, span by span while the clip is read.
 
     Clips of up to `model.span` frames are encoded as a whole. Longer ones are encoded in spans of so many, of which
     `model.context` frames at either end only serve as context; every span is tracked on its own, together with the
-    features of the queries' frames.
+    features of the queries' frames. The frames of one span are in memory.
+
+    A clip is read once if all queries are in the first span. Otherwise the features of the queries' frames are computed
+    first, and the clip is read again from the start.
 
     A model that matches every frame on its own (its `track` is the one of `MatchingTracker`) has no memory by which it
     could notice that a point is hidden and something similar is elsewhere. Its matches are therefore followed back: the
@@ -40,62 +59,63 @@ def track_in_spans(
     own are expected to estimate visibility themselves; their confidence is `TrackerOutput.confidence`.
 
     Args:
-        raster: frames at `model.resolution`: a tensor uint8 `[T, H, W, 3]` or a `tritonkern.tracking.raster.Raster`.
+        read: starts to read the clip: frames uint8 `[H, W, 3]` at `model.resolution`, at least one, and all frames of
+            the queries.
         queries: float32 `[N, 3]`, rows (t, y, x): frame and raster pixels, as models take them.
-        report: called as `report("tracking", steps done, steps)`.
+        report: called as `report("tracking", frames done, total)`.
+        total: number of frames, if it is known before the clip ends.
 
-    Returns:
-        Tracks float32 `[N, T, 2]` (x, y) in raster pixels and confidence float32 `[N, T]`, on the CPU.
+    Raises:
+        ValueError: a clip of more than `model.span` frames, and `model.span` is not more than twice `model.context`.
     """
-    spans = _spans(len(raster), model.span, model.context)
     frames, index = torch.unique(queries[:, 0].long(), return_inverse=True)
-    wanted = [span for span in spans if span.holds(frames).any()]
-    steps = len(wanted) + len(spans)
-    report("tracking", 0, steps)
-
-    encoded: tuple[_Span, Features] | None = None
+    # The same queries in the clip that consists of the queries' frames.
+    local = torch.cat([index[:, None].to(queries), queries[:, 1:]], 1).to(device)
+    matcher = model if isinstance(model, MatchingTracker) and type(model).track is MatchingTracker.track else None
 
     def encode(span: _Span) -> Features:
         """Features `[1, stop - start, ...]` of a span, computed with its context."""
-        nonlocal encoded
-        if encoded is None or encoded[0] != span:
-            # The old features are freed before the new ones are made.
-            encoded = None
-            video = raster[span.context_start : span.context_stop].to(device)[None].float().div_(127.5).sub_(1)
-            features = model.features(video)
-            encoded = (
-                span,
-                some_frames(features, slice(span.start - span.context_start, span.stop - span.context_start)),
-            )
-        return encoded[1]
+        features = model.features(span.video().to(device)[None].float().div_(127.5).sub_(1))
+        return some_frames(features, slice(span.start - span.first, span.stop - span.first))
 
-    # Two passes, as a query may be in any span. `encoded` avoids the second encoding of a clip of one span.
-    sources = []
-    for done, span in enumerate(wanted, start=1):
-        sources.append(some_frames(encode(span), frames[span.holds(frames)] - span.start))
-        report("tracking", done, steps)
-    source = joined(*sources)
-    # The same queries in the clip that consists of the queries' frames.
-    local = torch.cat([index[:, None].to(queries), queries[:, 1:]], 1).to(device)
-
-    tracks = torch.empty(len(queries), len(raster), 2, dtype=torch.float32)
-    confidence = torch.empty(len(queries), len(raster), dtype=torch.float32)
-    matcher = model if isinstance(model, MatchingTracker) and type(model).track is MatchingTracker.track else None
-    for done, span in enumerate(spans, start=len(wanted) + 1):
+    def tracked(span: _Span, features: Features) -> SpanTracks:
+        tracks = torch.empty(len(queries), span.stop - span.start, 2, dtype=torch.float32)
+        confidence = torch.empty(len(queries), span.stop - span.start, dtype=torch.float32)
         for rows in _chunks(index, _CHUNK if matcher else _CHUNK_OWN_TRACK):
             if matcher:
-                positions, certainty = match_part(
-                    matcher, cast(Tensor, source), cast(Tensor, encode(span)), local[rows]
-                )
-            elif len(spans) == 1:
-                output = model.track(encode(span), queries[None, rows].to(device))
-                positions, certainty = output.tracks[0], output.confidence[0]
+                found = match_part(matcher, cast(Tensor, source), cast(Tensor, features), local[rows])
+            elif span.start == 0 and span.last:
+                output = model.track(features, queries[None, rows].to(device))
+                found = output.tracks[0], output.confidence[0]
             else:
-                positions, certainty = track_part(model, source, encode(span), local[rows])
-            tracks[rows, span.start : span.stop] = positions.float().cpu()
-            confidence[rows, span.start : span.stop] = certainty.float().cpu()
-        report("tracking", done, steps)
-    return tracks, confidence
+                found = track_part(model, source, features, local[rows])
+            tracks[rows], confidence[rows] = (x.float().cpu() for x in found)
+        return SpanTracks(span.start, tracks, confidence)
+
+    sources: list[Features] = []
+    features: Features | None = None
+    spans: Iterator[_Span] = _spans(iter(read()), model.span, model.context)
+    for span in spans:
+        wanted = frames[(frames >= span.start) & (frames < span.stop)] - span.start
+        if len(wanted):
+            report("tracking", 0, total)
+            # The old features are freed before the new ones are made.
+            features = None
+            features = encode(span)
+            sources.append(some_frames(features, wanted))
+        if frames[-1] < span.stop:
+            break
+    source = joined(*sources)
+    if span.start == 0:
+        spans = chain([span], spans)
+    else:
+        features, spans = None, _spans(iter(read()), model.span, model.context)
+    for span in spans:
+        features = encode(span) if features is None else features
+        found = tracked(span, features)
+        features = None
+        report("tracking", span.stop, span.stop if span.last else total)
+        yield found
 
 
 def _chunks(index: Tensor, size: int) -> list[Tensor]:
@@ -151,21 +171,39 @@ def joined(*parts: Features) -> Features:
 
 
 class _Span(NamedTuple):
+    """Frames `start` to `stop` of a clip, together with their context."""
+
     start: int
     stop: int
-    context_start: int
-    context_stop: int
+    last: bool
+    """Whether the clip ends with this span."""
+    first: int
+    """The frame of the clip that `frames` begin with."""
+    frames: list[np.ndarray]
 
-    def holds(self, frames: Tensor) -> Tensor:
-        return (frames >= self.start) & (frames < self.stop)
+    def video(self) -> Tensor:
+        """uint8 `[T, H, W, 3]`."""
+        return torch.from_numpy(np.stack(self.frames))
 
 
-def _spans(frame_count: int, span: int, context: int) -> list[_Span]:
-    if frame_count <= span:
-        return [_Span(0, frame_count, 0, frame_count)]
-    inner = span - 2 * context
-    spans = []
-    for start in range(0, frame_count, inner):
-        stop = min(start + inner, frame_count)
-        spans.append(_Span(start, stop, max(start - context, 0), min(stop + context, frame_count)))
-    return spans
+def _spans(frames: Iterator[np.ndarray], length: int, context: int) -> Iterator[_Span]:
+    """The spans of a clip, each as soon as its frames have been read, and at least one more, if there is one.
+
+    A clip of up to `length` frames is one span; of a longer one each span has `length` frames with its context.
+    """
+    kept = list(islice(frames, length + 1))
+    inner = length if len(kept) <= length else length - 2 * context
+    if inner < 1:
+        raise ValueError(f"span of the model must be more than twice its context, got {length} and {context}")
+    start = first = 0
+    while True:
+        kept.extend(islice(frames, max(0, start + inner + max(context, 1) - first - len(kept))))
+        known = first + len(kept)
+        stop, begin = min(start + inner, known), max(start - context, 0)
+        yield _Span(start, stop, known == stop, begin, kept[begin - first : stop + context - first])
+        if known == stop:
+            return
+        start = stop
+        drop = max(start - context, 0) - first
+        del kept[:drop]
+        first += drop

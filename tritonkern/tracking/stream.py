@@ -12,6 +12,7 @@ from torch import Tensor
 
 from tritonkern.models.tracker import Tracker
 from tritonkern.tracking.raster import resized
+from tritonkern.tracking.results import visible_points
 from tritonkern.tracking.stream_features import StreamFeatures
 
 
@@ -25,7 +26,7 @@ class StreamOutput(NamedTuple):
     xy: np.ndarray
     """float32 `[n, 2]` in pixels of the video."""
     visible: np.ndarray
-    """bool `[n]`: `confidence >= min_confidence`."""
+    """bool `[n]`: `confidence >= min_confidence`, and the position is inside the frame."""
     confidence: np.ndarray
     """float32 `[n]` in 0..1, as in `PointTracks`."""
 
@@ -349,4 +350,5 @@ class PointStream:
         for number, point in enumerate(points):
             if point.xy is not None and point.frame == frame:
                 xy[number], confidence[number] = point.xy, 1
-        return StreamOutput(frame, ids, xy, confidence >= self._min_confidence, confidence)
+        visible = visible_points(xy, confidence, self._min_confidence, (width, height))
+        return StreamOutput(frame, ids, xy, visible, confidence)

@@ -33,7 +33,7 @@ class VideoFile:
         self.name = name
         # An absolute path can be mistaken neither for a URL ("a:b.mp4") nor for an option.
         self._source = source.absolute() if isinstance(source, Path) else source
-        self._times: list[float] = []
+        self._times: tuple[float, float, int] | None = None  # first, last, and how many
         with self._open() as (_, stream):
             rate = stream.average_rate or stream.guessed_rate
             self._announced_fps = float(rate) if rate else None
@@ -46,8 +46,9 @@ class VideoFile:
     @property
     def fps(self) -> float | None:
         announced = self._announced_fps
-        if len(self._times) > 1 and self._times[-1] > self._times[0]:
-            measured = (len(self._times) - 1) / (self._times[-1] - self._times[0])
+        first, last, count = self._times or (0.0, 0.0, 0)
+        if last > first:
+            measured = (count - 1) / (last - first)
             if announced is None or abs(announced - measured) > 0.01 * measured:
                 return measured
         return announced
@@ -73,7 +74,7 @@ class VideoFile:
         """uint8 RGB `[H, W, 3]`, as displayed: rotation metadata is applied."""
         with self._open() as (container, stream):
             stream.thread_type = "AUTO"
-            self._times = []
+            self._times = None
             index = 0
             decoded = container.decode(stream)
             while True:
@@ -82,7 +83,8 @@ class VideoFile:
                     if frame is None:
                         break
                     if frame.time is not None:
-                        self._times.append(frame.time)
+                        first, _, count = self._times or (frame.time, frame.time, 0)
+                        self._times = first, frame.time, count + 1
                     picture = self._rgb(frame)
                 # Damaged bytes: FFmpeg's errors, and PyAV's own about sizes and formats that make no sense.
                 except Exception as error:
