@@ -197,7 +197,7 @@ def official_net(official, **options):  # noqa: F811
 @pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
-    "options", [{}, {"use_basicencoder": True, "no_split": True}, {"use_sinrelmotion": True, "use_feats8": True}]
+    "options", [{}, {"use_basicencoder": True, "no_split": True}, {"use_relmotion": True, "use_feats8": True}]
 )
 @pytest.mark.parametrize("frames", [20, 2])
 def test_official(official, options, frames):  # noqa: F811

@@ -48,7 +48,7 @@ def _correlation_block(tracker: Any) -> str | None:
 PARTS = (
     *_recognise.methods("forward", "forward_window", "get_fmaps", "upsample_data"),
     _correlation_block,
-    _recognise.child("update_block.motion_encoder"),
+    *map(_recognise.child, ("update_block.motion_encoder", "update_block.compressor", "update_block.final_conv")),
     _recognise.child("update_block.refine", nn.ModuleList),
     _recognise.child("upsample_weight", nn.Sequential),
     _recognise.child("flow_head"),
@@ -83,7 +83,8 @@ def replacements(path: str, tracker: Any, precision: Precision) -> Iterator[Repl
     yield Replacement(
         f"{prefix}upsample_weight", tracker.upsample_weight, "forward", (predictions.weights,), calls_own=True
     )
-    yield from map(by_frames, ("flow_head", "visconf_head", "update_block.motion_encoder"))
+    yield from map(by_frames, ("flow_head", "visconf_head"))
+    yield from (by_frames(f"update_block.{name}") for name in ("motion_encoder", "compressor", "final_conv"))
     for index, block in enumerate(update.refine):
         name = f"update_block.refine.{index}"
         if getattr(block, "dense", False):
