@@ -1,9 +1,9 @@
 """The authors' own repositories, run next to ours if they are in the folder that TRITONKERN_OFFICIAL_DIR names.
 
 That folder holds clones of facebookresearch/dinov2, cvlab-kaist/Chrono, cvlab-kaist/locotrack,
-google-deepmind/tapnet, cvlab-kaist/DiffTrack, aharley/alltracker and cvlab-kaist/MV-TAP (GitHub), under the names
-`dinov2`, `Chrono`, `locotrack`, `tapnet`, `DiffTrack`, `alltracker` and `MV-TAP`; a test whose clone is missing is
-skipped.
+google-deepmind/tapnet, cvlab-kaist/DiffTrack, cvlab-kaist/DiTracker, aharley/alltracker and cvlab-kaist/MV-TAP
+(GitHub), under the names `dinov2`, `Chrono`, `locotrack`, `tapnet`, `DiffTrack`, `DiTracker`, `alltracker` and
+`MV-TAP`; a test whose clone is missing is skipped.
 """
 
 import importlib
@@ -89,7 +89,7 @@ def official(monkeypatch):
 
     yield load
     for name in set(sys.modules) - before:
-        if name.split(".")[0] in ("models", "dinov2", "tapnet", "nets", "utils"):
+        if name.split(".")[0] in ("models", "dinov2", "tapnet", "nets", "utils", "cotracker"):
             del sys.modules[name]
 
 

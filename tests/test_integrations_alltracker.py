@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tracker_twins import on_a_cpu
 
 import tritonkern
-from tritonkern.integrations import _attention, alltracker
+from tritonkern.integrations import alltracker
+from tritonkern.nn import _sequence_attention
 
 
 @pytest.fixture
@@ -166,9 +167,9 @@ def test_a_fork_whose_layers_mix_frames_gets_them_whole(net, monkeypatch):
 
 @torch.no_grad()
 def test_attention_over_time_in_one_window(net, monkeypatch):
-    calls, window = [], _attention.temporal_window_attention
+    calls, window = [], _sequence_attention.temporal_window_attention
     monkeypatch.setattr(
-        _attention, "temporal_window_attention", lambda *args, **kw: calls.append(1) or window(*args, **kw)
+        _sequence_attention, "temporal_window_attention", lambda *args, **kw: calls.append(1) or window(*args, **kw)
     )
     with tritonkern.patch(net, verify=False):
         net(clip())

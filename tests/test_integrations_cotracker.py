@@ -195,11 +195,11 @@ def test_offline_predictor():
 @pytest.mark.parametrize(("sequences", "frames", "fused"), [(64, 16, True), (64, 25, False), (8, 16, False)])
 def test_attention_over_time_in_one_window_where_that_is_faster(sequences, frames, fused, monkeypatch):
     """Forward and backward, with the scale of the layer."""
-    from tritonkern.integrations import _attention
+    from tritonkern.nn import _sequence_attention
 
-    calls, window = [], _attention.temporal_window_attention
+    calls, window = [], _sequence_attention.temporal_window_attention
     monkeypatch.setattr(
-        _attention, "temporal_window_attention", lambda *args, **kw: calls.append(1) or window(*args, **kw)
+        _sequence_attention, "temporal_window_attention", lambda *args, **kw: calls.append(1) or window(*args, **kw)
     )
     tracker, x = Offline(), torch.randn(sequences, frames, 16, requires_grad=True)
     attention = tracker.updateformer.time

@@ -16,7 +16,9 @@ from tritonkern.models.depth import DepthModel
 from tritonkern.models.difftrack import DiffTrack, Preset, preset_of, schedule
 from tritonkern.models.difftrack_nano import DiffTrackNano
 from tritonkern.models.dinov2 import DINOv2
+from tritonkern.models.ditracker import DiTracker, DiTrackerHead
 from tritonkern.models.ditracker_encoder import DiTrackerEncoder
+from tritonkern.models.ditracker_nano import DiTrackerNano
 from tritonkern.models.locotrack import ChronoLocoTrack, LocoTrackFeatures, LocoTrackRefiner
 from tritonkern.models.low_rank import (
     add_low_rank,
@@ -39,6 +41,9 @@ __all__ = [
     "CogVideoX",
     "DINOv2",
     "DepthModel",
+    "DiTracker",
+    "DiTrackerHead",
+    "DiTrackerNano",
     "DiTrackerEncoder",
     "DiffTrack",
     "DiffTrackNano",

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from tritonkern.functional._full_attention import full_attention
 from tritonkern.models.checkpoints import load_strict, read_state_dict
@@ -148,6 +149,9 @@ class CogVideoX(nn.Module):
     table or have patches in time, are refused by `from_folder`.
     """
 
+    checkpointing = False
+    """Whether `query_key` computes the blocks again in the backward pass instead of keeping what they compute."""
+
     def __init__(
         self,
         num_attention_heads: int = 30,
@@ -265,7 +269,10 @@ class CogVideoX(nn.Module):
                 found[index] = tuple(z[:, text.shape[1] :].unflatten(1, (latents.shape[1], -1)) for z in (query, key))
             if index == max(layers):
                 break
-            x = block(x, text.shape[1], time, rotary)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = cast(Tensor, checkpoint(block, x, text.shape[1], time, rotary, use_reentrant=False))
+            else:
+                x = block(x, text.shape[1], time, rotary)
         return [found[layer] for layer in layers]
 
     def positions(self, frames: int, grid: tuple[int, int], device: torch.device) -> Tensor:

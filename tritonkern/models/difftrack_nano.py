@@ -24,6 +24,25 @@ CONTRAST = 2.0
 """Factor on pixels in [-1, 1], whose standard deviation is then near that of the noise."""
 
 
+def small_transformer(num_layers: int = 4) -> CogVideoX:
+    """The first layers of the transformer of `DiffTrackNano`, with random weights."""
+    return CogVideoX(
+        num_attention_heads=4,
+        attention_head_dim=32,
+        in_channels=3,
+        out_channels=3,
+        time_embed_dim=128,
+        text_embed_dim=8,
+        num_layers=num_layers,
+        sample_width=PIXELS[1],
+        sample_height=PIXELS[0],
+        sample_frames=4 * (FRAMES - 1) + 1,
+        patch_size=4,
+        max_text_seq_length=1,
+        spatial_interpolation_scale=1.0,
+    )
+
+
 class DiffTrackNano(DiffTrack):
     """`DiffTrack` with a transformer that learned nothing but to denoise generated clips.
 
@@ -45,21 +64,7 @@ class DiffTrackNano(DiffTrack):
         radius: float | None = 1.5,
         by_features: bool = False,
     ) -> None:
-        transformer = CogVideoX(
-            num_attention_heads=4,
-            attention_head_dim=32,
-            in_channels=3,
-            out_channels=3,
-            time_embed_dim=128,
-            text_embed_dim=8,
-            num_layers=4,
-            sample_width=PIXELS[1],
-            sample_height=PIXELS[0],
-            sample_frames=4 * (FRAMES - 1) + 1,
-            patch_size=4,
-            max_text_seq_length=1,
-            spatial_interpolation_scale=1.0,
-        )
+        transformer = small_transformer()
         # The scale of one layer: channels of several are side by side. Features are not normalised.
         preset = Preset(tuple(layers), tuple(timesteps), None if by_features else 32**-0.5, FRAMES)
         super().__init__(transformer, preset=preset, scheduler=StraightPath(), pixels=PIXELS, radius=radius)

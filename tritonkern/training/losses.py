@@ -1,14 +1,17 @@
-"""The training objective: Chrono's losses, and a classification loss over the cells that makes training from scratch
-work.
+"""Training objectives: Chrono's losses with a classification loss over the cells that makes training from scratch work,
+and the losses of a refiner's iterations.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tritonkern.models.matching import MatchingTracker
+from tritonkern.nn.correlation import TrackerOutput
 
 
 def cell_targets(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor]:
@@ -69,3 +72,37 @@ def tracking_loss(
         "distance": distance_loss,
         "within4": ((error < 4).float() * share).sum(),
     }
+
+
+def iteration_losses(
+    steps: Sequence[TrackerOutput], points: Tensor, occluded: Tensor, *, delta: float = 6.0, near: float = 12.0
+) -> dict[str, Tensor]:
+    """Losses of the iterations of a refiner, each a scalar; their weighted sum is `total`.
+
+    `visible`: Huber with threshold `delta` on the coordinates of visible points, `hidden`: L1 on those of hidden ones,
+    weights 0.05 and 0.01; both are means over points, weighted by 0.8 to the power of the iterations to come, and
+    divided by the number of iterations. `visibility`: binary cross-entropy of "visible"; `confidence`: of "at most
+    `near` off" on visible points, divided by the number of all points; both are means over the iterations.
+
+    These are the losses of CoTracker3 (Karaev et al., 2024) as DiTracker trains with them.
+
+    Args:
+        steps: results of the iterations, tracks `[B, N, T, 2]`.
+        points: true `[B, N, T, 2]`, in the pixels of the tracks, as are `delta` and `near`.
+        occluded: bool `[B, N, T]`.
+    """
+    visible = (~occluded).to(points.dtype)
+    losses = {name: points.new_zeros(()) for name in ("visible", "hidden", "visibility", "confidence")}
+    for index, step in enumerate(steps):
+        weight = 0.8 ** (len(steps) - 1 - index) / len(steps)
+        huber = F.huber_loss(step.tracks, points, reduction="none", delta=delta).mean(-1)
+        absolute = (step.tracks - points).abs().mean(-1)
+        for name, error, share in (("visible", huber, visible), ("hidden", absolute, 1 - visible)):
+            losses[name] = losses[name] + weight * (error * share).sum() / (share.sum() + 1e-6)
+        close = ((step.tracks.detach() - points).square().sum(-1) <= near**2).to(points.dtype)
+        seen = F.binary_cross_entropy_with_logits(-step.occlusion, visible)
+        sure = F.binary_cross_entropy_with_logits(-step.expected_distance, close, reduction="none")
+        losses["visibility"] = losses["visibility"] + seen / len(steps)
+        losses["confidence"] = losses["confidence"] + (sure * visible).mean() / len(steps)
+    total = 0.05 * losses["visible"] + 0.01 * losses["hidden"] + losses["visibility"] + losses["confidence"]
+    return {"total": total, **losses}
