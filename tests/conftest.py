@@ -16,6 +16,7 @@ import torch
 # `make gpu` is about the kernels, and these modules are left out, with a line that says so. CI has all of it.
 _TRACKING_PACKAGES = ("av", "typer", "rich", "safetensors", "PIL")
 _TRACKING_TESTS = (
+    "adapting",
     "analysis",
     "baselines",
     "chrono",
@@ -25,6 +26,7 @@ _TRACKING_TESTS = (
     "difftrack_command",
     "difftrack_nano",
     "difftrack_official",
+    "ditracker",
     "evaluation",
     "example_*",
     "fuzz_readers",
