@@ -2,6 +2,9 @@
 
 The video has 160x120 pixels and is generated. The command runs in a process of its own, whose resident memory (all, and
 without the pages of mapped files) is read from /proc. It also prints when the first tracks were on the disk.
+
+MODEL is a name, or colours: a tracker with the spans of nano, whose features are mean colours, so that ten thousand
+frames take a minute.
 """
 
 import subprocess
@@ -11,8 +14,19 @@ import time
 from pathlib import Path
 
 import numpy as np
+import torch.nn.functional as F
+from torch import Tensor
 
-from tritonkern.tracking import VideoWriter
+from tritonkern.models.matching import MatchingTracker
+from tritonkern.tracking import VideoWriter, predictor
+
+
+class Colours(MatchingTracker):
+    resolution, span, context = (256, 256), 112, 24
+
+    def features(self, video: Tensor) -> Tensor:
+        cells = F.avg_pool2d(video.flatten(0, 1).movedim(-1, 1), 8).movedim(1, -1)
+        return F.normalize(cells, dim=-1).unflatten(0, video.shape[:2])
 
 
 def write_video(path: Path, frames: int) -> None:
@@ -40,7 +54,7 @@ def main(model: str, frames: int, grid: int = 10) -> None:
         folder = Path(name)
         write_video(folder / "video.mp4", frames)
         options = ["--model", model, "--grid", str(grid), "--out", str(folder / "out"), "--no-report"]
-        command = [sys.executable, "-m", "tritonkern.cli", "track", str(folder / "video.mp4"), *options]
+        command = [sys.executable, __file__, "track", str(folder / "video.mp4"), *options]
         start = time.perf_counter()
         process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.PIPE)
         most: dict[str, int] = {}
@@ -59,4 +73,10 @@ def main(model: str, frames: int, grid: int = 10) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1] == "track":
+        from tritonkern.cli import main as command_line
+
+        build = predictor.build_model
+        predictor.build_model = lambda name, weights=None: Colours() if name == "colours" else build(name, weights)
+        command_line()
     main(sys.argv[1], *map(int, sys.argv[2:]))

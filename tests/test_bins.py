@@ -49,6 +49,7 @@ def loop(model, mode):
         scale = torch.tensor([1, *(size / 256 for size in model.resolution)])
         output = model.track(model.features(video), torch.from_numpy(queries).float()[None] * scale)
         found = output.tracks[0].numpy() / scale[1:].flip(0).numpy()
+        hidden = ~output.visible[0].numpy() | (found < 0).any(-1) | (found > 256).any(-1)
         for row, track in enumerate(tracks):
             steps, back = [], 0
             for before, after in zip(range(len(clip.video) - 1), range(1, len(clip.video)), strict=True):
@@ -58,8 +59,7 @@ def loop(model, mode):
             step = (sum(steps) / len(steps) if steps else 0) / math.sqrt(2 * 256**2)
             one = slice(row, row + 1)
             scores = tapvid_metrics(
-                queries[one, 0], clip.occluded[[track]], clip.points[[track]], ~output.visible[0, one].numpy(),
-                found[one], mode,
+                queries[one, 0], clip.occluded[[track]], clip.points[[track]], hidden[one], found[one], mode,
             )  # fmt: skip
             bins["motion"][0 if step < 0.005 else 1 if step < 0.015 else 2 if step < 0.05 else 3].append(scores)
             bins["reappearance"][0 if back == 0 else 1 if back <= 2 else 2].append(scores)

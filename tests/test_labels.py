@@ -183,6 +183,14 @@ class TestFolder:
             pq.write_table(labels.error_row(clip, "none"), folder.clip_path(clip))
             folder.add(clip)
 
+    def test_an_interrupted_run_can_be_read(self, tmp_path, options):
+        with pytest.raises(KeyboardInterrupt), LabelFolder(tmp_path / "out", options) as folder:
+            self.fill(folder, "a", "b")
+            raise KeyboardInterrupt
+        assert set(rows_of(tmp_path / "out")) == {"a", "b"}
+        with LabelFolder(tmp_path / "out", options) as folder:
+            assert folder.done == {"a", "b"}
+
     def test_one_row_group_per_clip(self, tmp_path, options, monkeypatch):
         monkeypatch.setattr(labels, "CLIPS_PER_FILE", 3)
         with LabelFolder(tmp_path / "out", options) as folder:

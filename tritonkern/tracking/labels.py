@@ -240,8 +240,12 @@ class LabelFolder:
             raise
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._lock.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            if kind is not None and issubclass(kind, KeyboardInterrupt):
+                self.merge()  # so that what is finished can be read
+        finally:
+            self._lock.close()
 
     @property
     def done(self) -> set[str]:
