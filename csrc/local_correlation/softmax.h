@@ -10,28 +10,33 @@
 
 namespace tritonkern::TRITONKERN_ISA::local_correlation {
 
-// One vector of supports of a row, of which the last may have fewer lanes; the others are zero.
+// Vectors of supports s, s + 1, ... of the P places of a row. The last vector may have fewer lanes; the others belong to the next
+// place, where there is one, and are not written.
 template <class A>
 struct Column {
-    int64_t S, lanes;
+    static constexpr int64_t L = kLanes<A>;
+    const int64_t S, lanes, whole;  // whole: places of which a whole vector can be read
 
-    TRITONKERN_INLINE Vec<A> read(const A* row, int64_t p) const {
-        if (lanes == kLanes<A>) return load(row + p * S);
-        A part[kLanes<A>] = {};
-        for (int64_t i = 0; i < lanes; ++i) part[i] = row[p * S + i];
+    Column(int64_t P, int64_t S, int64_t s)
+        : S(S), lanes(min<int64_t>(L, S - s)), whole(P * S < s + L ? 0 : min(P, (P * S - s - L) / S + 1)) {}
+
+    TRITONKERN_INLINE Vec<A> read(const A* column, int64_t p) const {
+        if (p < whole) return load(column + p * S);
+        A part[L] = {};
+        for (int64_t i = 0; i < lanes; ++i) part[i] = column[p * S + i];
         return load(part);
     }
 
-    TRITONKERN_INLINE void write(A* row, int64_t p, Vec<A> value) const {
-        if (lanes == kLanes<A>) return store(row + p * S, value);
-        for (int64_t i = 0; i < lanes; ++i) row[p * S + i] = value[i];
+    TRITONKERN_INLINE void write(A* column, int64_t p, Vec<A> value) const {
+        if (lanes == L) return store(column + p * S, value);
+        for (int64_t i = 0; i < lanes; ++i) column[p * S + i] = value[i];
     }
 };
 
 template <class A>
 inline void softmax(A* z, int64_t P, int64_t S, A scale) {
     for (int64_t s = 0; s < S; s += kLanes<A>, z += kLanes<A>) {
-        const Column<A> column{S, min<int64_t>(kLanes<A>, S - s)};
+        const Column<A> column(P, S, s);
         Vec<A> maximum = column.read(z, 0), sum = {};
         for (int64_t p = 1; p < P; ++p) maximum = Maximum{}(maximum, column.read(z, p));
         for (int64_t p = 0; p < P; ++p) {
@@ -47,7 +52,7 @@ inline void softmax(A* z, int64_t P, int64_t S, A scale) {
 template <class A>
 inline void softmax_gradient(const A* weights, A* grad, int64_t P, int64_t S, A scale) {
     for (int64_t s = 0; s < S; s += kLanes<A>, weights += kLanes<A>, grad += kLanes<A>) {
-        const Column<A> column{S, min<int64_t>(kLanes<A>, S - s)};
+        const Column<A> column(P, S, s);
         Vec<A> mean = {};
         for (int64_t p = 0; p < P; ++p) mean += column.read(weights, p) * column.read(grad, p);
         for (int64_t p = 0; p < P; ++p)
