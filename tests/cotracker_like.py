@@ -107,20 +107,25 @@ class Offline(nn.Module):
             levels.append(F.avg_pool2d(levels[-1], 2))
         return [level.reshape(video.shape[0], -1, *level.shape[1:]) for level in levels]
 
+    def embed(self, fmaps, support, coords, batch):
+        """The embedding `[B T N, 12]` of one level at `[B T, N, 2]`."""
+        side = 2 * self.corr_radius + 1
+        corr_feat = self.get_correlation_feat(fmaps, coords)
+        support = support.unflatten(1, (side, side)).permute(0, 3, 1, 2, 4)
+        volume = torch.einsum("btnhwc,bnijc->btnhwij", corr_feat, support)
+        return self.corr_mlp(volume.reshape(-1, side**4))
+
     def refine(self, levels, supports, coords, vis, conf, iters):
         """Coordinates `[B, T, N, 2]` in cells of the finest level; a list of every iteration's."""
-        side, steps = 2 * self.corr_radius + 1, []
-        batch, frames, points = vis.shape
+        steps, batch = [], len(vis)
         for _ in range(iters):
             coords = coords.detach()
-            embedded = []
-            for i, (fmaps, support) in enumerate(zip(levels, supports, strict=True)):
-                corr_feat = self.get_correlation_feat(fmaps, coords.flatten(0, 1) / 2**i)
-                support = support.unflatten(1, (side, side)).permute(0, 3, 1, 2, 4)
-                volume = torch.einsum("btnhwc,bnijc->btnhwij", corr_feat, support)
-                embedded.append(self.corr_mlp(volume.reshape(batch * frames * points, side**4)))
+            embedded = [
+                self.embed(fmaps, support, coords.flatten(0, 1) / 2**i, batch)
+                for i, (fmaps, support) in enumerate(zip(levels, supports, strict=True))
+            ]
             step = F.pad(coords[:, 1:] - coords[:, :-1], (0, 0, 0, 0, 0, 1)) / 16
-            tokens = [vis[..., None], conf[..., None], torch.cat(embedded, -1).view(batch, frames, points, -1), step]
+            tokens = [vis[..., None], conf[..., None], torch.cat(embedded, -1).view(*vis.shape, -1), step]
             delta = self.updateformer(torch.cat(tokens, -1).transpose(1, 2)).transpose(1, 2)
             coords, vis, conf = coords + delta[..., :2], vis + delta[..., 2], conf + delta[..., 3]
             steps.append((coords * self.stride, vis, conf))

@@ -9,7 +9,17 @@ from typing import Any
 
 from torch import nn
 
-from tritonkern.integrations import _patch, _recognise, alltracker, chrono, cotracker, locotrack, tapir, tapnext
+from tritonkern.integrations import (
+    _patch,
+    _recognise,
+    alltracker,
+    chrono,
+    cotracker,
+    ditracker,
+    locotrack,
+    tapir,
+    tapnext,
+)
 from tritonkern.integrations._patch import Patch
 from tritonkern.integrations._precision import Precision
 
@@ -17,13 +27,14 @@ REPOSITORIES: Mapping[str, Any] = MappingProxyType(
     {
         "aharley/alltracker": alltracker,
         "cvlab-kaist/Chrono": chrono,
+        "cvlab-kaist/DiTracker": ditracker,
         "cvlab-kaist/locotrack": locotrack,
         "facebookresearch/co-tracker (CoTracker3)": cotracker,
         "google-deepmind/tapnet (TAPIR)": tapir,
         "google-deepmind/tapnet (TAPNext)": tapnext,
     }
 )
-"""The models that `patch` recognises, each with the file that has its parts and replacements."""
+"""The models that `patch` recognises, each with the file that has its parts and replacements; the first one counts."""
 
 
 def patch(model: Any, precision: str = "float32", *, verify: bool = True, stream: bool = False) -> Patch:
@@ -33,6 +44,7 @@ def patch(model: Any, precision: str = "float32", *, verify: bool = True, stream
 
     - AllTracker (aharley/alltracker, commit c1ed462); see `tritonkern.integrations.alltracker`;
     - Chrono (cvlab-kaist/Chrono, commit 153b2f2); see `tritonkern.integrations.chrono`;
+    - DiTracker (cvlab-kaist/DiTracker, commit 2ed2933); see `tritonkern.integrations.ditracker`;
     - LocoTrack in PyTorch (cvlab-kaist/locotrack, commit 3385a23); see `tritonkern.integrations.locotrack`;
     - CoTracker3, offline and online (facebookresearch/co-tracker, commit 82e02e8), and forks of it such as MV-TAP; see
       `tritonkern.integrations.cotracker`;
@@ -78,8 +90,8 @@ def patch(model: Any, precision: str = "float32", *, verify: bool = True, stream
     Raises:
         TypeError: `model` is no `torch.nn.Module` and holds none.
         ValueError: nothing in `model` is recognised (the error lists the parts that the most similar module lacks), or
-            it is patched already; another `precision`, or one other than "float32" for Chrono, AllTracker and TAPNext;
-            `stream` without CoTracker3's online model.
+            it is patched already; another `precision`, or one other than "float32" for AllTracker, Chrono, DiTracker
+            and TAPNext; `stream` without CoTracker3's online model.
     """
     computed = Precision(precision)
     replacements = []
@@ -89,6 +101,7 @@ def patch(model: Any, precision: str = "float32", *, verify: bool = True, stream
                 if not _recognise.lacking(module, repository.PARTS):
                     options = {"stream": stream, "verify": verify} if repository is cotracker else {}
                     replacements += repository.replacements(path, module, computed, **options)
+                    break  # DiTracker has the parts of CoTracker3, too
     if not replacements:
         raise ValueError(_unknown(model))
     if stream and not any(replacement.method == "init_video_online_processing" for replacement in replacements):

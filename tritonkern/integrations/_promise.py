@@ -59,8 +59,9 @@ class Promise(Tensor):
         if function in _KNOWN:
             with torch._C.DisableTorchFunctionSubclass():
                 return function(*args, **kwargs)
-        if args and isinstance(args[0], Promise) or function is torch.einsum:
-            for promise in args:
+        given = args[0] if args and isinstance(args[0], (list, tuple)) else args
+        if given and isinstance(given[0], Promise) or function is torch.einsum:
+            for promise in given:
                 if isinstance(promise, Promise):
                     result = promise.shortcut(function, args, kwargs)
                     if result is not NotImplemented:

@@ -56,8 +56,9 @@ def replacements(
     yield from _attention.replacements(tracker.updateformer, f"{prefix}updateformer")
     copies = Copies()
     # The official code repeats the border of a map; MV-TAP has a setting for zeros.
-    functions = tuple(partial(_promise_patches, copies, precision, padding) for padding in ("border", "zeros"))
-    yield Replacement(path, tracker, "get_correlation_feat", functions, _in_a_corner)
+    paddings = ("border", "zeros")
+    functions = tuple(partial(promise_patches, Patches, copies, precision, padding) for padding in paddings)
+    yield Replacement(path, tracker, "get_correlation_feat", functions, in_a_corner)
     if callable(getattr(tracker, "init_video_online_processing", None)):
         kept = _KeptFeatures()
         schedule = Stream(kept.track, kept.kept, verify) if stream else kept
@@ -67,19 +68,20 @@ def replacements(
             yield Replacement(f"{prefix}corr_mlp", tracker.corr_mlp, "forward", (schedule.embed,), calls_own=True)
         yield Replacement(f"{prefix}fnet", tracker.fnet, "forward", (kept.encode,), _one_image, calls_own=True)
     else:
-        yield Replacement(f"{prefix}fnet", tracker.fnet, "forward", (_encode,), calls_own=True)
+        yield Replacement(f"{prefix}fnet", tracker.fnet, "forward", (encode_channels_last,), calls_own=True)
 
 
-def _promise_patches(
-    copies: Copies, precision: Precision, padding: str, self: Any, own: Any, fmaps: Tensor, queried_coords: Tensor
-) -> Tensor:
+def promise_patches(
+    kind: type[Patches], copies: Copies, precision: Precision, padding: str,
+    self: Any, own: Any, fmaps: Tensor, queried_coords: Tensor,
+) -> Tensor:  # fmt: skip
     """Replaces the method of that name: features `[B, T, C, h, w]`, points `[B * T, N, 2]` (x, y) in cells."""
     if torch.compiler.is_compiling():
         return own(fmaps, queried_coords)
-    return _Patches.at(own, fmaps, queried_coords, 2 * self.corr_radius + 1, copies, precision, padding)
+    return kind.at(own, fmaps, queried_coords, 2 * self.corr_radius + 1, copies, precision, padding)
 
 
-class _Patches(Promise):
+class Patches(Promise):
     """The (2r + 1)^2 samples around every point: `[B, T, N, 2r + 1, 2r + 1, C]`, offsets along x first, then y."""
 
     copies: Copies
@@ -95,7 +97,7 @@ class _Patches(Promise):
         patches.copies, patches.precision, patches.padding = copies, precision, padding
         return patches
 
-    def frames_from(self, start: int) -> _Patches:
+    def frames_from(self, start: int) -> Patches:
         """The patches in later frames alone."""
         fmaps, points = self.inputs[0][:, start:], self.points()[:, start:].flatten(0, 1)
         return self.at(self.compute, fmaps, points, self.shape[-2], self.copies, self.precision, self.padding)
@@ -118,7 +120,7 @@ class _Patches(Promise):
             equation, _, support = args
             side, channels = self.shape[-2], self.shape[-1]
             same = support.shape == (self.shape[0], self.shape[2], side, side, channels)
-            if _renamed(equation) == "abcdef,acghf->abcdegh" and same and support.dtype == self.dtype:
+            if renamed(equation) == "abcdef,acghf->abcdegh" and same and support.dtype == self.dtype:
                 shape = (*self.shape[:-1], side, side)
                 product = _Correlation.make(shape, partial(_product, self.compute), *self.inputs, support)
                 product.patches = self
@@ -126,7 +128,7 @@ class _Patches(Promise):
         return NotImplemented
 
 
-def _renamed(equation: Any) -> str | None:
+def renamed(equation: Any) -> str | None:
     """An einsum's equation with its letters renamed to a, b, c ... in the order of their appearance."""
     if not isinstance(equation, str):
         return None
@@ -146,7 +148,7 @@ class _Correlation(Promise):
     `[B, T, N, 2r + 1, 2r + 1, 2r + 1, 2r + 1]`, or `[B * T * N, (2r + 1)^4]`.
     """
 
-    patches: _Patches
+    patches: Patches
 
     def frames_from(self, start: int) -> Tensor:
         """Of rows: those of later frames, `[B * (T - start) * N, (2r + 1)^4]`."""
@@ -178,7 +180,7 @@ class _Correlation(Promise):
         return result.flatten(0, 2)
 
 
-def _in_a_corner(module: Any, own: Any, function: Any, fmaps: Tensor, queried_coords: Tensor) -> Any:
+def in_a_corner(module: Any, own: Any, function: Any, fmaps: Tensor, queried_coords: Tensor) -> Any:
     """Correlations of one point in one frame, of which a part of the patch is outside of the map."""
     features = _compare.random((1, 1, *fmaps.shape[2:]), fmaps)
     point = queried_coords.new_tensor([0.3, fmaps.shape[-2] - 1.6]).view(1, 1, 2)
@@ -200,7 +202,7 @@ def _in_a_corner(module: Any, own: Any, function: Any, fmaps: Tensor, queried_co
     return ours, lambda: _product(own, features, point, support).flatten()
 
 
-def _encode(self: Any, own: Any, images: Tensor) -> Tensor:
+def encode_channels_last(self: Any, own: Any, images: Tensor) -> Tensor:
     """Replaces `fnet.forward`: the same features, channels last, as the correlation reads them."""
     return own(images).contiguous(memory_format=torch.channels_last)
 
@@ -241,7 +243,7 @@ class _KeptFeatures:
         """Replaces `fnet.forward`: `[B * T, 3, H, W]` -> `[B * T, C, h, w]`, channels last."""
         batch = self._batch.get(encoder)
         if batch is None or torch.is_grad_enabled():
-            return _encode(encoder, own, images)
+            return encode_channels_last(encoder, own, images)
         clip, shared, parts = images.unflatten(0, (batch, -1)), 0, []
         if encoder in self.kept:
             before, features = self.kept[encoder]
@@ -249,7 +251,9 @@ class _KeptFeatures:
             if start.shape == before.shape and start.device == before.device and torch.equal(start, before):
                 shared, parts = before.shape[1], [features]
         # [B, t, h, w, C], a layout that torch.cat keeps
-        fresh = _encode(encoder, own, clip[:, shared:].flatten(0, 1)).movedim(1, -1).unflatten(0, (batch, -1))
+        fresh = (
+            encode_channels_last(encoder, own, clip[:, shared:].flatten(0, 1)).movedim(1, -1).unflatten(0, (batch, -1))
+        )
         features = torch.cat([*parts, fresh], 1)
         step = clip.shape[1] // 2
         self.kept[encoder] = clip[:, step:].clone(), features[:, step:].clone()
