@@ -4,6 +4,8 @@ from dataclasses import replace
 
 import pytest
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from safetensors.torch import load_file
 
 from tritonkern import query_key_matching
@@ -94,6 +96,30 @@ def test_packaged_weights():
     model = build_model("difftrack-nano")
     with torch.no_grad():
         assert right(model) > 0.9 and right(model.ablations()["difftrack-nano, untrained"]) < 0.1
+
+
+@pytest.mark.parametrize("pixels", [8, 24])
+def test_moves_by_half_a_cell(pixels):
+    """They are found in a finer grid, of which the passes over displaced frames are a part each."""
+    generator = torch.Generator().manual_seed(0)
+    waves = F.pad(torch.randn(1, 3, 32, 32, generator=generator), (2,) * 4, mode="circular")
+    image = F.interpolate(waves, scale_factor=8, mode="bicubic")[0, :, 16:-16, 16:-16].clamp(-2, 2) / 2
+    video = rearrange([image, image.roll(pixels, -1)], "t c h w -> 1 t h w c")
+    queries = torch.cartesian_prod(torch.zeros(1), torch.arange(40.0, 220, 12), torch.arange(40.0, 180, 12))[None]
+
+    def found(model):
+        tracks = model.track(model.features(video), queries).tracks[0, :, 1]
+        return ((tracks - queries[0, :, [2, 1]] - torch.tensor([pixels, 0])).norm(dim=-1) < 4).float().mean()
+
+    model = build_model("difftrack-nano")
+    coarse = DiffTrackNano(radius=1.5, oversampling=1).eval()
+    coarse.transformer.load_state_dict(model.transformer.state_dict())
+    assert found(model) > 0.95 and found(coarse) < 0.2
+
+
+def test_oversampling_is_checked():
+    with pytest.raises(ValueError, match="oversampling must be 1 or 2, by which the patch of 4 pixels divides, got 3"):
+        DiffTrackNano(oversampling=3)
 
 
 def test_weights_are_asked_for(tmp_path):

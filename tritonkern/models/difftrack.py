@@ -120,6 +120,7 @@ class DiffTrack(Tracker):
     """
 
     context = 0  # frames are encoded alone
+    closed: float = CLOSED
     prompt: Tensor
 
     def __init__(
@@ -262,7 +263,7 @@ class DiffTrack(Tracker):
 
     def _track_frame(self, latents: Tensor, frame: int, places: Tensor) -> tuple[Tensor, Tensor]:
         """Tracks `[n, T, 2]` and visibility `[n, T]` of the points `places` `[n, 2]` (x, y) of one frame."""
-        grid = self.transformer.grid(latents)
+        grid = self.grid(latents)
         corners = Corners.of(places, grid, self.resolution, self.border)
         frames = latents.shape[1]
         points = places.new_zeros(frames, corners.cells.numel(), 2)
@@ -296,6 +297,10 @@ class DiffTrack(Tracker):
         tracks[:, frame] = places
         return tracks, closed.T
 
+    def grid(self, latents: Tensor) -> tuple[int, int]:
+        """Rows and columns of the cells of `query_key(latents)`."""
+        return self.transformer.grid(latents)
+
     def query_key(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Queries and keys `[1, T, S, H, D]` of latents `[1, T, C, h, w]`, layers and timesteps side by side in D."""
         text = self.prompt.to(latents.dtype)
@@ -318,4 +323,4 @@ class DiffTrack(Tracker):
         back = query_key_matching(*pairs, grid=grid, cells=best.clamp(min=0), scale=self.preset.scale).index[:, 1]
         home = corners.cells.gather(-1, corners.nearest)[:, 0]
         dx, dy = back % grid[1] - home % grid[1], back // grid[1] - home // grid[1]
-        return (best >= 0) & (dx.square() + dy.square() <= CLOSED**2)
+        return (best >= 0) & (dx.square() + dy.square() <= self.closed**2)

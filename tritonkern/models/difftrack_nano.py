@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor
 
 from tritonkern.models.checkpoints import load_strict, read_state_dict
 from tritonkern.models.cogvideox import CogVideoX
-from tritonkern.models.difftrack import DiffTrack, Preset
+from tritonkern.models.difftrack import CLOSED, DiffTrack, Preset
 from tritonkern.models.difftrack_folder import StraightPath
 
 FRAMES = 8
@@ -48,10 +50,15 @@ class DiffTrackNano(DiffTrack):
 
     It takes patches of 4 x 4 pixels of frames of 64 x 64, 16 x 16 cells; there is no VAE and no text.
 
+    What a cell's queries and keys show changes with the place of a surface within the cell, so that a point that moved
+    by half a cell is hard to find. Frames are therefore seen `oversampling` x `oversampling` times, displaced by parts
+    of a cell, and the cells of all passes form one finer grid.
+
     Args:
         layers: whose queries and keys are matched, together.
         timesteps: the noise levels that the transformer is given, from 0 to 1000, a pass each; no noise is added.
-        radius: of the soft-argmax, in cells.
+        radius: of the soft-argmax, in cells of the finer grid.
+        oversampling: passes along each axis, 1 or 2.
         by_features: match what the layers' attention returns instead of queries and keys, to compare with.
     """
 
@@ -61,14 +68,18 @@ class DiffTrackNano(DiffTrack):
         self,
         layers: Sequence[int] = LAYERS,
         timesteps: Sequence[float] = (19.0,),
-        radius: float | None = 1.5,
+        radius: float | None = 2.5,
+        oversampling: int = 2,
         by_features: bool = False,
     ) -> None:
+        if oversampling not in (1, 2):
+            raise ValueError(f"oversampling must be 1 or 2, by which the patch of 4 pixels divides, got {oversampling}")
         transformer = small_transformer()
         # The scale of one layer: channels of several are side by side. Features are not normalised.
         preset = Preset(tuple(layers), tuple(timesteps), None if by_features else 32**-0.5, FRAMES)
         super().__init__(transformer, preset=preset, scheduler=StraightPath(), pixels=PIXELS, radius=radius)
-        self.by_features = by_features
+        self.by_features, self.oversampling = by_features, oversampling
+        self.closed = CLOSED * oversampling
 
     def features(self, video: Tensor) -> Tensor:
         """Frames `[B, T, 64, 64, 3]` in [-2, 2] of `[B, T, H, W, 3]` in [-1, 1]."""
@@ -84,8 +95,29 @@ class DiffTrackNano(DiffTrack):
         load_strict(model.transformer, read_state_dict(path), str(path))
         return model.eval()
 
+    def grid(self, latents: Tensor) -> tuple[int, int]:
+        h, w = super().grid(latents)
+        return self.oversampling * h, self.oversampling * w
+
     def query_key(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """As `DiffTrack.query_key`; `by_features`: the same features `[1, T, S, 1, C]` twice."""
+        """As `DiffTrack.query_key`, of the finer grid; `by_features`: the same features `[1, T, S, 1, C]` twice."""
+        n, patch = self.oversampling, self.transformer.patch_size
+        (h, w), (height, width) = self.transformer.grid(latents), latents.shape[-2:]
+        # The centres of the n cells that take the place of one, from its own.
+        moves = [((2 * i + 1 - n) * patch) // (2 * n) for i in range(n)]
+        wide = F.pad(latents[0], (patch,) * 4, mode="replicate")[None]
+        seen = [
+            self._pass(wide[..., patch + y : patch + y + height, patch + x : patch + x + width])
+            for y in moves
+            for x in moves
+        ]
+        query, key = (
+            rearrange(torch.stack(x), "(i j) b t (h w) a c -> b t (h i w j) a c", i=n, h=h, w=w)
+            for x in zip(*seen, strict=True)
+        )
+        return query, key
+
+    def _pass(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         if not self.by_features:
             return super().query_key(latents)
         found: list[Tensor] = []
@@ -104,7 +136,7 @@ class DiffTrackNano(DiffTrack):
 
     def ablations(self) -> dict[str, DiffTrackNano]:
         """What the evaluation compares this model with: the same matching its features, and without training."""
-        make = partial(DiffTrackNano, self.preset.layers, self.preset.timesteps, self.radius)
+        make = partial(DiffTrackNano, self.preset.layers, self.preset.timesteps, self.radius, self.oversampling)
         features = make(by_features=True)
         features.transformer.load_state_dict(self.transformer.state_dict())
         with torch.random.fork_rng([]):
