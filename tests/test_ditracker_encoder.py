@@ -146,12 +146,15 @@ def test_a_frame_that_is_not_finite():
 
 
 @torch.no_grad()
-def test_bfloat16_autocast():
+def test_bfloat16():
+    """Under autocast, and with parameters of that dtype."""
     encoder = DiTrackerEncoder(transformer(), prompt=prompt(), **OPTIONS)
     exact = encoder.maps(latents(3))
     with torch.autocast("cpu", torch.bfloat16):
         found = encoder.maps(latents(3))
-    for x, y in zip(found, exact, strict=True):
+    converted = encoder.bfloat16().maps(latents(3).bfloat16())
+    assert converted[0].dtype == torch.bfloat16
+    for x, y in zip(found + converted, exact + exact, strict=True):
         assert 0 < (x - y).norm() / y.norm() < 0.05
 
 

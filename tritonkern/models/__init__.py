@@ -19,6 +19,7 @@ from tritonkern.models.dinov2 import DINOv2
 from tritonkern.models.ditracker import DiTracker, DiTrackerHead
 from tritonkern.models.ditracker_encoder import DiTrackerEncoder
 from tritonkern.models.ditracker_nano import DiTrackerNano
+from tritonkern.models.ditracker_predictor import DiTrackerPredictor
 from tritonkern.models.locotrack import ChronoLocoTrack, LocoTrackFeatures, LocoTrackRefiner
 from tritonkern.models.low_rank import (
     add_low_rank,
@@ -42,9 +43,10 @@ __all__ = [
     "DINOv2",
     "DepthModel",
     "DiTracker",
+    "DiTrackerEncoder",
     "DiTrackerHead",
     "DiTrackerNano",
-    "DiTrackerEncoder",
+    "DiTrackerPredictor",
     "DiffTrack",
     "DiffTrackNano",
     "FeatureState",
@@ -113,6 +115,9 @@ MODELS = {
         DiffTrack.from_folder, ("a folder of CogVideoX-2B or -5B or HunyuanVideo, as diffusers writes it",)
     ),
     "difftrack-nano": NamedModel(DiffTrackNano.from_checkpoint, ()),
+    "ditracker": NamedModel(
+        partial(DiTracker.from_folder, merge=True), ("a folder with model.pth and pytorch_lora_weights.safetensors",)
+    ),
 }
 
 
@@ -121,8 +126,8 @@ def build_model(name: str, weights: Path | str | Sequence[Path | str] | None = N
 
     Args:
         name: a key of `MODELS`.
-        weights: the path of the weights file, of "difftrack" a folder; "chrono-locotrack" needs two, in this order.
-            None takes the packaged weights of "nano", "chrono-nano" and "difftrack-nano".
+        weights: the path of the weights file, or of the folder of "difftrack" and "ditracker"; "chrono-locotrack" needs
+            two, in this order. None takes the packaged weights of "nano", "chrono-nano" and "difftrack-nano".
 
     Raises:
         ValueError: unknown name, missing weights, or a file that does not fit the model.
@@ -143,7 +148,7 @@ def build_model(name: str, weights: Path | str | Sequence[Path | str] | None = N
         wanted = f": {' and '.join(files)}" if files else ""
         raise ValueError(f"weights: {name} needs {max(1, len(files))} file(s), got {len(paths)}{wanted}")
     for path in paths:
-        kind, there = ("folder", path.is_dir()) if name == "difftrack" else ("file", path.is_file())
+        kind, there = ("folder", path.is_dir()) if name in ("difftrack", "ditracker") else ("file", path.is_file())
         if not there:
             raise FileNotFoundError(f"weights: {path} does not exist or is not a {kind}")
     return make(*paths).eval()

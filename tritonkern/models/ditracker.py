@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -36,6 +38,8 @@ _POSITIONS = 8192
 """Points times frames that are refined together where no gradient is needed, but at least `_TOGETHER` points."""
 _TOGETHER = 32
 _FLOOR = 1e-12
+# Logit of the distance that leaves all of the confidence to the other logit.
+_NEAR = -30.0
 
 
 class Evidence(NamedTuple):
@@ -139,6 +143,8 @@ class DiTrackerHead(nn.Module):
                 f"video must be [B, T, {self.resolution[0]}, {self.resolution[1]}, 3], got {list(video.shape)}"
             )
         self._check_maps(query_maps, key_maps, video.shape[:2])
+        check_queries(queries, len(video))
+        _check_places(queries, video.shape[1])
         return self.refine(query_maps, key_maps, self.network_maps(video), queries, iterations)[-1]
 
     def network_maps(self, video: Tensor) -> Tensor | None:
@@ -288,6 +294,30 @@ def _unit(x: Tensor) -> Tensor:
     return x / x.square().sum(-1, keepdim=True).clamp(min=_FLOOR).sqrt()
 
 
+def _check_places(queries: Tensor, frames: int) -> None:
+    """Raise ValueError unless queries are finite and in a frame of the clip. Outside of the frame they read its border.
+
+    A query that is not finite would spoil the tracks of all others.
+    """
+    if torch.compiler.is_compiling() or queries.numel() == 0:
+        return
+    if not queries.isfinite().all():
+        raise ValueError("queries must be finite, got NaN or infinity")
+    t = queries[..., 0]
+    outside = t[(t < 0) | (t > frames - 1)]
+    if outside.numel():
+        raise ValueError(f"queries must have t from 0 to {frames - 1}, got {outside[0].item():g}")
+
+
+def _shifted(output: TrackerOutput, threshold: float) -> TrackerOutput:
+    """The same with a confidence that is 0.5 where it was `threshold`; its logit is shifted."""
+    both = F.logsigmoid(-output.occlusion) + F.logsigmoid(-output.expected_distance)
+    # Of p: log p - log (1 - p).
+    logit = both - torch.log(-torch.expm1(both.clamp(max=-1e-7)))
+    occlusion = math.log(threshold / (1 - threshold)) - logit
+    return TrackerOutput(output.tracks, occlusion, torch.full_like(occlusion, _NEAR))
+
+
 class DiTracker(Tracker):
     """`DiTrackerHead` behind an encoder.
 
@@ -301,6 +331,10 @@ class DiTracker(Tracker):
         resolution: (height, width) of the raster of video, queries and tracks; None for that of the head. Frames are
             resized.
         iterations: of the head.
+        support: points per side of a grid of the first frame that are tracked beside every group of queries; published
+            is 5. Their tracks are dropped.
+        threshold: of the product of visibility and confidence, from which on a point is visible; published is 0.6.
+            `TrackerOutput.confidence` is 0.5 there.
     """
 
     # Features depend on the first frame and on the frames that the encoder takes together.
@@ -312,10 +346,40 @@ class DiTracker(Tracker):
         head: DiTrackerHead,
         resolution: tuple[int, int] | None = None,
         iterations: int = 6,
+        *,
+        support: int = 0,
+        threshold: float = 0.5,
     ) -> None:
         super().__init__()
+        if support < 0:
+            raise ValueError(f"support must be 0 or more, got {support}")
+        if not 0 < threshold < 1:
+            raise ValueError(f"threshold must be between 0 and 1, got {threshold}")
         self.encoder, self.head, self.iterations = encoder, head, iterations
+        self.support, self.threshold = support, threshold
         self.resolution = head.resolution if resolution is None else resolution
+
+    @classmethod
+    def from_folder(cls, folder: str | Path, *, official: bool = False, merge: bool = False) -> DiTracker:
+        """The published weights on CogVideoX-2B, in float32 and in evaluation mode on the CPU, at 480 x 720 pixels.
+
+        Args:
+            folder: with ``model.pth`` and ``pytorch_lora_weights.safetensors``. The one of CogVideoX-2B, as diffusers
+                writes it, is the same, or ``CogVideoX-2b`` in it or beside it, or named in its ``ditracker.json``:
+                ``{"cogvideox": "PATH"}``.
+            official: latents as in the published evaluation: drawn from the posterior (seed 0), of tiles of the frames.
+            merge: adapters are merged into the weights, for inference; otherwise they can be trained.
+
+        Raises:
+            FileNotFoundError: a file or folder does not exist.
+            ModuleNotFoundError: diffusers is not installed.
+            ValueError: a file is damaged, names or shapes are not those of the published model, or the transformer is
+                another one; the message lists what is missing, unexpected or of another shape.
+        """
+        from tritonkern.models.ditracker_folder import read_ditracker
+
+        encoder, head = read_ditracker(Path(folder), official, merge)
+        return cls(encoder, head, support=5, threshold=0.6).eval()
 
     def encode(self, video: Tensor) -> tuple[Tensor, ...]:
         """`features` of a video that is checked first, for `track` with any queries."""
@@ -336,11 +400,23 @@ class DiTracker(Tracker):
 
         Points of one call help each other. Without gradients, many points are tracked in groups.
         """
+        _check_places(queries, features[0].shape[1])
         few = queries.shape[1]
         if not torch.is_grad_enabled():
             few = max(_TOGETHER, _POSITIONS // features[0].shape[1])
-        parts = [self.refine(features, part)[-1] for part in queries.split(max(1, few), 1)]
-        return TrackerOutput(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
+        grid = self._grid().to(queries).expand(len(queries), -1, -1)
+        parts = []
+        for part in queries.split(max(1, few), 1):
+            output = self.refine(features, torch.cat([part, grid], 1))[-1]
+            parts.append(TrackerOutput(*(x[:, : part.shape[1]] for x in output)))
+        output = TrackerOutput(*(torch.cat(part, 1) for part in zip(*parts, strict=True)))
+        return output if self.threshold == 0.5 else _shifted(output, self.threshold)
+
+    def _grid(self) -> Tensor:
+        """The points `[1, support^2, 3]` (t, y, x) beside the queries, as far from the borders as published."""
+        margin = self.resolution[1] / 64
+        y, x = (torch.linspace(margin, side - margin, self.support) + 0.5 for side in self.resolution)
+        return torch.cartesian_prod(torch.zeros(1), y, x).view(1, -1, 3)
 
     def refine(self, features: Sequence[Tensor], queries: Tensor) -> list[TrackerOutput]:
         """The result of every iteration, all points together."""

@@ -140,7 +140,5 @@ class DiTrackerEncoder(nn.Module):
     def _places(self, grid: tuple[int, int], device: torch.device) -> Tensor:
         """The transformer's table of positions for the longest chunk, made once for a size of frames."""
         if self._positions is None or self._positions[0] != grid or self._positions[1].device != device:
-            # Also for training, after the first call was made in inference mode.
-            with torch.inference_mode(False):
-                self._positions = grid, self.transformer.positions(CHUNK + 1, grid, device)
+            self._positions = grid, self.transformer.positions(CHUNK + 1, grid, device)
         return self._positions[1]
