@@ -95,16 +95,14 @@ def local(dtype, n):
     for zeros in (False, True):
         for supports in (support, support[:, :, None].repeat(1, 1, 2, 1, 1)):
             call = features, supports, positions(1, 2, n, 2, dtype=dtype)
-            geometry = (1, zeros, zeros)
-            for scale in (None, 0.4):
-                yield local_op.local_correlation_fwd, (*call, *geometry, scale)
-                grad = torch.randn(1, 2, n, 9, 3).to(dtype)
-                yield local_op.local_correlation_bwd, (grad, *call, *geometry, scale, [True] * 3)
-                of_linear = [features], [supports], call[2]
-                options = *geometry, [] if scale is None else [scale]
-                yield local_op.local_correlation_linear_fwd, (*of_linear, weight, bias, *options)
-                grad = torch.randn(1, 2, n, 7).to(dtype)
-                yield local_op.local_correlation_linear_bwd, (grad, *of_linear, weight, *options, [True] * 5)
+            geometry, scale = (1, zeros, zeros), 0.4 if zeros else None
+            yield local_op.local_correlation_fwd, (*call, *geometry, scale)
+            grad = torch.randn(1, 2, n, 9, 3).to(dtype)
+            yield local_op.local_correlation_bwd, (grad, *call, *geometry, scale, [True] * 3)
+            of_linear, options = ([features], [supports], call[2]), (*geometry, [scale] if zeros else [])
+            yield local_op.local_correlation_linear_fwd, (*of_linear, weight, bias, *options)
+            grad = torch.randn(1, 2, n, 7).to(dtype)
+            yield local_op.local_correlation_linear_bwd, (grad, *of_linear, weight, *options, [True] * 5)
 
 
 def match(dtype, n):

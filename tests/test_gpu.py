@@ -73,6 +73,12 @@ def more_calls(dtype, device):
             "local correlation, linear", maps,
             lambda f, s, w, b: tk.local_correlation_linear(f, s, coords, w, b, **around),
         ),
+        (
+            "local correlation, softmax of two pairs", maps,
+            lambda f, s, w, b: tk.local_correlation_linear(
+                [f, f], [s, s], coords, torch.cat([w, w], 1), b, softmax=True, **around
+            ),
+        ),
     ]  # fmt: skip
 
 

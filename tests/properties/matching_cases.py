@@ -10,6 +10,7 @@ import test_correlation_pyramid as pyramid_tests
 import test_correlation_soft_argmax as match_tests
 import test_correlation_soft_argmax_2d as soft_argmax_tests
 import test_local_correlation as local_tests
+import test_local_correlation_softmax as softmax_tests
 import test_query_key_matching as query_key_tests
 import torch
 from base import DTYPES, WHERE, Case, View, seeds, sizes, views
@@ -101,6 +102,7 @@ class LocalCase(Case):
     padding: str
     align_corners: bool
     axis_order: str
+    scale: float | None  # of the softmax, if there is one
     dtype: torch.dtype
     views: tuple[View, ...]  # of features, support, coords, the gradient of the output, weight and bias
     seed: int
@@ -122,11 +124,18 @@ class LocalCase(Case):
 
     def function(self):
         function = tritonkern.local_correlation_linear if self.linear else tritonkern.local_correlation
-        return functools.partial(function, radius=self.radius, **self.options())
+        softmax = {} if self.scale is None else dict(softmax=True, scale=self.scale)
+        return functools.partial(function, radius=self.radius, **self.options(), **softmax)
 
     def compare(self):
         if 0 not in self.shape[:3]:
-            local_tests.check(WHERE, self.made())
+            case = self.made()
+            if self.scale is None:
+                local_tests.check(WHERE, case)
+            else:
+                softmax_tests.check(
+                    WHERE, softmax_tests.Cost(1, case.tensors, case.grad_out, case.radius, case.options, self.scale)
+                )
             return
         out, *grads = self.results(self.function())  # the rule needs a largest term
         assert out.numel() == 0 and not any(grad.any() for grad in grads[:4])
@@ -147,6 +156,7 @@ class LocalCase(Case):
                 padding=st.sampled_from(("border", "zeros")),
                 align_corners=st.just(align_corners),
                 axis_order=st.sampled_from(("xy", "yx")),
+                scale=st.sampled_from((None, 0.25, 3.0)),
                 dtype=st.sampled_from(DTYPES),
                 views=st.tuples(*(views(rank) for rank in ranks)),
                 seed=seeds,
