@@ -1,13 +1,17 @@
 """`DiTracker.from_folder` on small random weights, what it refuses, and the predictor's two kinds of coordinates."""
 
+import ast
 import copy
 import json
 from functools import partial
+from pathlib import Path
+from typing import Optional  # noqa: UP035
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from official import OFFICIAL_DIR
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_cogvideox import SIZES
@@ -23,6 +27,7 @@ from tritonkern.models.ditracker_predictor import DiTrackerPredictor
 from tritonkern.models.low_rank import LowRankLinear
 from tritonkern.nn.correlation import TrackerOutput
 
+ROOT = Path(OFFICIAL_DIR or ".") / "DiTracker"
 SMALL = partial(DiTrackerHead, cost_dims=(12, 8), dim=32, num_heads=2, rounds=1, virtual_tracks=3)
 
 
@@ -243,3 +248,49 @@ def test_coordinates():
 def test_bad_arguments_of_the_predictor(video, queries, message):
     with pytest.raises(ValueError, match=message):
         DiTrackerPredictor(Watched((48, 72)))(torch.zeros(video), torch.tensor([queries]))
+
+
+class Recorded(Watched):
+    """A tracker whose refiner gives back the queries, with logits by their number."""
+
+    support, threshold = 5, 0.6
+
+    def refine(self, features, queries):
+        self.queries = queries
+        tracks = queries[:, :, None, [2, 1]].expand(-1, -1, features[0].shape[1], -1)
+        logits = torch.linspace(-2, 4, queries.shape[1])[None, :, None].expand(tracks.shape[:-1])
+        return [TrackerOutput(tracks, -logits, -logits)]
+
+    track = DiTracker.track
+
+
+@pytest.mark.skipif(not ROOT.is_dir(), reason="TRITONKERN_OFFICIAL_DIR has no DiTracker")
+def test_same_as_the_published_predictor():
+    """Frames, queries, the points beside them, results and visibility."""
+    scope = {"torch": torch, "F": F, "np": np, "Tuple": tuple, "Optional": Optional, "CoTrackerThreeOffline": None}
+    for file, name in (
+        ("core/model_utils.py", "get_points_on_a_grid"),
+        ("evaluation_predictor.py", "EvaluationPredictor"),
+    ):
+        text = (ROOT / "cotracker/models" / file).read_text()
+        node = next(x for x in ast.parse(text).body if getattr(x, "name", None) == name)
+        exec(ast.get_source_segment(text, node), scope)
+    seen = {}
+
+    class Stub(nn.Module):
+        def forward(self, video, queries, iters):
+            seen.update(video=video, queries=queries.clone(), iters=iters)
+            tracks = queries[:, None, :, 1:].repeat(1, video.shape[1], 1, 1)
+            p = torch.linspace(-2, 4, queries.shape[1]).sigmoid().expand(tracks.shape[:-1])
+            return tracks, p, p, None
+
+    video = torch.rand(1, 3, 3, 25, 33) * 255
+    queries = torch.cat([torch.zeros(1, 40, 1), torch.rand(1, 40, 2) * torch.tensor([32.0, 24.0])], -1)
+    theirs = scope["EvaluationPredictor"](Stub(), (480, 720), grid_size=5, single_point=False, n_iters=6)
+    expected, product = theirs(video, queries)
+    model = Recorded((480, 720))
+    tracks, visible = DiTrackerPredictor(model, official=True)(video, queries)
+    torch.testing.assert_close((model.video + 1) * 127.5, seen["video"].permute(0, 1, 3, 4, 2), atol=1e-3, rtol=0)
+    torch.testing.assert_close(model.queries[..., [0, 2, 1]] - torch.tensor([0, 0.5, 0.5]), seen["queries"])
+    torch.testing.assert_close(tracks, expected)
+    assert torch.equal(visible, product > 0.6) and 0 < visible.float().mean() < 1 and seen["iters"] == 6
