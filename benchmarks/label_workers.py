@@ -80,12 +80,12 @@ def memory(base: Path, count: int = 500) -> None:
             worker = max(map(resident, workers_of_this_process()))
             print(f"{done} clips: driver {resident('self'):.0f} MiB, worker {worker:.0f} MiB", flush=True)
 
-    label(base, count, 1, LabelOptions(grid=4), finished)
+    label(base, count, 1, LabelOptions(grid=2), finished)
 
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as name:
-        frames = 24 if sys.argv[1] == "speed" else 4
+        frames = 24 if sys.argv[1] == "speed" else 2
         with VideoWriter(Path(name) / "clip.mp4", 24) as writer:
             for frame in generate_clip(0, frames=frames, points=1).video:
                 writer.write(frame)

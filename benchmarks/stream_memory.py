@@ -1,10 +1,12 @@
 """Resident memory of a stream, with points added and removed at random: `stream_memory.py FIRST LAST EVERY [PLOT]`.
 
 Prints the frame and the resident bytes, of frames FIRST to LAST, every EVERY frames, and draws them if PLOT is given.
+The last number is what is resident once glibc has returned the free memory that it keeps (`malloc_trim`).
 The model is a Chrono with small random weights: what a stream keeps (rings, statistics, features of frames, points) is
 there, and a frame takes milliseconds.
 """
 
+import ctypes
 import sys
 
 import numpy as np
@@ -20,6 +22,11 @@ SIZE = (24, 20)
 def resident() -> int:
     with open("/proc/self/statm") as file:
         return int(file.read().split()[1]) * 4096
+
+
+def trimmed() -> int:
+    ctypes.CDLL("libc.so.6").malloc_trim(0)
+    return resident()
 
 
 def measure(first: int, last: int, every: int) -> list[tuple[int, int]]:
@@ -40,7 +47,7 @@ def measure(first: int, last: int, every: int) -> list[tuple[int, int]]:
         stream.step(clip[number % len(clip)])
         if number >= first and (number - first) % every == 0:
             rows.append((number, resident()))
-            print(*rows[-1], flush=True)
+            print(*rows[-1], trimmed(), flush=True)
     return rows
 
 
