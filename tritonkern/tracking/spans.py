@@ -75,7 +75,8 @@ def track_in_spans(
 
     def encode(span: _Span) -> Features:
         """Features `[1, stop - start, ...]` of a span, computed with its context."""
-        features = model.features(span.video().to(device)[None].float().div_(127.5).sub_(1))
+        video = torch.from_numpy(span.frames).to(device)[None].float().div_(127.5).sub_(1)
+        features = model.features(video)
         return some_frames(features, slice(span.start - span.first, span.stop - span.first))
 
     def tracked(span: _Span, features: Features) -> SpanTracks:
@@ -179,11 +180,8 @@ class _Span(NamedTuple):
     """Whether the clip ends with this span."""
     first: int
     """The frame of the clip that `frames` begin with."""
-    frames: list[np.ndarray]
-
-    def video(self) -> Tensor:
-        """uint8 `[T, H, W, 3]`."""
-        return torch.from_numpy(np.stack(self.frames))
+    frames: np.ndarray
+    """uint8 `[T, H, W, 3]`, until the next span is asked for."""
 
 
 def _spans(frames: Iterator[np.ndarray], length: int, context: int) -> Iterator[_Span]:
@@ -191,19 +189,31 @@ def _spans(frames: Iterator[np.ndarray], length: int, context: int) -> Iterator[
 
     A clip of up to `length` frames is one span; of a longer one each span has `length` frames with its context.
     """
-    kept = list(islice(frames, length + 1))
-    inner = length if len(kept) <= length else length - 2 * context
+    # One block of memory for all spans: frames by themselves would be stored between the large blocks that a model
+    # allocates, which the allocator could then neither join nor return.
+    head = next(frames)
+    kept = np.empty((length + 1, *head.shape), dtype=np.uint8)
+    first = known = 0
+
+    def read(until: int) -> None:
+        nonlocal known
+        for frame in islice(frames, max(0, until - known)):
+            kept[known - first] = frame
+            known += 1
+
+    kept[0], known = head, 1
+    read(length + 1)
+    inner = length if known <= length else length - 2 * context
     if inner < 1:
         raise ValueError(f"span of the model must be more than twice its context, got {length} and {context}")
-    start = first = 0
+    start = 0
     while True:
-        kept.extend(islice(frames, max(0, start + inner + max(context, 1) - first - len(kept))))
-        known = first + len(kept)
+        read(start + inner + max(context, 1))
         stop, begin = min(start + inner, known), max(start - context, 0)
-        yield _Span(start, stop, known == stop, begin, kept[begin - first : stop + context - first])
+        yield _Span(start, stop, known == stop, begin, kept[begin - first : min(stop + context, known) - first])
         if known == stop:
             return
         start = stop
         drop = max(start - context, 0) - first
-        del kept[:drop]
+        kept[: known - first - drop] = kept[drop : known - first].copy()
         first += drop
