@@ -264,7 +264,9 @@ def _scores(model: DiffTrack, sample: _Sample, state: _State, official: bool) ->
 
     def accuracy(query: Tensor, key: Tensor, symmetric: bool) -> float:
         cells = corners.cells.flatten()[None]
-        radius = None if official else model.radius
+        # The tracker's grid may be finer than that of one pass.
+        coarser = grid[0] / model.grid(sample.latents)[0]
+        radius = None if official or model.radius is None else model.radius * coarser
         match = query_key_matching(query, key, grid=grid, cells=cells, symmetric=symmetric, radius=radius)
         tracks = corners.blend(match.points[0].unflatten(1, corners.cells.shape).to(sample.places))
         tracks[:, 0] = sample.places
