@@ -215,6 +215,8 @@ class TestFolder:
         with LabelFolder(tmp_path / "out", options) as folder:
             assert folder.done == {"a", "b"}
             assert list(folder.unmerged_folder.iterdir()) == []
+            # Of a process of this run
+            (folder.unmerged_folder / ".tritonkern-1-0.part").write_bytes(left)
             folder.finish()
         assert set(rows_of(tmp_path / "out")) == {"a", "b"}
 

@@ -229,9 +229,7 @@ class LabelFolder:
                 ) from None
             self._check_settings()
             self.unmerged_folder.mkdir(exist_ok=True)
-            for folder in (self.folder, self.unmerged_folder):
-                for part in folder.glob(".tritonkern-*.part"):
-                    part.unlink()
+            self._remove_parts()
             for path in self._files():
                 self._merged.update(pq.read_table(path, columns=["id"])["id"].to_pylist())
             self.scan()
@@ -292,10 +290,17 @@ class LabelFolder:
     def finish(self) -> int:
         """Merge what is left and return how many clips of the folder have an error."""
         self.merge()
+        self._remove_parts()
         self.unmerged_folder.rmdir()
         shutil.rmtree(self.checkpoint_folder, ignore_errors=True)
         errors = (pq.read_table(path, columns=["error"])["error"] for path in self._files())
         return sum(len(column) - column.null_count for column in errors)
+
+    def _remove_parts(self) -> None:
+        """Remove what processes that were killed while they wrote have left."""
+        for folder in (self.folder, self.unmerged_folder):
+            for part in folder.glob(".tritonkern-*.part"):
+                part.unlink()
 
     def _files(self) -> Iterable[Path]:
         return sorted(self.folder.glob("tracks-*.parquet"))
