@@ -168,6 +168,11 @@ class DiTrackerHead(nn.Module):
         """The result of every iteration, with `network_maps` of the method of this name, otherwise as `forward`."""
         if iterations < 1:
             raise ValueError(f"iterations must be 1 or more, got {iterations}")
+        if (network_maps is None) != (self.fuse is None):
+            raise ValueError(
+                f"network_maps must be {'None' if self.fuse is None else 'those of the network'}, as fuse is "
+                f"{self.fuse!r}"
+            )
         check_queries(queries, len(queries))
         query_layers, key_layers = _layers(query_maps), _layers(key_maps)
         frames = key_layers[0].shape[1]
