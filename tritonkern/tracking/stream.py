@@ -47,7 +47,7 @@ class _Point:
 class PointStream:
     """Points followed through frames that arrive one by one; see `PointTracker.stream`, which makes it.
 
-    Frame numbers count the calls of `step`, from 0. Every method that raises leaves the stream as it was.
+    Frame numbers count the calls of `step`, from 0. A method that refuses its arguments leaves the stream as it was.
     """
 
     def __init__(
