@@ -193,7 +193,7 @@ def local_correlation_linear(
     """`local_correlation` followed by a linear layer, of which only a block of points is stored at a time.
 
     ``F.linear(local_correlation(...).flatten(-2), weight, bias)``; the backward pass computes the correlations again.
-    Of several pairs of features and support, the flattened correlations stand behind each other::
+    Of several pairs of features and support, the flattened correlations are concatenated::
 
         flat = [local_correlation(x, y, coords, ...).flatten(-2) for x, y in zip(features, support)]
         F.linear(torch.cat(flat, -1), weight, bias)

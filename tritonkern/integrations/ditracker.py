@@ -12,7 +12,7 @@ step of the model                          unpatched                            
 3. divide, softmax over the places         the same, twice                      a `Promise` of that shape
 4. mean over the layers                    `[B, T, N, 7, 7, 7, 7]`, stored      a `Promise` of that shape
 5. the same for the convolutional network  the same                             a `Promise` of that shape
-6. fuse: behind each other, mean, or none  `[B T N, 4802]` or `[B T N, 2401]`   a `Promise` of that shape
+6. fuse: concatenate, mean, or none        `[B T N, 4802]` or `[B T N, 2401]`   a `Promise` of that shape
 7. first linear layer, `corr_mlp.fc1`      `[B T N, 384]`                       `local_correlation_linear`
 ========================================== ==================================== ====================================
 
@@ -201,9 +201,9 @@ _MEANS = (Tensor.mean, torch.mean)
 class _Volume(Promise):
     """Costs of a point in a frame: 49 places times 49 supports, of any shape in this order.
 
-    They are the products, or with `softened` their distributions; `parts` stand behind each other in a row, each of
-    which is a sum of terms. `leading` are the axes before those of the places: `[B, T, N]`, or `[B, K, T, N]` until the
-    mean over K.
+    They are the products, or with `softened` their distributions; `parts` are concatenated in a row, and each
+    of them is a sum of terms. `leading` are the axes before those of the places: `[B, T, N]`, or `[B, K, T, N]` until
+    the mean over K.
     """
 
     parts: tuple[tuple[_Term, ...], ...]
@@ -259,7 +259,7 @@ class _Volume(Promise):
         return volume
 
     def _joined(self, function: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> Any:
-        """Two volumes behind each other in rows, or their sum."""
+        """Two volumes concatenated in rows, or their sum."""
         concatenated = function is torch.cat
         given = args[0] if concatenated else args
         fit = len(given) == 2 and all(isinstance(x, _Volume) and x.softened and len(x.leading) == 3 for x in given)

@@ -113,7 +113,7 @@ class DiffTrack(Tracker):
         interleaved, average: as in `schedule`; whether the costs of frames that several passes see are averaged,
             otherwise the first pass counts.
         border: "border", or "zeros" as published: beyond the outermost cells positions are mixed with zero.
-        visibility: "consistent": where the match of the match lies within `CLOSED` cells; "all" as published.
+        visibility: "consistent": where the match of the match is within `CLOSED` cells; "all" as published.
         sample: draw latents from the posterior, by the generator `generator`, instead of its mean.
         noise: add noise of the preset's timestep, by the scheduler and the generator; published is none.
         scaled: multiply latents by the factor of the VAE.
