@@ -234,7 +234,7 @@ def test_broken_positions_stay_alone(where, linear, options):
     this = case(where[1], B=2, T=3, N=4, linear=linear, options=options)
     clean = run(where, this)
     coords = this.tensors[2].clone()
-    coords[0, 1, 2, 0] = coords[1, 2, 0, 1] = NAN
+    coords[0, 1, 2, 0] = coords[1, 2, 0, 1] = coords[1, 0, 3, 0] = NAN
     broken = coords.isnan().any(-1)
     out, grad_features, grad_support, grad_coords, *_ = run(
         where, this.changed(tensors=[*this.tensors[:2], coords, *this.tensors[3:]])

@@ -105,6 +105,7 @@ class Backward {
         const Supports<S>& supports = scratch.supports;
         const bool own = call.supports_differ;
         clear(scratch);
+        if (!own && call.grad_position.data) scratch.supports.load(b, n, 0);
         for (int64_t t = 0; t < call.T; ++t) {
             scratch.lattice.place(call, b, t, n);
             if (lattice.known) {
@@ -112,7 +113,7 @@ class Backward {
                 load_grads(b, t, n, scratch);
                 if (call.grad_support.data) add_to_support(scratch);
                 if (call.grad_position.data) {
-                    if (t == 0 || own) scratch.supports.load(b, n, t);
+                    if (own) scratch.supports.load(b, n, t);
                     position(b, t, n, scratch);
                 }
             } else {
