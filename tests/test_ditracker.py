@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from official import needs_official, official  # noqa: F401
 
-from tritonkern.models import DiTracker, DiTrackerHead, DiTrackerNano
+from tritonkern.models import DiTracker, DiTrackerHead, DiTrackerNano, build_model, packaged
+from tritonkern.training import generate_clip
 from tritonkern.training.losses import iteration_losses
 
 SIZE = 40, 48
@@ -54,7 +55,7 @@ def test_the_cost_has_its_formula(fuse, cost, plain):
 
     A first layer with a hook is called, and sees all that it reads.
     """
-    head = small_head(fuse=fuse, cost=cost, levels=2).double()
+    head = small_head(fuse=fuse, cost=cost).double()
     query, key, video, queries = inputs(frames=2, points=2, batch=2, dtype=torch.float64)
     layers = [(query, key), (key.flip(-1), query)]
     network = head.network_maps(video)
@@ -66,7 +67,7 @@ def test_the_cost_has_its_formula(fuse, cost, plain):
     seen = []
     if not plain:
         head.corr_mlp.fc1.register_forward_hook(lambda module, args, output: seen.append(args[0].shape[-1]))
-    for level in range(2):
+    for level in range(3):  # 10 x 12, 5 x 6 and 2 x 3 cells
         actual = head._cost(level, evidence, positions)
         for b, t, n in ((0, 0, 0), (0, 1, 1), (1, 0, 1), (1, 1, 0)):
             own, start = int(queries[b, n, 0]), (queries[b, n, [2, 1]] - 0.5) / 4 / 2**level
@@ -84,13 +85,15 @@ def test_the_cost_has_its_formula(fuse, cost, plain):
                 expected = torch.cat([expected, other]) if fuse == "concat" else (expected + other) / 2
             hidden = F.gelu(head.corr_mlp.fc1.weight @ expected + head.corr_mlp.fc1.bias)
             torch.testing.assert_close(actual[b, t, n], head.corr_mlp.fc2(hidden))
-    assert seen == ([] if plain else 2 * [4802 if fuse == "concat" else 2401])
+    assert seen == ([] if plain else 3 * [4802 if fuse == "concat" else 2401])
 
 
 def pooled(image, level):
     """`[h, w, C]` at 10 x 12 cells, then halved."""
     image = F.interpolate(image.movedim(-1, 0)[None], (10, 12), mode="bilinear", align_corners=False)
-    return (image if level == 0 else F.avg_pool2d(image, 2))[0].movedim(0, -1)
+    for _ in range(level):
+        image = F.avg_pool2d(image, 2)
+    return image[0].movedim(0, -1)
 
 
 def window(image, place):
@@ -142,6 +145,21 @@ def test_positions_are_detached_between_iterations():
     for step in steps:
         (grad,) = torch.autograd.grad(step.tracks.sum(), head.updateformer.flow_head.bias, retain_graph=True)
         torch.testing.assert_close(grad, torch.full((2,), 4.0 * 3 * 4))  # of 3 frames and 4 points
+
+
+def test_autocast_and_sixteen_bit_maps():
+    """Positions stay in float32; gradients reach the maps."""
+    head = small_head()
+    head.updateformer.flow_head.weight.data.div_(20)
+    query, key, video, queries = inputs()
+    expected = head(query, key, video, queries, iterations=2).tracks.detach()
+    query, key = (x.bfloat16().requires_grad_() for x in (query, key))
+    with torch.autocast("cpu", torch.bfloat16):
+        output = head(query, key, video, queries, iterations=2)
+    assert all(x.dtype == torch.float32 for x in output)
+    torch.testing.assert_close(output.tracks, expected, atol=0.05, rtol=0)
+    output.tracks.sum().backward()
+    assert query.grad.dtype == torch.bfloat16 and query.grad.abs().max() > 0 and key.grad.abs().max() > 0
 
 
 def test_gradients_reach_all_parameters():
@@ -224,6 +242,38 @@ def test_nano_takes_clips_of_any_length():
     assert query.shape == key.shape == (1, 10, 16, 16, 64)
     torch.testing.assert_close(model.encoder(video[:, :8])[0], query[:, :8])
     torch.testing.assert_close(model.encoder(video[:, [0, 8, 9]])[1][:, 1:], key[:, 8:])
+
+
+@torch.no_grad()
+def test_nano_without_a_part():
+    """A cost that is left out is its mean, whatever the maps are; adapters are left out by other weights."""
+    torch.manual_seed(0)
+    model = DiTrackerNano.from_difftrack(packaged("difftrack-nano")).eval()
+    model.head.updateformer.flow_head.weight.mul_(100)
+    ablations = model.ablations(packaged("difftrack-nano"))
+    video, queries = torch.rand(1, 2, 256, 256, 3) * 2 - 1, torch.tensor([[[0.0, 99.0, 120.0]]])
+    query, key, network = model.features(video)
+    flat = (0 * query, 0 * key, network), (query, key, 0 * network)
+    for name, maps in (("network only", flat[0]), ("transformer only", flat[1])):
+        tracks = ablations[f"ditracker-nano, {name}"].track((query, key, network), queries).tracks
+        torch.testing.assert_close(tracks, model.track(maps, queries).tracks, atol=1e-2, rtol=1e-3)
+        assert (tracks - model.track((query, key, network), queries).tracks).abs().max() > 0.1
+    model.encoder.transformer.transformer_blocks[0].attn1.to_q.weight.mul_(2)
+    off = model.ablations(packaged("difftrack-nano"))["ditracker-nano, adapters off"]
+    assert torch.equal(off.features(video)[0], query) and not torch.equal(model.features(video)[0], query)
+
+
+@torch.no_grad()
+def test_packaged_weights():
+    """Points of a generated clip that training did not see: less than half of the error of points that do not move."""
+    clip = generate_clip((5, 5), frames=8, points=64, speed=0.75)
+    points, shown = torch.from_numpy(clip.points)[None], ~torch.from_numpy(clip.occluded)[None]
+    shown = shown & shown[..., :1]
+    queries = torch.cat([torch.zeros(1, 64, 1), points[:, :, 0].flip(-1)], -1)
+    output = build_model("ditracker-nano")(torch.from_numpy(clip.video)[None] / 127.5 - 1, queries)
+    moved, error = ((x - points).norm(dim=-1)[shown].mean() for x in (points[:, :, :1], output.tracks))
+    assert moved > 5 and error < moved / 2, (moved, error)
+    assert (output.visible == shown)[shown[..., 0]].float().mean() > 0.8
 
 
 # -- The published code ---------------------------------------------------------------------------------------------

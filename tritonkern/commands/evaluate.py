@@ -63,7 +63,7 @@ def _evaluate(
     if synthetic == (tapvid is not None):
         raise ValueError("give either --tapvid PATH or --synthetic")
 
-    from tritonkern.models import DiffTrackNano
+    from tritonkern.models import DiffTrackNano, DiTrackerNano, packaged
     from tritonkern.tracking import PointTracker
     from tritonkern.tracking.baselines import baselines
     from tritonkern.tracking.evaluation import evaluate, query_modes, save_scores
@@ -90,7 +90,11 @@ def _evaluate(
 
     scores: dict[str, dict[str, dict[str, Evaluation]]] = {}
     # On one set only: a pass of the transformer for every query frame and seven others takes its time.
-    ablations = tracker.model.ablations() if isinstance(tracker.model, DiffTrackNano) else {}
+    ablations: dict[str, Any] = {}
+    if isinstance(tracker.model, DiffTrackNano):
+        ablations = dict(tracker.model.ablations())
+    elif isinstance(tracker.model, DiTrackerNano):
+        ablations = dict(tracker.model.ablations(packaged("difftrack-nano")))
     for title, read in sets.items():
         # Generated clips are kept for all trackers; those of a file, which may be many, are read for each.
         clips = [] if tapvid is not None else read()

@@ -77,7 +77,7 @@ __all__ = [
 
 
 def packaged(name: str) -> Path:
-    """The file of the weights `name` ("nano", "chrono-nano", "difftrack-nano") that ship with this package."""
+    """The file of the weights `name` that ship with this package: "nano", or another one that ends in "-nano"."""
     return Path(str(resources.files("tritonkern") / "weights" / f"{name}.safetensors"))
 
 
@@ -118,6 +118,7 @@ MODELS = {
     "ditracker": NamedModel(
         partial(DiTracker.from_folder, merge=True), ("a folder with model.pth and pytorch_lora_weights.safetensors",)
     ),
+    "ditracker-nano": NamedModel(DiTrackerNano.from_checkpoint, ()),
 }
 
 
@@ -127,7 +128,7 @@ def build_model(name: str, weights: Path | str | Sequence[Path | str] | None = N
     Args:
         name: a key of `MODELS`.
         weights: the path of the weights file, or of the folder of "difftrack" and "ditracker"; "chrono-locotrack" needs
-            two, in this order. None takes the packaged weights of "nano", "chrono-nano" and "difftrack-nano".
+            two, in this order. None takes the packaged weights of the models whose names end in "nano".
 
     Raises:
         ValueError: unknown name, missing weights, or a file that does not fit the model.

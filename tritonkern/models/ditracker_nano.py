@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import torch
@@ -87,3 +88,19 @@ class DiTrackerNano(DiTracker):
         model = cls()
         load_strict(model, read_state_dict(path), str(path))
         return model.eval()
+
+    def ablations(self, difftrack: str | Path) -> dict[str, DiTrackerNano]:
+        """What the evaluation compares this model with: itself without its adapters or one of its two costs.
+
+        The adapters are left out by the transformer of the difftrack-nano of `difftrack`. A cost is left out by its
+        mean, 1 / 49, in place of all its values; the head is not trained again.
+        """
+        off, transformer, network = (copy.deepcopy(self) for _ in range(3))
+        off.encoder.load_state_dict(self.from_difftrack(difftrack).encoder.state_dict())
+        for model, constant in ((transformer, slice(2401, None)), (network, slice(2401))):
+            first = model.head.corr_mlp.fc1
+            with torch.no_grad():
+                first.bias.add_(first.weight[:, constant].sum(1) / 49)
+                first.weight[:, constant] = 0
+        names = "adapters off", "transformer only", "network only"
+        return {f"ditracker-nano, {name}": x for name, x in zip(names, (off, transformer, network), strict=True)}
