@@ -308,9 +308,10 @@ _whole_clip(reader.frames(8), reader.size)
             found.append(stored.tracks())
         assert [x.fps for x in found] == [3.0, 3.0]
         found[1].save_npz(tmp_path / "a.npz")
-        for tracks in (found[1], PointTracks.load(tmp_path / "a.npz")):
+        for tracks in (*found, PointTracks.load(tmp_path / "a.npz")):
             for name in ("tracks", "visibility", "confidence"):
-                expected, actual = getattr(found[0], name), getattr(tracks, name)
+                expected = np.concatenate([getattr(part, name) for part in parts], 1)
+                actual = getattr(tracks, name)
                 assert type(actual) is np.ndarray and actual.dtype == expected.dtype
                 np.testing.assert_array_equal(actual, expected)
         found[1].tracks[0, 0] = 5
