@@ -530,8 +530,10 @@ class TestOverlay:
         frames = list(reader.frames())
         assert len(frames) == 8 and reader.fps == 10
         # yuv420p halves the resolution of colour, so a small point is a little pale.
-        colour = point_colours(tracks.queries)[1].astype(int)
-        for frame in frames:
+        first, colour = point_colours(tracks.queries).astype(int)
+        for index, frame in enumerate(frames):
+            place = frame[60, 40 + 5 * index].astype(int)
+            assert np.abs(place - first).sum() < np.abs(place - 128).sum()
             assert np.abs(frame[20, 30] - colour).max() < 110
             assert np.abs(frame[20, 30] - colour).sum() < np.abs(frame[20, 30].astype(int) - 128).sum()
             assert np.abs(frame[100, 140].astype(int) - 128).max() <= 3
