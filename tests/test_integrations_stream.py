@@ -110,6 +110,21 @@ def test_windows_that_share_nothing_are_exact():
 
 
 @torch.no_grad()
+def test_other_points_of_the_same_number_share_nothing():
+    predictor, video, queries = predictor_and_clip(frames=12)
+
+    def run():
+        predictor(video[:, :8], queries, is_first_step=True)
+        predictor(video[:, :8])
+        predictor.queries = predictor.queries + predictor.queries.new_tensor([0, 5, 3])
+        return predictor(video[:, 4:12])[0]
+
+    expected = run()
+    with tritonkern.patch(predictor, stream=True):
+        torch.testing.assert_close(run(), expected, atol=1e-3, rtol=0)
+
+
+@torch.no_grad()
 def test_copies_have_windows_of_their_own():
     predictor, video, queries = predictor_and_clip()
     with tritonkern.patch(predictor, stream=True, verify=False):

@@ -48,7 +48,8 @@ class Stream:
 
     def __init__(self, track: Callable[..., Any], features: MutableMapping[nn.Module, Any], verify: bool) -> None:
         self._track, self._features, self._unreported = track, features, verify
-        self._last: WeakKeyDictionary[nn.Module, tuple[Tensor, list[Tensor]]] = WeakKeyDictionary()
+        self._last: WeakKeyDictionary[nn.Module, tuple[Tensor, Tensor, list[Tensor]]] = WeakKeyDictionary()
+        """Frames, queries and embeddings."""
         self._windows: WeakKeyDictionary[nn.Module, _Window] = WeakKeyDictionary()
         self.difference: Difference | None = None
         """In the first window that had something to reuse."""
@@ -77,7 +78,7 @@ class Stream:
         finally:
             del self._windows[tracker.corr_mlp]
         if video.shape[1] == 2 * half:
-            self._last[tracker] = video[:, half:].clone(), window.now
+            self._last[tracker] = video[:, half:].clone(), call.arguments["queries"].clone(), window.now
         if exact is not None:
             # The model gives the tracks of all frames so far.
             self._report(*(tracks[:, -video.shape[1] :] for tracks, *_ in (result, exact)))
@@ -100,14 +101,13 @@ class Stream:
         return whole.flatten(0, 2)
 
     def _shared(self, tracker: Any, start: Tensor, queries: Tensor) -> list[Tensor]:
-        """The embeddings of the frames `start`, if they are those with which the last window ended."""
-        before, embeddings = self._last.pop(tracker, (start.new_empty(0), []))
-        same = before.shape == start.shape and before.device == start.device
+        """The embeddings of the frames `start`, if the last window ended with them and had the same queries."""
+        nothing = start.new_empty(0)
+        frames, points, embeddings = self._last.pop(tracker, (nothing, nothing, []))
         # Points whose query is in a new frame need their correlations in all frames, and all iterations.
         new = queries[..., 0] >= tracker.online_ind + tracker.window_len // 2
         new &= queries[..., 0] < tracker.online_ind + tracker.window_len
-        same = same and len(embeddings[0]) == len(queries) and embeddings[0].shape[2] == queries.shape[1]
-        return embeddings if same and not new.any() and torch.equal(before, start) else []
+        return embeddings if not new.any() and _equal(points, queries) and _equal(frames, start) else []
 
     def _exact(self, tracker: Any, own: Any, call: BoundArguments) -> Any:
         """What the exact schedule makes of a window, without a trace in the state of the model."""
@@ -130,6 +130,10 @@ class Stream:
             "at most",
             stacklevel=4,
         )
+
+
+def _equal(before: Tensor, now: Tensor) -> bool:
+    return before.shape == now.shape and before.device == now.device and torch.equal(before, now)
 
 
 def _frames_from(rows: Tensor, shape: tuple[int, int, int], start: int) -> Tensor:

@@ -191,7 +191,9 @@ def _spans(frames: Iterator[np.ndarray], length: int, context: int) -> Iterator[
     """
     # One block of memory for all spans: frames by themselves would be stored between the large blocks that a model
     # allocates, which the allocator could then neither join nor return.
-    head = next(frames)
+    head = next(frames, None)
+    if head is None:
+        raise ValueError("the video had frames when it was read before, and has none now")
     kept = np.empty((length + 1, *head.shape), dtype=np.uint8)
     first = known = 0
 
