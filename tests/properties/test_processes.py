@@ -75,9 +75,12 @@ def test_thread_counts_change_between_forward_and_backward(calls):
 
 def test_forked_processes(calls):
     """Also a fork of a fork, after calls on several threads, whose OpenMP threads a child does not have."""
-    # Part of these is PyTorch's, whose own loops over several threads wait forever in a forked process.
+    # Part of these is PyTorch's, whose own loops over several threads wait forever in a forked process, as do
+    # those that make tensors of so many numbers.
+    drawn = [case for case, _ in calls]
     others = (cases.PyramidCase, cases.FullCase, cases.AdapterCase)
-    calls = [call for call in calls if not isinstance(call[0], others)]
+    calls = [call for call in calls if not isinstance(call[0], others) and max(map(stored, call[0].tensors())) < 32768]
+    assert {type(case) for case, _ in calls} == {type(case) for case in drawn} - set(others)
     for case, _ in calls:
         cases.on_threads(3, results, case)
 
@@ -88,6 +91,10 @@ def test_forked_processes(calls):
             finished(child(lambda: run(depth + 1)))
 
     finished(child(lambda: run(1)))
+
+
+def stored(x):
+    return x.untyped_storage().nbytes() // x.element_size()
 
 
 def child(function):
