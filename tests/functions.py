@@ -209,7 +209,7 @@ FUNCTIONS = {
     "correlation_soft_argmax-2d": COST,
     "local_correlation": LOCAL,
     "local_correlation-linear": LOCAL._replace(call=LINEAR, make=partial(local, True)),
-    "local_correlation-softmax": LOCAL._replace(call=costs, make=local_pairs),
+    "local_correlation-softmax": LOCAL._replace(call=costs, make=local_pairs, ones=LOCAL.ones[:2]),
     "temporal_mixer": MIXER,
     "temporal_mixer-causal": MIXER._replace(call=partial(MIXER.call, causal=True)),
     "gated_linear_recurrence": RECURRENCE,

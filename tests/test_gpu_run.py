@@ -86,10 +86,10 @@ def test_rehearsal(tmp_path):
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:] + (tmp_path / "log.txt").read_text()[-2000:]
     assert {row["part"] for row in rows} == {"cache", *parts}
     correct = [row for row in rows if row["part"] == "correct"]
-    assert len(correct) == 13 * 4 + 13 * 2 + 13 and not any("failed" in row for row in correct)
+    assert len(correct) == 14 * 4 + 14 * 2 + 14 and not any("failed" in row for row in correct)
     timed = [row for row in rows if row["part"] == "times"]
     assert len(timed) > 40 and all(row["ms"] > 0 for row in timed)
-    assert "correct: 91 of 91" in done.stdout and "window chrono float32 forward+backward" in done.stdout
+    assert "correct: 98 of 98" in done.stdout and "window chrono float32 forward+backward" in done.stdout
 
 
 BREAK_THE_SCALE = """
