@@ -48,26 +48,10 @@ class TimeBlock(nn.Module):
         return rearrange(x, "(b h w) s c -> (b s) c h w", b=frames // S, h=height, w=width)
 
 
-class Permute(nn.Module):
-    def __init__(self, *axes):
-        super().__init__()
-        self.axes = axes
-
-    def forward(self, x):
-        return x.permute(self.axes)
-
-
 class SpaceBlock(nn.Module):
     def __init__(self, dim):
         super().__init__()
-        self.block = nn.Sequential(
-            nn.Conv2d(dim, dim, 7, padding=3, groups=dim),
-            Permute(0, 2, 3, 1),
-            nn.Linear(dim, 2 * dim),
-            nn.GELU(),
-            nn.Linear(2 * dim, dim),
-            Permute(0, 3, 1, 2),
-        )
+        self.block = nn.Sequential(nn.Conv2d(dim, dim, 7, padding=3, groups=dim), nn.Conv2d(dim, dim, 1), nn.GELU())
 
     def forward(self, input, S=None):
         return input + self.block(input)

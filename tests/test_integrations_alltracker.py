@@ -38,7 +38,6 @@ def assert_same(actual, expected):
 def test_same_results_on_a_cpu(net, batch, frames, cells, monkeypatch):
     """Two windows of four frames, or optical flow; all cells at a time, or few."""
     monkeypatch.setitem(alltracker.CELLS, "cpu", cells)
-    monkeypatch.setattr(alltracker, "ROWS", cells)
     video, keys = clip(frames, batch=batch), list(net.state_dict())
     with on_a_cpu():
         expected = net(video)

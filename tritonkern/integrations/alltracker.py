@@ -36,8 +36,6 @@ from tritonkern.nn._plain import has_hooks
 CELLS = {"cpu": 4096}
 """How many cells are computed at a time, so that what layers store between them stays small."""
 CELLS_ELSEWHERE = 1 << 18
-ROWS = 1024
-"""How many cells pass two linear layers at a time on a CPU, so that a cache keeps what is between them."""
 
 
 def _correlation_block(tracker: Any) -> str | None:
@@ -87,9 +85,6 @@ def replacements(path: str, tracker: Any, precision: Precision) -> Iterator[Repl
     )
     yield from map(by_frames, ("flow_head", "visconf_head"))
     yield from (by_frames(f"update_block.{name}") for name in ("motion_encoder", "compressor", "final_conv"))
-    for name, module in tracker.named_modules():
-        if type(module) is nn.Sequential and _two_linear_layers(module) is not None:
-            yield Replacement(f"{prefix}{name}", module, "forward", (_by_cells,), _first_cells, calls_own=True)
     for index, block in enumerate(update.refine):
         name = f"update_block.refine.{index}"
         if getattr(block, "dense", False):
@@ -213,30 +208,6 @@ def _by_rows(self: Any, own: Any, x: Tensor, S: int | None = None) -> Tensor:
     return torch.cat([own(x[:, :, some], S) for some in rows], 2)
 
 
-def _two_linear_layers(layers: nn.Sequential) -> int | None:
-    """Where in a sequence there are a linear layer, GELU and a linear layer."""
-    kinds = [type(layer) for layer in layers]
-    return next((i for i in range(len(kinds) - 2) if kinds[i : i + 3] == [nn.Linear, nn.GELU, nn.Linear]), None)
-
-
-def _by_cells(self: Any, own: Any, x: Tensor) -> Tensor:
-    """Replaces `forward` of a sequence of layers with two linear layers in it."""
-    first = _two_linear_layers(self)
-    if first is None or x.device.type != "cpu" or _whole(self):
-        return own(x)
-    x = self[:first](x)
-    rows = x.reshape(-1, x.shape[-1])
-    layers, result = self[first : first + 3], None
-    for start in range(0, len(rows), ROWS):
-        part = layers(rows[start : start + ROWS])
-        if result is None:
-            result = part.new_empty(len(rows), part.shape[-1])
-        result[start : start + ROWS] = part
-    if result is None:
-        result = layers(rows)
-    return self[first + 3 :](result.unflatten(0, x.shape[:-1]))
-
-
 def _features(self: Any, own: Any, images: Tensor, B: int, T: int, sw: Any, is_training: bool) -> Tensor:
     """Replaces `get_fmaps`: `[B * T, 3, H, W]` -> `[B * T, C, h, w]`, on the device of the parameters.
 
@@ -358,11 +329,6 @@ def _first_frame(module: Any, own: Any, function: Any, *maps: Any) -> Any:
 
 def _first_row(module: Any, own: Any, function: Any, x: Tensor, S: int | None = None) -> Any:
     return lambda: own(x[:, :, :1, :8], S), lambda: own(x[:, :, :2, :8], S)[:, :, :1]
-
-
-def _first_cells(layers: Any, own: Any, function: Any, x: Tensor) -> Any:
-    x = x[:1, ..., :16, :16]
-    return lambda: function(layers, own, x), lambda: own(x)
 
 
 def _first_image(tracker: Any, own: Any, function: Any, images: Tensor, B: int, T: int, *_: Any) -> Any:
