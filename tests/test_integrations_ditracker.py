@@ -74,6 +74,17 @@ def test_the_last_block_ends_before_its_attention():
         assert_same(actual, tracker(video, queries, iters=1))
 
 
+def test_hooks_behind_the_attention_of_the_last_block_run():
+    tracker, (video, queries) = DiTracker(), clip(frames=3, queries=4)
+    block, seen = tracker.dit_fnet.transformer.transformer_blocks[2], []
+    with tritonkern.patch(tracker, verify=False), torch.no_grad():
+        handles = [x.register_forward_hook(lambda *_: seen.append(1)) for x in list(block.modules())[1:]]
+        tracker(video, queries, iters=1)
+        assert block.attended == 1 and seen
+        for handle in handles:
+            handle.remove()
+
+
 def test_other_uses_of_the_costs():
     """What is none of the model's steps works on real numbers, through which gradients flow."""
     tracker = DiTracker()

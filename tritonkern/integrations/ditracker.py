@@ -40,6 +40,7 @@ from tritonkern.integrations._patch import Replacement
 from tritonkern.integrations._precision import Copies, Precision
 from tritonkern.integrations._promise import RESHAPES, Promise
 from tritonkern.integrations.cotracker import Patches, encode_channels_last, in_a_corner, promise_patches, renamed
+from tritonkern.nn._plain import has_hooks
 
 
 def _inputs(tracker: Any) -> int:
@@ -99,7 +100,8 @@ def _until_attention(encoder: Any, layer: int, block: Any, own: Any, *args: Any,
 
     The video and the text, which only a later block would read, are returned as they came.
     """
-    if torch.compiler.is_compiling() or max(encoder.layer_hooks) != layer:
+    unseen = any(map(has_hooks, list(block.modules())[1:]))  # hooks behind the attention would not run
+    if unseen or torch.compiler.is_compiling() or max(encoder.layer_hooks) != layer:
         return own(*args, **kwargs)
     given = inspect.signature(own).bind(*args, **kwargs).arguments
     video, text = given["hidden_states"], given["encoder_hidden_states"]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-import operator
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,7 +19,7 @@ from tritonkern.models.ditracker import DiTracker
 from tritonkern.models.ditracker_nano import DiTrackerNano
 from tritonkern.models.low_rank import add_low_rank, attention_targets, low_rank_parameters, merge_low_rank
 from tritonkern.training.denoising import blurred_texture
-from tritonkern.training.loop import fitting, read_checkpoint, write_weights
+from tritonkern.training.loop import resume, save_checkpoint, write_weights
 from tritonkern.training.losses import iteration_losses
 from tritonkern.training.synthetic import generate_clip
 from tritonkern.training.textures import procedural_texture
@@ -173,25 +172,11 @@ def train_ditracker(
     ]
     optimiser = torch.optim.AdamW(groups, lr=plan.learning_rate)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, plan.learning_rate, plan.steps + 1, pct_start=0.05)
-    done = 0
-    if checkpoint.exists():
-        saved = read_checkpoint(checkpoint, {"plan", "step", "model", "optimiser", "schedule"}, plan)
-        with fitting(checkpoint):
-            model.load_state_dict(saved["model"])
-            optimiser.load_state_dict(saved["optimiser"])
-            schedule.load_state_dict(saved["schedule"])
-            done = operator.index(saved["step"])
+    parts = {"model": model, "optimiser": optimiser, "schedule": schedule}
+    done = resume(checkpoint, plan, parts)
 
     def save(step: int) -> None:
-        state = {
-            "plan": asdict(plan),
-            "step": step,
-            "model": model.state_dict(),
-            "optimiser": optimiser.state_dict(),
-            "schedule": schedule.state_dict(),
-        }
-        with atomic_path(checkpoint) as part:
-            torch.save(state, part)
+        save_checkpoint(checkpoint, plan, step, parts)
         merged = copy.deepcopy(model)
         merge_low_rank(merged.encoder.transformer)
         write_weights(output, merged.state_dict(), "DiTrackerNano", plan, step=str(step))

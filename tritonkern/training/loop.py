@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import operator
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -90,25 +90,11 @@ def train(
     optimiser = torch.optim.AdamW(groups)
     peaks = [group["lr"] for group in groups]
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, peaks, plan.steps, pct_start=0.05)
-    first = 0
-    if checkpoint.exists():
-        saved = read_checkpoint(checkpoint, {"plan", "step", "model", "optimiser", "schedule"}, plan)
-        with fitting(checkpoint):
-            model.load_state_dict(saved["model"])
-            optimiser.load_state_dict(saved["optimiser"])
-            schedule.load_state_dict(saved["schedule"])
-            first = operator.index(saved["step"])
+    parts = {"model": model, "optimiser": optimiser, "schedule": schedule}
+    first = resume(checkpoint, plan, parts)
 
     def save(step: int) -> None:
-        state = {
-            "plan": asdict(plan),
-            "step": step,
-            "model": model.state_dict(),
-            "optimiser": optimiser.state_dict(),
-            "schedule": schedule.state_dict(),
-        }
-        with atomic_path(checkpoint) as part:
-            torch.save(state, part)
+        save_checkpoint(checkpoint, plan, step, parts)
 
     # The frames arrive with channels last; so convolutions need no copies.
     model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -137,6 +123,27 @@ def write_weights(output: Path, state: dict[str, torch.Tensor], model: str, plan
     weights = {name: tensor.half().contiguous() for name, tensor in state.items()}
     with atomic_path(output) as part:
         save_file(weights, part, {"model": model, "plan": json.dumps(asdict(plan)), **metadata})
+
+
+def save_checkpoint(path: Path, plan: Any, step: int, parts: Mapping[str, Any]) -> None:
+    """What `resume` continues from: the states of `parts`, which have a `state_dict`, after `step`."""
+    states = {name: part.state_dict() for name, part in parts.items()}
+    with atomic_path(path) as part:
+        torch.save({"plan": asdict(plan), "step": step, **states}, part)
+
+
+def resume(path: Path, plan: Any, parts: Mapping[str, Any]) -> int:
+    """Loads the states of `parts` from a checkpoint of the same plan; the step that it was saved after, 0 without one.
+
+    Raises `ValueError` as `read_checkpoint` and `fitting` do.
+    """
+    if not path.exists():
+        return 0
+    saved = read_checkpoint(path, {"plan", "step", *parts}, plan)
+    with fitting(path):
+        for name, part in parts.items():
+            part.load_state_dict(saved[name])
+        return operator.index(saved["step"])
 
 
 def read_checkpoint(path: Path, keys: set[str], plan: Any = None, free: Sequence[str] = ()) -> dict[str, Any]:
